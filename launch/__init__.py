@@ -1,0 +1,1 @@
+"""What a person runs: options, data, run log, trainers and shell recipes."""
