@@ -1,0 +1,301 @@
+"""Documents -> batches {"tokens": int32 (B, S), "mask": bool (B, S)}; mask False is padding."""
+
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.data.common import DataError
+from launch.data.corpus import full_name, open_corpus, open_tokens, spread
+from launch.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import grain
+
+Batch = dict[str, np.ndarray]
+READ_AHEAD = 64  # documents
+UNIGRAM_DOCUMENTS = 4_000
+
+
+def open_data(
+    dataset: str,
+    tokenizer: Tokenizer,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    max_length: int = 256,
+    pack: bool | None = None,
+    seed: int = 0,
+    validation_fraction: float = 0.05,
+) -> "Data":
+    """Opens a data set for training and validation.
+
+    Args:
+        dataset: `builtin`, `c4`, `tfds:NAME`, `text:GLOB`, `tokens:PATH` or `hf:NAME`; see
+            `corpus.py`.
+        tokenizer: from `load_tokenizer`.
+        data_dir: where TFDS data sets lie; None: TFDS's own default.
+        cache_dir: None: `$OSD_CACHE` or ~/.cache/online_subspace_descent.
+        max_length: tokens in a row.
+        pack: True: documents joined, each ended by the end-of-text token, and cut into rows.
+            False: one document a row, truncated or padded, as the published runs used C4.
+            None: True for `builtin`, `text:` and `tokens:`, False for the others.
+        seed: of the shuffle.
+        validation_fraction: share to hold out where the data set has no validation split.
+
+    Raises:
+        DataError: unknown, missing, empty or unsuitable data.
+    """
+    if max_length < 2:
+        raise DataError(
+            f"max_length {max_length}: a row needs at least 2 tokens, one to predict from the other"
+        )
+    kind, _, path = full_name(dataset).partition(":")
+    if pack is None:
+        pack = kind in ("builtin", "text", "tokens")
+    if kind == "tokens":
+        if not pack:
+            raise DataError(
+                f"{dataset} has no documents, only rows of max_length tokens: leave out --no-pack"
+            )
+        corpus = open_tokens(path, max_length, tokenizer.vocab_size, validation_fraction)
+        train, validation = corpus.train, corpus.validation
+    else:
+        corpus = open_corpus(dataset, data_dir, cache_dir, validation_fraction)
+        train = corpus.train.map(tokenizer.encode_document)
+        validation = corpus.validation.map(tokenizer.encode_document)
+    return Data(
+        train,
+        validation,
+        tokenizer.vocab_size,
+        tokenizer.pad_id,
+        max_length,
+        pack,
+        seed,
+        corpus.identity,
+    )
+
+
+@dataclass(frozen=True)
+class Data:
+    """A tokenized data set. Made by `open_data`.
+
+    Attributes:
+        train_documents: random access to int32 ids of shape (length of the document,).
+        validation_documents: as `train_documents`.
+        vocab_size: ids are smaller than this.
+        pad_id: fills what the mask hides.
+        max_length: S, tokens in a row.
+        pack: whether rows join documents.
+        seed: of the shuffle.
+        identity: of the corpus.
+    """
+
+    train_documents: "grain.MapDataset[np.ndarray]"
+    validation_documents: "grain.MapDataset[np.ndarray]"
+    vocab_size: int
+    pad_id: int
+    max_length: int
+    pack: bool
+    seed: int
+    identity: str
+
+    def train(
+        self, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
+    ) -> "TrainBatches":
+        """An endless iterator over this process's share, shuffled anew every epoch.
+
+        Args:
+            batch_size: rows in this process's batches.
+            process_index: of this process.
+            process_count: processes that share the documents out; each document goes to one of
+                them in an epoch.
+            workers: worker processes that tokenize; 0: a thread does. The batches are the same for
+                any number.
+        """
+        return TrainBatches(self, batch_size, process_index, process_count, workers)
+
+    def validation(
+        self, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[Batch]:
+        """This process's share of the held-out rows: over all processes, each row once.
+
+        Every process gets the same number of batches of the same shape: rows that are missing at
+        the end are padding.
+        """
+        rows = self._packed_rows() if self.pack else iter(range(len(self.validation_documents)))
+        while group := list(islice(rows, batch_size * process_count)):
+            mine: list[Any] = group[process_index::process_count]
+            if not self.pack:
+                mine = [self.validation_documents[index] for index in mine]
+            yield self.collate(mine, batch_size)
+
+    def collate(self, rows: list[np.ndarray], batch_size: int) -> Batch:
+        """Truncates and pads rows of ids to one batch."""
+        tokens = np.full((batch_size, self.max_length), self.pad_id, np.int32)
+        mask = np.zeros((batch_size, self.max_length), bool)
+        for index, row in enumerate(rows):
+            kept = row[: self.max_length]
+            tokens[index, : len(kept)] = kept
+            mask[index, : len(kept)] = True
+        return {"tokens": tokens, "mask": mask}
+
+    def unigram_perplexity(self) -> float:
+        """Perplexity of a model that knows how often each token occurs, and nothing else.
+
+        The frequencies are those of at most `UNIGRAM_DOCUMENTS` training documents, evenly spread,
+        with one added to each token's count. The perplexity is that of the held-out tokens that a
+        language model predicts: all but the first of each row.
+        """
+        counts = np.ones(self.vocab_size)
+        for document in spread(self.train_documents, UNIGRAM_DOCUMENTS):
+            counts += np.bincount(document, minlength=self.vocab_size)
+        predicted = np.zeros(self.vocab_size)
+        for batch in self.validation(16):
+            shown = batch["tokens"][:, 1:][batch["mask"][:, 1:]]
+            predicted += np.bincount(shown, minlength=self.vocab_size)
+        log_frequency = np.log(counts) - math.log(counts.sum())
+        return math.exp(-float(predicted @ log_frequency) / predicted.sum())
+
+    def _packed_rows(self) -> Iterator[np.ndarray]:
+        """The held-out documents in order, joined and cut; the last row may be short."""
+        left = np.empty(0, np.int32)
+        for index in range(len(self.validation_documents)):
+            left = np.concatenate([left, self.validation_documents[index]])
+            while len(left) >= self.max_length:
+                yield left[: self.max_length]
+                left = left[self.max_length :]
+        if len(left):
+            yield left
+
+
+class TrainBatches(Iterator[Batch]):
+    """Endless training batches of one process; `set_state` continues exactly.
+
+    The documents of all epochs form one endless sequence, of which process p of P takes numbers p,
+    p + P, p + 2P, ... Workers only tokenize; the rows are cut here, in order.
+    """
+
+    def __init__(
+        self, data: Data, batch_size: int, process_index: int, process_count: int, workers: int
+    ) -> None:
+        """See `Data.train`."""
+        if not 0 <= process_index < process_count:
+            raise DataError(f"process_index {process_index}: expected 0 to {process_count - 1}")
+        self._data = data
+        self._batch_size = batch_size
+        self._process = (process_index, process_count)
+        self._workers = workers
+        self._documents: Any = None  # grain's iterator
+        self._taken = 0  # documents taken from it, counted from the start of training
+        self._offset = 0  # tokens of the last one that are in rows already
+        self._left = np.empty(0, np.int32)  # its other tokens
+
+    def __next__(self) -> Batch:
+        """The next batch: {"tokens": int32 (B, S), "mask": bool (B, S)}."""
+        rows = [
+            self._packed_row() if self._data.pack else self._take() for _ in range(self._batch_size)
+        ]
+        return self._data.collate(rows, self._batch_size)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch starts, and what that depends on; JSON."""
+        started = len(self._left) > 0
+        return {
+            "document": self._taken - started,
+            "offset": self._offset if started else 0,
+            "seed": self._data.seed,
+            "process_count": self._process[1],
+            "pack": self._data.pack,
+            "corpus": self._data.identity,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where the iterator that gave `state` stood.
+
+        Raises:
+            DataError: the state belongs to another corpus, seed, packing or number of processes.
+        """
+        for key, here in self.get_state().items():
+            if key not in ("document", "offset") and state.get(key) != here:
+                raise DataError(
+                    f"the checkpoint's place in the data was kept with {key} {state.get(key)!r}, "
+                    f"and this run has {here!r}: use the same, or start the data afresh"
+                )
+        self.close()
+        self._taken, self._offset = int(state["document"]), 0
+        self._left = self._left[:0]
+        if state["offset"]:
+            document = self._take()
+            self._offset = int(state["offset"])
+            self._left = document[self._offset :]
+
+    def close(self) -> None:
+        """Ends worker processes and threads; the next batch starts them again."""
+        if self._documents is not None:
+            self._documents.close()
+            self._documents = None
+
+    def _take(self) -> np.ndarray:
+        """The next document."""
+        if self._documents is None:
+            self._documents = self._open()
+        document = next(self._documents)
+        self._taken += 1
+        return document
+
+    def _packed_row(self) -> np.ndarray:
+        """The next `max_length` tokens."""
+        parts = []
+        missing = self._data.max_length
+        while missing:
+            if not len(self._left):
+                self._left, self._offset = self._take(), 0
+            part = self._left[:missing]
+            self._left = self._left[len(part) :]
+            self._offset += len(part)
+            missing -= len(part)
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def _open(self) -> Any:
+        """This process's documents from number `self._taken` on."""
+        import grain
+        from absl import flags
+
+        index, count = self._process
+        # Hashed, since grain shuffles epoch e of seed s as epoch e + 1 of seed s - 1.
+        seed = int(np.random.SeedSequence(self._data.seed).generate_state(1)[0])
+        everything = self._data.train_documents.shuffle(seed=seed).repeat()
+        mine = everything[index + count * self._taken :: count]
+        # One thread, as several only get in each other's way while they tokenize.
+        documents = mine.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+        )
+        if self._workers:
+            # grain hands its workers absl flags, which nothing but absl's own main parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            documents = documents.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._workers), _end_with_parent
+            )
+        return iter(documents)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Makes a worker process end when its parent is killed, which grain's workers outlive."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

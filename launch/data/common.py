@@ -1,0 +1,50 @@
+"""The error of this package, and a cache whose entries are whole or absent."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """A data set, tokenizer or file that cannot be used; the message says what to do about it."""
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The cache directory: the one given, else `$OSD_CACHE`, else one in the user's home."""
+    default = os.environ.get("OSD_CACHE") or Path.home() / ".cache" / "online_subspace_descent"
+    return Path(cache_dir or default).expanduser()
+
+
+def prepare_once(target: Path, what: str, build: Callable[[Path], None]) -> Path:
+    """Returns the directory `target`, built on the first call.
+
+    `build(directory)` fills an empty directory next to `target`, which then gets the name in one
+    step: a process that is killed leaves no half-made `target`, and of several processes that
+        build at once the first one wins.
+
+    Args:
+        target: the directory to return.
+        what: a few words for the log.
+        build: fills the directory that it is given.
+
+    Returns:
+        `target`.
+    """
+    if target.exists():
+        return target
+    log.info("Preparing %s once, in %s", what, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+        made = Path(scratch) / target.name
+        made.mkdir()
+        build(made)
+        try:
+            os.rename(made, target)
+        except OSError:
+            if not target.exists():
+                raise
+    return target

