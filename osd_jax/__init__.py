@@ -1,0 +1,31 @@
+"""Online Subspace Descent as composable Optax transformations.
+
+Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Subspace Descent",
+arXiv 2408.12857.
+"""
+
+from osd_jax.blockwise import quantize_state
+from osd_jax.optimizers import make_optimizer, skipped_steps
+from osd_jax.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_jax.subspace import (
+    SubspaceDimensionNumbers,
+    SubspaceState,
+    projectors,
+    scale_by_subspace,
+)
+
+__all__ = [
+    "Projector",
+    "Sketch",
+    "SubspaceDimensionNumbers",
+    "SubspaceState",
+    "TwoSided",
+    "make_optimizer",
+    "online_pca",
+    "projectors",
+    "quantize_state",
+    "random",
+    "scale_by_subspace",
+    "skipped_steps",
+    "svd",
+]

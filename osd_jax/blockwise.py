@@ -1,0 +1,203 @@
+"""8-bit optimizer state: any Optax transformation's moments in blocks, as bitsandbytes has them.
+
+Each block of 256 values along an array's last axis shares one float32 scale, its largest absolute
+value, and each value is one of the 256 in a code book of dynamic-exponent numbers (Dettmers et
+al., arXiv 2110.02861). The codes have the array's own shape, so they are sharded as it is. Where
+the last axis is sharded into whole blocks, a step needs no communication.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from osd_jax.projectors import explicit_sharding, like_sharding
+
+BLOCK_SIZE = 256
+MIN_SIZE = 4096
+Rounding = Literal["table", "nearest"]
+
+# Moments that are never negative, by the names that Optax gives them: their code book spends no
+# codes on a sign.
+UNSIGNED_FIELDS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
+
+
+class Quantized(NamedTuple):
+    """An array in blockwise 8 bits.
+
+    Attributes:
+      codes: uint8, the array's own shape (..., n).
+      scales: float32, (..., ceil(n / block)): the largest absolute value of each block.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+
+@functools.cache
+def code_book(signed: bool) -> np.ndarray:
+    """The 256 sorted float32 values that a code stands for, as bitsandbytes ships them."""
+    with resources.files("osd_jax").joinpath("code_books.npz").open("rb") as file:
+        return np.load(file)["signed" if signed else "unsigned"]
+
+
+@functools.cache
+def _midpoints(signed: bool) -> np.ndarray:
+    book = code_book(signed)
+    return (book[1:] + book[:-1]) / 2
+
+
+@functools.cache
+def _rounding_table(signed: bool) -> np.ndarray:
+    """bitsandbytes' CPU rounding: entry i is the code of the value -1 + 2 i / 65535.
+
+    In float32 throughout: the exact value of one entry lies across a midpoint.
+    """
+    grid = np.float32(-1) + np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535)
+    return np.searchsorted(_midpoints(signed), grid, side="left").astype(np.uint8)
+
+
+def quantize(
+    array: jax.Array, *, signed: bool, block: int = BLOCK_SIZE, rounding: Rounding = "table"
+) -> Quantized:
+    """float (..., n) -> `Quantized`, in blocks along the last axis (the last one may be partial).
+
+    Args:
+      array: Of any float dtype; read in float32.
+      signed: Which code book.
+      block: Values that share a scale.
+      rounding: "table" is bitsandbytes' on a CPU, a table of 65,536 entries whose coarse grid never
+        maps a small value to zero; "nearest" is the nearest code, the lower of two as near, as on
+        CUDA (where bitsandbytes also keeps a small negative value from becoming zero).
+    """
+    blocks = _to_blocks(array.astype(jnp.float32), block)
+    scales = jnp.max(jnp.abs(blocks), axis=-1)
+    unit = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+    if rounding == "table":
+        index = ((unit + 1) / 2 * 65535 + 0.5).astype(jnp.int32)
+        codes = _look_up(_rounding_table(signed), index)
+    else:
+        codes = _count_below(_midpoints(signed), unit)
+    codes = jnp.where(scales[..., None] > 0, codes, jnp.uint8(0))
+    return Quantized(like_sharding(_from_blocks(codes, array.shape), array), scales)
+
+
+def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
+    """`Quantized` -> float32 (..., n)."""
+    values = _look_up(code_book(signed), quantized.codes)
+    blocks = _to_blocks(values, block) * quantized.scales[..., None]
+    return like_sharding(_from_blocks(blocks, values.shape), values)
+
+
+def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """`table[index]`, under Explicit axes sharded as the index is."""
+    return jnp.asarray(table).at[index].get(mode="clip", out_sharding=explicit_sharding(index))
+
+
+def _count_below(sorted_255: np.ndarray, values: jax.Array) -> jax.Array:
+    """How many of 255 sorted numbers lie below each value, by bisection: uint8."""
+    count = jnp.zeros_like(values, jnp.uint8)
+    for step in (128, 64, 32, 16, 8, 4, 2, 1):
+        last = _look_up(sorted_255, count + jnp.uint8(step - 1))
+        count += jnp.where(last < values, jnp.uint8(step), jnp.uint8(0))
+    return count
+
+
+def _to_blocks(array: jax.Array, block: int) -> jax.Array:
+    """(..., n) -> (..., ceil(n / block), block), padded with zeros."""
+    n = array.shape[-1]
+    count = -(-n // block)
+    if n < block:
+        return array[..., None, :]
+    padding = [(0, 0)] * (array.ndim - 1) + [(0, count * block - n)]
+    whole = _gather_split_blocks(array, block)
+    return jnp.pad(whole, padding).reshape(*array.shape[:-1], count, block)
+
+
+def _gather_split_blocks(array: jax.Array, block: int) -> jax.Array:
+    """Under Explicit axes, makes the last axis whole on every device if a shard ends in a block."""
+    sharding = explicit_sharding(array)
+    if sharding is None or sharding.spec[-1] is None:
+        return array
+    *others, last = sharding.spec
+    names = (last,) if isinstance(last, str) else last
+    shards = math.prod(sharding.mesh.shape[name] for name in names)
+    if array.shape[-1] % (shards * block) == 0:
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec(*others, None))
+
+
+def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+def quantize_state(
+    tx: optax.GradientTransformation,
+    *,
+    block: int = BLOCK_SIZE,
+    min_size: int = MIN_SIZE,
+    rounding: Rounding = "table",
+    unsigned: frozenset[str] = UNSIGNED_FIELDS,
+) -> optax.GradientTransformationExtraArgs:
+    """Holds the moments of `tx` in blockwise 8 bits between its updates.
+
+    A step reads the moments back, runs `tx` in full precision, and stores them again, so the update
+    is computed from the new moments before they are rounded, as bitsandbytes does.
+
+    Args:
+      tx: Any transformation; every float array of its state with at least `min_size` elements in
+        its last two axes is held in 8 bits, whatever stack of matrices it is.
+      block: Values that share a scale.
+      min_size: Smaller arrays stay as they are.
+      rounding: See `quantize`.
+      unsigned: Names of state fields that are never negative.
+
+    Raises:
+      ValueError: for a block size or rounding that does not exist.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> tx = osd_jax.quantize_state(optax.scale_by_adam())
+      >>> tx.init(jnp.zeros((64, 256))).mu.codes.dtype
+      dtype('uint8')
+    """
+    if block < 1:
+        raise ValueError(f"block is {block!r}: expected a whole number of at least 1")
+    if rounding not in ("table", "nearest"):
+        raise ValueError(f"rounding is {rounding!r}: expected 'table' or 'nearest'")
+    tx = optax.with_extra_args_support(tx)
+    is_quantized = lambda x: isinstance(x, Quantized)
+
+    def is_signed(path: tuple[Any, ...]) -> bool:
+        return not any(getattr(key, "name", None) in unsigned for key in path)
+
+    def compress(path: tuple[Any, ...], x: Any) -> Any:
+        is_moment = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0
+        if not is_moment or np.prod(x.shape[-2:]) < min_size:
+            return x
+        return quantize(x, signed=is_signed(path), block=block, rounding=rounding)
+
+    def expand(path: tuple[Any, ...], x: Any) -> Any:
+        return dequantize(x, signed=is_signed(path), block=block) if is_quantized(x) else x
+
+    def init(params: optax.Params) -> optax.OptState:
+        return jax.tree_util.tree_map_with_path(compress, tx.init(params))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        state = jax.tree_util.tree_map_with_path(expand, state, is_leaf=is_quantized)
+        updates, state = tx.update(updates, state, params, **extra_args)
+        return updates, jax.tree_util.tree_map_with_path(compress, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

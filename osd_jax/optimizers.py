@@ -1,0 +1,335 @@
+"""The published names -> a built optimizer (`make_optimizer`).
+
+Each published optimizer is a short composition of public pieces: the rule of W, from Optax or
+`rules.py`; the projector that moves P; a learning rate; decoupled weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.blockwise import quantize_state
+from osd_jax.projectors import Projector, online_pca, random, svd
+from osd_jax.rules import (
+    Schedule,
+    clip_by_matrix_rms,
+    decay_after_update,
+    decay_before_update,
+    in_float32,
+    interpolate_momentum,
+    on_matrices,
+    scale_by_adafactor,
+    scale_by_adam_uncorrected_eps,
+    scale_by_factored_second_moment,
+)
+from osd_jax.subspace import (
+    DimensionNumbers,
+    Side,
+    check_dtype,
+    check_rank,
+    dimension_numbers_by_name,
+    path_name,
+    scale_by_subspace,
+)
+
+Select = Callable[[str, jax.Array], bool]
+LION_SIGNS = ("lifted", "subspace")
+MOVE_PROJECTOR = ("after", "before")
+
+SUBSPACE_OPTIMIZERS = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
+FULL_RANK_OPTIMIZERS = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
+SIDES_BY_PROJ_TYPE: dict[str, Side] = {
+    "std": "shorter",
+    "reverse_std": "longer",
+    "left": "output",  # of PyTorch's (output, input) weights
+    "right": "input",
+    "full": "both",
+    "random": "shorter",
+    "continuous": "shorter",
+    "continuous_adam8bit": "shorter",
+    "continuous_lion": "shorter",
+    "continuous_adafactor": "shorter",
+    "continuous_sgd": "shorter",
+}
+PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
+
+
+def make_optimizer(
+    optimizer: str,
+    proj_type: str = "std",
+    *,
+    learning_rate: jax.typing.ArrayLike,
+    schedule: Schedule | None = None,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    weight_decay: float = 0.0,
+    beta1: float | None = None,
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    seed: int = 0,
+    penalty: float = 0.0,
+    projector_lr_multiple: float | None = None,
+    projector_weight_decay: float | None = None,
+    lion_sign: str = "lifted",
+    move_projector: str = "after",
+    basis_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds an optimizer by its published name.
+
+    The defaults are the release's; the paper's (arXiv 2408.12857) are named options: `penalty=0.1`,
+    `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`, `lion_sign="subspace"`,
+    `scale=1`.
+
+    Args:
+      optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
+        parameters in a subspace, all else by the same rule at full rank; or `adam`, `adamw`,
+        `lion`, `adafactor`, `adam8bit` or `sgd`: everything at full rank.
+      proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD every
+        `update_proj_gap` steps), `random` (drawn as often), or online PCA by AdamW (`continuous`),
+        `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`, `continuous_sgd`.
+      learning_rate: The peak.
+      schedule: (step, from 0) -> factor on the learning rate and on P's step size. None: 1.
+      rank: Columns of P; at most min(m, n) are used.
+      update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA, P's
+        step size is `1 / update_proj_gap`.
+      scale: Multiplies the lifted update.
+      weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers and
+        `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the gradient.
+      beta1: First moment of `galore_adafactor`. None: none.
+      select: (path, parameter) -> whether it is projected. None: matrices with `attn`,
+        `attention` or `mlp` in their path.
+      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: 2-D arrays are (input, output).
+      seed: Of `random`.
+      penalty: Weight of the orthogonality penalty in P's loss.
+      projector_lr_multiple: P's step size as a multiple of W's, in place of `1 / update_proj_gap`.
+      projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
+      lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
+      move_projector: Whether P moves after W's step or before it.
+      basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+
+    Returns:
+      An Optax transformation whose updates are added to the parameters. It needs `params` in
+      `update`. A step with any non-finite gradient changes nothing and is counted
+      (`skipped_steps`).
+
+    Raises:
+      ValueError: for an unknown name or an argument out of range, naming it and the choices.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}, "norm": jnp.ones(16)}
+      >>> tx = osd_jax.make_optimizer(
+      ...     "galore_adamw", "continuous", learning_rate=0.01, rank=4, update_proj_gap=200)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> list(osd_jax.projectors(state))
+      ['mlp/kernel']
+    """
+    _check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
+    _check_choice("proj_type", proj_type, PROJ_TYPES)
+    _check_choice("lion_sign", lion_sign, LION_SIGNS)
+    _check_choice("move_projector", move_projector, MOVE_PROJECTOR)
+    check_rank(rank)
+    if type(update_proj_gap) is not int or update_proj_gap < 1:
+        raise ValueError(
+            f"update_proj_gap is {update_proj_gap!r}: expected a whole number of at least 1"
+        )
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+    if beta1 is not None and not 0 <= beta1 < 1:
+        raise ValueError(f"beta1 is {beta1!r}: expected None or a number in [0, 1)")
+
+    factor = schedule or (lambda count: 1.0)
+    lr = lambda count: learning_rate * factor(count)
+    as_matrices = lambda tx: on_matrices(tx, dimension_numbers)
+
+    if optimizer in FULL_RANK_OPTIMIZERS:
+        tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices)
+        return _guarded(in_float32(tx))
+
+    rule = _subspace_rule(optimizer, lr, beta1, lion_sign)
+    projector = _projector(
+        proj_type,
+        every=update_proj_gap,
+        # OptimizerP's own count starts at the second step of W.
+        step_size=lambda count: (
+            factor(count + 1) / update_proj_gap
+            if projector_lr_multiple is None
+            else projector_lr_multiple * lr(count + 1)
+        ),
+        weight_decay=projector_weight_decay,
+        penalty=penalty,
+        moves_first=move_projector == "before",
+    )
+    subspace = scale_by_subspace(
+        rule.low_rank,
+        projector,
+        rank=rank,
+        scale=scale,
+        side=SIDES_BY_PROJ_TYPE[proj_type],
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+        basis_dtype=basis_dtype,
+        widen_updates=True,
+    )
+    labels = _labels(select or is_attention_or_mlp, dimension_numbers)
+    full_rank = as_matrices(rule.low_rank) if rule.reads_matrices else rule.low_rank
+    transforms = {"subspace": subspace, "full": in_float32(full_rank)}
+    return _guarded(optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay)))
+
+
+class _Rule(NamedTuple):
+    """A rule of W: its half inside the subspace, and what follows the lift."""
+
+    low_rank: optax.GradientTransformation
+    finish: Callable[[float], optax.GradientTransformation]
+    reads_matrices: bool = False
+
+
+def _subspace_rule(optimizer: str, lr: Schedule, beta1: float | None, lion_sign: str) -> _Rule:
+    descend = optax.scale_by_learning_rate(lr)
+    decay_after = lambda decay: optax.chain(descend, decay_after_update(decay, lr))
+    match optimizer:
+        case "galore_adamw":
+            return _Rule(scale_by_adam_uncorrected_eps(), decay_after)
+        case "galore_adamw8bit":
+            adam8bit = quantize_state(optax.scale_by_adam())
+            return _Rule(adam8bit, decay_after, reads_matrices=True)
+        case "galore_lion" if lion_sign == "subspace":
+            return _Rule(optax.scale_by_lion(), decay_after)
+        case "galore_lion":
+            sign_after_lift = lambda decay: optax.chain(optax.scale_by_sign(), decay_after(decay))
+            return _Rule(interpolate_momentum(), sign_after_lift)
+        case "galore_adafactor":
+            # The learning rate is inside, since the first moment averages scaled updates.
+            decay_before = lambda decay: optax.chain(
+                optax.scale(-1.0), decay_before_update(decay, lr)
+            )
+            return _Rule(scale_by_adafactor(lr, beta1), decay_before, reads_matrices=True)
+    raise AssertionError(optimizer)
+
+
+def _full_rank(
+    optimizer: str,
+    lr: Schedule,
+    weight_decay: float,
+    beta1: float | None,
+    as_matrices: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    descend = optax.scale_by_learning_rate(lr)
+    l2 = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    match optimizer:
+        case "adam":  # torch.optim.Adam: L2 on the gradient
+            return optax.chain(l2, optax.scale_by_adam(), descend)
+        case "adamw":  # torch.optim.AdamW: decoupled, before the update
+            return optax.chain(optax.scale_by_adam(), l2, descend)
+        case "lion":
+            return optax.chain(optax.scale_by_lion(), descend, decay_after_update(weight_decay, lr))
+        case "adafactor":
+            rule = as_matrices(scale_by_adafactor(lr, beta1))
+            return optax.chain(rule, optax.scale(-1.0), decay_before_update(weight_decay, lr))
+        case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
+            return optax.chain(as_matrices(quantize_state(optax.scale_by_adam())), l2, descend)
+        case "sgd":
+            return optax.chain(l2, descend)
+    raise AssertionError(optimizer)
+
+
+def _projector(
+    proj_type: str,
+    *,
+    every: int,
+    step_size: Schedule,
+    weight_decay: float | None,
+    penalty: float,
+    moves_first: bool,
+) -> Projector:
+    if not proj_type.startswith("continuous"):
+        return random(every) if proj_type == "random" else svd(every)
+    rules: dict[str, tuple[Callable[[], optax.GradientTransformation], float]] = {
+        "continuous": (optax.scale_by_adam, 0.01),
+        "continuous_adam8bit": (lambda: quantize_state(optax.scale_by_adam()), 0.0),
+        "continuous_lion": (optax.scale_by_lion, 0.0),
+        "continuous_adafactor": (
+            lambda: optax.chain(scale_by_factored_second_moment(), clip_by_matrix_rms()),
+            0.0,
+        ),
+        "continuous_sgd": (optax.identity, 0.0),
+    }
+    rule, release_decay = rules[proj_type]
+    decay = release_decay if weight_decay is None else weight_decay
+    optimizer = optax.chain(
+        rule(),
+        optax.add_decayed_weights(decay) if decay else optax.identity(),
+        optax.scale_by_learning_rate(step_size),
+    )
+    return online_pca(optimizer, penalty=penalty, moves_first=moves_first)
+
+
+def is_attention_or_mlp(path: str, array: jax.Array) -> bool:
+    """The default selection: matrices of attention and MLP layers, by their path."""
+    return array.ndim >= 2 and any(name in path for name in ("attn", "attention", "mlp"))
+
+
+def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
+    """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip."""
+    is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
+    for leaf in jax.tree.leaves(opt_state, is_leaf=is_guard):
+        if is_guard(leaf):
+            return leaf.total_notfinite, leaf.notfinite_count
+    raise ValueError("this optimizer state counts no skipped steps: it is not make_optimizer's")
+
+
+def _labels(
+    select: Select, dimension_numbers: DimensionNumbers
+) -> Callable[[optax.Params], optax.Params]:
+    def labels(params: optax.Params) -> optax.Params:
+        numbers = dimension_numbers_by_name(dimension_numbers, params)
+
+        def label(path: tuple[Any, ...], x: jax.Array) -> str:
+            name = path_name(path)
+            if not select(name, x):
+                return "full"
+            if select is is_attention_or_mlp:
+                axes = numbers(name)
+                is_vector = axes is not None and axes.reduction_axis == ()
+                return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
+            return "subspace"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return labels
+
+
+def _guarded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
+        return tx.init(params)
+
+    def update(
+        grads: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads), state
+
+    checked = optax.GradientTransformationExtraArgs(init, update)
+    return optax.apply_if_finite(checked, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

@@ -1,0 +1,374 @@
+"""The rules that move P: online PCA, SVD, random.
+
+A `Projector` says when P is set anew from a gradient, and how it moves after a step of W. Online
+PCA needs three small things of a gradient, its `Sketch`, and no SVD after the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Sketch(NamedTuple):
+    """All that a step asks of a gradient M (..., p, q) with P (..., p, r).
+
+    Attributes:
+      low_rank: R = P^T M, (..., r, q); two-sided: P_in^T M P_out, (..., r, r).
+      correlation: A = M R^T, (..., p, r), or None where the projector does not read it.
+      squared_norm: s = ||M||_F^2, (...,), or None likewise.
+
+    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
+    while P is fixed; A is exact if every part uses the final R.
+    """
+
+    low_rank: jax.Array
+    correlation: jax.Array | None
+    squared_norm: jax.Array | None
+
+
+class TwoSided(NamedTuple):
+    """The bases of a matrix that is projected on both sides: (..., m, r) and (..., n, r)."""
+
+    output: jax.Array
+    input: jax.Array
+
+
+Basis = jax.Array | TwoSided
+ResolvedSide = Literal["input", "output", "both"]
+FreshBasis = Callable[[jax.Array, jax.Array, Basis, ResolvedSide], Basis]
+
+
+class ProjectorState(NamedTuple):
+    """The bases P, a tree like the parameters, and the state of the optimizer that moves them."""
+
+    basis: Any
+    optimizer: optax.OptState
+
+
+class Projector(NamedTuple):
+    """A rule for P, as pure functions.
+
+    Attributes:
+      is_due: (count) -> whether P is set anew from the gradient at this step, before projecting.
+      fresh_basis: (key, M (..., p, q), old P, the side p is) -> P, of the same shape and dtype.
+      sketch: (P, M) -> Sketch.
+      init: (bases) -> the state of P's optimizer.
+      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), after W's step.
+      two_sided: Whether it serves side="both".
+      moves_first: Whether P moves before W's step, which costs one more product with the gradient.
+    """
+
+    is_due: Callable[[jax.Array], jax.Array]
+    fresh_basis: FreshBasis
+    sketch: Callable[[Basis, jax.Array], Sketch]
+    init: Callable[[Any], optax.OptState]
+    move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]]
+    two_sided: bool = False
+    moves_first: bool = False
+
+
+def online_pca(
+    optimizer: optax.GradientTransformation,
+    *,
+    penalty: float = 0.0,
+    init: str = "svd",
+    moves_first: bool = False,
+) -> Projector:
+    """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
+
+    The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
+    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
+    P is set from that gradient and not moved; from then on `optimizer` takes one step a time. Where
+    a gradient is zero, or its squared norm overflows, P stays.
+
+    Args:
+      optimizer: Any Optax optimizer, with its learning rate; it may read P as its parameters
+        (weight decay). Its own count starts at the second step of W.
+      penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
+      init: "svd": the leading singular vectors of the first gradient (the release). "qr": an
+        orthonormal basis of a random sketch of its range, which needs no SVD, for TPUs, where one
+        compiles for minutes (Halko et al. 2011, algorithm 4.1).
+      moves_first: P moves before W's step, and R is taken again with the new P.
+
+    Raises:
+      ValueError: for a negative penalty or an unknown `init`.
+    """
+    if not penalty >= 0:
+        raise ValueError(f"penalty is {penalty!r}: expected a number of at least 0")
+    if init not in ("svd", "qr"):
+        raise ValueError(f"init is {init!r}: expected 'svd' or 'qr'")
+
+    def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+        assert not isinstance(old, TwoSided)
+        if init == "svd":
+            return leading_singular_vectors(matrix, old, side)
+        return random_range(key, matrix, old)
+
+    def sketch(basis: Basis, matrix: jax.Array) -> Sketch:
+        assert not isinstance(basis, TwoSided)
+        low_rank = contract("pr,pq->rq", basis, matrix)
+        return Sketch(
+            low_rank=low_rank,
+            correlation=contract("pq,rq->pr", matrix, low_rank),
+            squared_norm=jnp.sum(
+                jnp.square(matrix.astype(accumulator_dtype(matrix.dtype))), axis=(-2, -1)
+            ),
+        )
+
+    def init_state(bases: Any) -> optax.OptState:
+        return optimizer.init(jax.tree.map(_float32_or_more, bases))
+
+    def move(
+        bases: Any, sketches: Any, state: optax.OptState, count: jax.Array
+    ) -> tuple[Any, optax.OptState]:
+        wide = jax.tree.map(_float32_or_more, bases)
+        gradients = jax.tree.map(lambda p, s: online_pca_gradient(p, s, penalty), wide, sketches)
+        steps, new_state = optimizer.update(gradients, state, wide)
+        first = count == 0
+
+        def step(old: jax.Array, basis: jax.Array, step: jax.Array, sketch: Sketch) -> jax.Array:
+            assert sketch.squared_norm is not None
+            moves = (~first & has_direction(sketch.squared_norm))[..., None, None]
+            return jnp.where(moves, (basis + step).astype(old.dtype), old)
+
+        bases = jax.tree.map(step, bases, wide, steps, sketches)
+        keep = lambda new, old: jnp.where(first, old, new)
+        return bases, jax.tree.map(keep, new_state, state)
+
+    return Projector(
+        is_due=lambda count: count == 0,
+        fresh_basis=fresh_basis,
+        sketch=sketch,
+        init=init_state,
+        move=move,
+        moves_first=moves_first,
+    )
+
+
+def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) -> jax.Array:
+    """Gradient of the online PCA loss in closed form.
+
+    `(2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I)`, which is what autograd gives
+    for `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2` without a p x p or second p x q matrix.
+
+    Args:
+      basis: P, (..., p, r).
+      sketch: Of the gradient by this P. Where its squared norm is zero or overflows, the first term
+        is zero.
+      penalty: Lambda.
+
+    Returns:
+      (..., p, r).
+    """
+    a, s = sketch.correlation, sketch.squared_norm
+    assert a is not None and s is not None
+    gram = contract("pr,ps->rs", basis, basis)
+    usable = has_direction(s)
+    a = (2 / jnp.where(usable, s, 1))[..., None, None] * jnp.where(usable[..., None, None], a, 0)
+    gradient = (
+        contract("pr,rs->ps", basis, contract("pr,ps->rs", basis, a))
+        + contract("pr,rs->ps", a, gram)
+        - 2 * a
+    )
+    if penalty:
+        gradient += (4 * penalty) * (contract("pr,rs->ps", basis, gram) - basis)
+    return gradient
+
+
+def has_direction(squared_norm: jax.Array) -> jax.Array:
+    """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
+    return (squared_norm >= jnp.finfo(squared_norm.dtype).tiny) & jnp.isfinite(squared_norm)
+
+
+def svd(every: int) -> Projector:
+    """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
+
+    Raises:
+      ValueError: for a period below 1.
+    """
+    return _periodic(
+        every, lambda key, matrix, old, side: leading_singular_vectors(matrix, old, side)
+    )
+
+
+def random(every: int) -> Projector:
+    """P is a Gaussian matrix's singular vectors, drawn anew at steps 0, `every`, 2 `every`, ...
+
+    Raises:
+      ValueError: for a period below 1.
+    """
+
+    def one(key: jax.Array, old: jax.Array) -> jax.Array:
+        gaussian = jax.random.normal(key, old.shape, accumulator_dtype(old.dtype))
+        return like_sharding(
+            jnp.linalg.svd(gaussian, full_matrices=False)[0].astype(old.dtype), old
+        )
+
+    def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+        if isinstance(old, TwoSided):
+            return TwoSided(*map(one, jax.random.split(key), old))
+        return one(key, old)
+
+    return _periodic(every, fresh_basis)
+
+
+def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
+    check_period(every)
+
+    def sketch(basis: Basis, matrix: jax.Array) -> Sketch:
+        if isinstance(basis, TwoSided):
+            half = contract("pr,pq->rq", basis.input, matrix)
+            return Sketch(contract("rq,qs->rs", half, basis.output), None, None)
+        return Sketch(contract("pr,pq->rq", basis, matrix), None, None)
+
+    return Projector(
+        is_due=lambda count: count % every == 0,
+        fresh_basis=fresh_basis,
+        sketch=sketch,
+        init=lambda bases: optax.EmptyState(),
+        move=lambda bases, sketches, state, count: (bases, state),
+        two_sided=True,
+    )
+
+
+def check_period(every: int) -> None:
+    """Raises ValueError unless `every` is a whole number of steps, at least 1."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"the period of P is {every!r}: expected a whole number of at least 1")
+
+
+def leading_singular_vectors(matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+    """The leading singular vectors of a gradient on one side or both, of `old`'s shape and dtype.
+
+    Args:
+      matrix: M, (..., p, q), in any float dtype; decomposed in float32 (float64 for float64).
+      old: P, (..., p, r), or both sides' where M is (..., input, output).
+      side: What p is.
+    """
+    wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
+    left, right = signed_svd(wide if side == "output" else wide.mT)
+
+    def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
+        return like_sharding(vectors[..., : old.shape[-1]].astype(old.dtype), old)
+
+    if isinstance(old, TwoSided):
+        return TwoSided(output=take(left, old.output), input=take(right, old.input))
+    return take(left if side == "output" else right, old)
+
+
+def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Singular vectors U (..., m, k) and V (..., n, k) of G (..., m, n), k = min(m, n).
+
+    A singular vector's sign is free, yet it matters: moments are kept when P is refreshed, so W
+    depends on the sign of each new column relative to the old. The release's signs are those of
+    PyTorch's LAPACK on a CPU, which begins with a QR for tall matrices, from an aspect of 3/2 on,
+    and never for wide ones. JAX's LAPACK has its thresholds elsewhere, at 11/6 for both, and rows
+    of zeros keep a wide matrix below it. On other devices signs are the device's own.
+    """
+    m, n = matrix.shape[-2:]
+    if 2 * m >= 3 * n:
+        q, r = jnp.linalg.qr(matrix)
+        u, _, vt = jnp.linalg.svd(r, full_matrices=False)
+        return q @ u, vt.mT
+    rows = max(m, -(-5 * n // 9))
+    padding = [(0, 0)] * (matrix.ndim - 2) + [(0, rows - m), (0, 0)]
+    u, _, vt = jnp.linalg.svd(jnp.pad(matrix, padding), full_matrices=False)
+    return u[..., :m, :m], vt[..., :m, :].mT
+
+
+def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array) -> jax.Array:
+    """An orthonormal basis of M @ Gaussian (q, r), by QR: the range of M without an SVD."""
+    wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
+    gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)
+    return like_sharding(jnp.linalg.qr(wide @ gaussian)[0].astype(old.dtype), old)
+
+
+def accumulator_dtype(dtype: jax.typing.DTypeLike) -> Any:
+    """float32, or float64 for float64: what moments, norms and products are kept in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _float32_or_more(array: jax.Array) -> jax.Array:
+    return array.astype(accumulator_dtype(array.dtype))
+
+
+def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of matrices, such as "pr,pq->rq", over any leading batch axes.
+
+    Both inputs are read in the narrower of their dtypes and the products accumulated, and
+    returned, in float32 (float64 for float64). Under a mesh with Explicit axes an output axis is
+    sharded as the input axis of the same letter, which says what JAX cannot guess.
+    """
+    inputs, output = spec.split("->")
+    a_axes, b_axes = inputs.split(",")
+    batch = "uvwxyz"[: a.ndim - 2]
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    return jnp.einsum(
+        f"{batch}{a_axes},{batch}{b_axes}->{batch}{output}",
+        a.astype(narrow),
+        b.astype(narrow),
+        preferred_element_type=accumulator_dtype(narrow),
+        out_sharding=_sharding_by_letter({batch + a_axes: a, batch + b_axes: b}, batch + output),
+    )
+
+
+def zeros_of_axes(
+    axes: str, matrix: jax.ShapeDtypeStruct | jax.Array, rank: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Zeros of shape (batch..., *axes), "p" and "q" being the matrix's and "r", "s" the rank's.
+
+    Under Explicit axes, p and q are sharded as the matrix's are; the rank is on every device.
+    """
+    batch = "uvwxyz"[: len(matrix.shape) - 2]
+    sizes = dict(zip(batch + "pq", matrix.shape, strict=True)) | {"r": rank, "s": rank}
+    shape = tuple(sizes[letter] for letter in batch + axes)
+    return jnp.zeros(
+        shape, dtype, out_sharding=_sharding_by_letter({batch + "pq": matrix}, batch + axes)
+    )
+
+
+def explicit_sharding(array: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding | None:
+    """How an array is sharded under a mesh with Explicit axes; None without one."""
+    typed = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    sharding: Any = typed.sharding
+    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return sharding
+
+
+def _sharding_by_letter(inputs: dict[str, Any], output: str) -> jax.sharding.NamedSharding | None:
+    """Under Explicit axes: each output axis as the first input axis of the same letter."""
+    by_letter: dict[str, Any] = {}
+    mesh = None
+    for axes, array in inputs.items():
+        if (sharding := explicit_sharding(array)) is not None:
+            mesh = sharding.mesh
+            for letter, names in zip(axes, sharding.spec, strict=True):
+                by_letter[letter] = by_letter.get(letter) or names
+    if mesh is None:
+        return None
+    spec, used = [], set[str]()
+    for letter in output:
+        names = by_letter.get(letter)
+        names_set = {names} if isinstance(names, str) else set(names or ())
+        spec.append(None if names_set & used else names)
+        used |= names_set
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def replicated(array: jax.Array) -> jax.Array:
+    """Under Explicit axes, the array whole on every device, as LAPACK-like routines need it."""
+    if explicit_sharding(array) is None:
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
+
+
+def like_sharding(array: jax.Array, like: jax.Array) -> jax.Array:
+    """Under Explicit axes, `array` laid out as `like`."""
+    sharding = explicit_sharding(like)
+    return array if sharding is None else jax.sharding.reshard(array, sharding)

@@ -1,0 +1,245 @@
+"""The rules themselves: what an optimizer does with a gradient, as Optax transformations.
+
+Optax has most of them. These are the ones that the release computes in another way, and what lets
+a rule that reads matrices, as Adafactor and 8-bit Adam do, read stacks of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.projectors import accumulator_dtype
+from osd_jax.subspace import (
+    DimensionNumbers,
+    dimension_numbers_by_name,
+    matrix_layout,
+    path_name,
+)
+
+Schedule = Callable[[Any], Any]  # step, from 0 -> number
+
+
+def scale_by_adam_uncorrected_eps(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformation:
+    """Adam as in the release: eps is added to sqrt(v) before the bias correction.
+
+    `u = m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t)`, where `optax.scale_by_adam` corrects v
+    first.
+    """
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32, against 1e-3.
+        correction = lambda b: -jnp.expm1(count * jnp.log(b))
+        factor = jnp.sqrt(correction(b2)) / correction(b1)
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + eps) * factor.astype(m.dtype), mu, nu
+        )
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def interpolate_momentum(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
+    """Lion's direction before its sign: `b1 m + (1 - b1) g`, then `m <- b2 m + (1 - b2) g`."""
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByLionState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByLionState]:
+        del params
+        direction = optax.tree.update_moment(updates, state.mu, b1, 1)
+        mu = optax.tree.update_moment(updates, state.mu, b2, 1)
+        return direction, optax.ScaleByLionState(optax.safe_increment(state.count), mu)
+
+    return optax.GradientTransformation(optax.scale_by_lion(b1, b2).init, update)
+
+
+class FactoredSecondMomentState(NamedTuple):
+    """Means of g^2 over the last axis, `v_row` (..., a), and the one before, `v_col` (..., b)."""
+
+    count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
+    v_row: optax.Updates
+    v_col: optax.Updates
+
+
+def scale_by_factored_second_moment(
+    decay_rate: float = 0.8, eps: float = 1e-30
+) -> optax.GradientTransformation:
+    """Adafactor's scaling, of the last two axes as a matrix whatever their sizes.
+
+    `optax.scale_by_factored_rms` factors an array's two largest axes, which for a stack of layers
+    may be the stack. A vector (1, b) is scaled by its own second moment, as if not factored.
+
+    Source: arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
+    """
+
+    def init(params: optax.Params) -> FactoredSecondMomentState:
+        return FactoredSecondMomentState(
+            count=jnp.zeros([], jnp.int32),
+            # Reduced rather than sliced, which works on a sharded axis too.
+            v_row=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-1)), params),
+            v_col=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-2)), params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: FactoredSecondMomentState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, FactoredSecondMomentState]:
+        del params
+        count = optax.safe_increment(state.count)
+
+        def average(axis: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+            def one(g: jax.Array, v: jax.Array) -> jax.Array:
+                b2 = 1 - count.astype(v.dtype) ** -decay_rate
+                return b2 * v + (1 - b2) * jnp.mean(jnp.square(g) + eps, axis=axis)
+
+            return one
+
+        v_row = jax.tree.map(average(-1), updates, state.v_row)
+        v_col = jax.tree.map(average(-2), updates, state.v_col)
+
+        def rescale(g: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
+            row = jax.lax.rsqrt(row / jnp.mean(row, axis=-1, keepdims=True))
+            return g * row[..., :, None] * jax.lax.rsqrt(col)[..., None, :]
+
+        updates = jax.tree.map(rescale, updates, v_row, v_col)
+        return updates, FactoredSecondMomentState(count, v_row, v_col)
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_matrix_rms(threshold: float = 1.0) -> optax.GradientTransformation:
+    """Divides each matrix (the last two axes) by max(1, its RMS / threshold)."""
+
+    def clip(u: jax.Array) -> jax.Array:
+        rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=(-2, -1), keepdims=True))
+        return u / jnp.maximum(1, rms / threshold)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+
+
+def scale_by_adafactor(
+    learning_rate: Schedule, beta1: float | None = None
+) -> optax.GradientTransformation:
+    """Adafactor (arXiv 1804.04235) with a given step size, as Hugging Face's class computes it.
+
+    The learning rate is inside, since the first moment averages updates with their step size. The
+    result is a step, to be subtracted.
+
+    Args:
+      learning_rate: (step, from 0) -> step size.
+      beta1: Decay of the first moment. None: no first moment.
+    """
+    first_moment = optax.ema(beta1, debias=False) if beta1 is not None else optax.identity()
+    return optax.chain(
+        scale_by_factored_second_moment(),
+        clip_by_matrix_rms(),
+        optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        first_moment,
+    )
+
+
+def decay_after_update(
+    weight_decay: float, learning_rate: Schedule
+) -> optax.GradientTransformation:
+    """Decoupled weight decay after the update: `W <- (W + u)(1 - lr wd)`, as in the release."""
+    return _decay(weight_decay, learning_rate, lambda u, p, rate: u - rate * (p + u))
+
+
+def decay_before_update(
+    weight_decay: float, learning_rate: Schedule
+) -> optax.GradientTransformation:
+    """Decoupled weight decay before the update: `W <- W (1 - lr wd) + u`."""
+    return _decay(weight_decay, learning_rate, lambda u, p, rate: u - rate * p)
+
+
+def _decay(
+    weight_decay: float,
+    learning_rate: Schedule,
+    decay: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> optax.GradientTransformation:
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        return optax.identity()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.ScaleByScheduleState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+        if params is None:
+            raise ValueError("weight decay needs update(grads, state, params): params is None")
+        rate = weight_decay * learning_rate(state.count)
+        updates = jax.tree.map(lambda u, p: decay(u, p.astype(u.dtype), rate), updates, params)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), update
+    )
+
+
+def on_matrices(
+    tx: optax.GradientTransformation, dimension_numbers: DimensionNumbers = None
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `tx` on every parameter as matrices (..., input, output), vectors as (..., 1, n).
+
+    So a rule that reads the last two axes as its matrix treats attention kernels and stacked
+    layers, norms among them, as the 2-D and 1-D parameters that they stand for.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def convert(tree: optax.Updates, like: optax.Updates, *, back: bool) -> optax.Updates:
+        numbers = dimension_numbers_by_name(dimension_numbers, like)
+
+        def one(path: tuple[Any, ...], like: jax.Array, x: jax.Array) -> jax.Array:
+            name = path_name(path)
+            found = numbers(name) if like.ndim > 1 else None
+            if like.ndim < 2 or (found is not None and found.reduction_axis == ()):
+                matrix_shape = (*like.shape[:-1], 1, like.shape[-1] if like.ndim else 1)
+                return x.reshape(like.shape if back else matrix_shape)
+            layout = matrix_layout(name, like, found)
+            return layout.from_matrix(x) if back else layout.to_matrix(x)
+
+        return jax.tree_util.tree_map_with_path(one, like, tree)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return tx.init(convert(params, params, back=False))
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        matrices = None if params is None else convert(params, params, back=False)
+        new, state = tx.update(convert(updates, updates, back=False), state, matrices, **extra_args)
+        return convert(new, updates, back=True), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Runs `tx` in float32 (float64 for float64): its moments and its updates."""
+    tx = optax.with_extra_args_support(tx)
+    widen = lambda tree: jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), tree)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return tx.update(widen(updates), state, widen(params), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(widen(params)), update)

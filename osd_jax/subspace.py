@@ -1,0 +1,525 @@
+"""The optimizer: gradient -> sketch -> step of W -> step of P.
+
+Online Subspace Descent keeps an optimizer's state in a subspace of each weight matrix. All that
+it asks of a gradient G is a `Sketch` of it, and the work of one step is three pure functions:
+
+    refresh(grads, state)           -> state             sets P from G, on the few steps that do so
+    project(grads, state)           -> sketches          large in, small out
+    apply(sketches, state, params)  -> (updates, state)  small in, large out
+
+`update` is one after the other. Between `project` and `apply` no gradient is alive, which is what
+accumulation, data parallelism and layer-by-layer updates build on.
+
+A gradient is laid out as M, of shape (..., p, q): batch axes first, then the axis that P projects,
+then the other one. P has shape (..., p, r), and its columns are the basis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.projectors import (
+    Basis,
+    Projector,
+    ProjectorState,
+    ResolvedSide,
+    Sketch,
+    TwoSided,
+    accumulator_dtype,
+    contract,
+    zeros_of_axes,
+)
+
+Side = Literal["shorter", "longer", "input", "output", "both"]
+SIDES = get_args(Side)
+
+
+class SubspaceDimensionNumbers(NamedTuple):
+    """Which axes of a parameter form its matrix; all others are batch axes.
+
+    Attributes:
+      reduction_axis: The input side, the axes that a layer sums over. An empty tuple says that the
+        parameter holds vectors, which have no subspace.
+      output_axis: The output side.
+    """
+
+    reduction_axis: int | tuple[int, ...] = 0
+    output_axis: int | tuple[int, ...] = 1
+
+
+# One for all parameters, a tree of them, a function from parameters to a tree, or None.
+DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any], Any] | Any | None
+
+
+class SubspaceState(NamedTuple):
+    """State of `scale_by_subspace`.
+
+    Attributes:
+      count: int32 scalar, the steps taken: one for the whole tree, so that a refresh of P is one
+        `lax.cond`.
+      projector: The bases P and the state of the optimizer that moves them.
+      inner: State of the inner transformation, in the shapes of R.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
+    projector: ProjectorState
+    inner: optax.OptState
+
+
+class SubspaceTransformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation whose update also comes in its three parts."""
+
+    refresh: Callable[[optax.Updates, SubspaceState], SubspaceState]
+    project: Callable[[optax.Updates, SubspaceState], Any]
+    apply: Callable[..., tuple[optax.Updates, SubspaceState]]
+
+    def __new__(cls, init, update, refresh, project, apply):  # type: ignore[no-untyped-def]
+        """Stays the pair that `optax.chain` unpacks; the parts are attributes."""
+        self = super().__new__(cls, init, update)
+        self.refresh, self.project, self.apply = refresh, project, apply
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLayout:
+    """How one parameter is read as matrices M of shape (..., p, q), and written back."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
+    matrix_shape: tuple[int, ...]  # (batch..., p, q)
+    side: ResolvedSide
+
+    def to_matrix(self, array: jax.Array) -> jax.Array:
+        """(the parameter's shape) -> (..., p, q)."""
+        return array.transpose(self.axes).reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """(..., p, q) -> (the parameter's shape)."""
+        permuted = tuple(self.shape[axis] for axis in self.axes)
+        inverse = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
+        return matrix.reshape(permuted).transpose(inverse)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as text, such as `layers/attention/query`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+def matrix_layout(
+    name: str, array: jax.Array, numbers: SubspaceDimensionNumbers | None, side: Side = "input"
+) -> MatrixLayout:
+    """Reads one parameter as matrices.
+
+    Args:
+      name: For messages.
+      array: The parameter, or anything with its `shape` and `ndim`.
+      numbers: Its matrix axes; None: the two axes of a 2-D array.
+      side: The side that P projects. "both" lays the matrix out as (input, output).
+
+    Raises:
+      ValueError: if the axes do not describe a matrix of this parameter.
+    """
+    shape = tuple(array.shape)
+    if numbers is None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"parameter '{name}' has shape {shape}, which is not a matrix: give its matrix "
+                "axes in dimension_numbers, or leave it out of the subspace (select=, optax.masked)"
+            )
+        numbers = SubspaceDimensionNumbers()
+    sides = [_as_tuple(numbers.reduction_axis), _as_tuple(numbers.output_axis)]
+    used = [axis for axes in sides for axis in axes]
+    in_range = all(-len(shape) <= axis < len(shape) for axis in used)
+    sides = [tuple(axis % len(shape) for axis in axes) for axes in sides] if in_range else sides
+    used = [axis for axes in sides for axis in axes]
+    if not in_range or len(set(used)) != len(used) or not all(sides):
+        raise ValueError(
+            f"parameter '{name}' of shape {shape} has {numbers}: expected two disjoint, non-empty "
+            "sets of its axes"
+        )
+    n_in, n_out = (math.prod(shape[axis] for axis in axes) for axes in sides)
+    resolved: ResolvedSide
+    if side == "shorter" or side == "longer":
+        resolved = "input" if (n_in <= n_out) == (side == "shorter") else "output"
+    else:
+        resolved = side
+    if resolved == "output":
+        sides.reverse()
+    batch = tuple(axis for axis in range(len(shape)) if axis not in used)
+    return MatrixLayout(
+        name=name,
+        shape=shape,
+        axes=batch + sides[0] + sides[1],
+        matrix_shape=tuple(shape[axis] for axis in batch)
+        + tuple(math.prod(shape[axis] for axis in axes) for axes in sides),
+        side=resolved,
+    )
+
+
+def dimension_numbers_by_name(
+    dimension_numbers: DimensionNumbers, params: optax.Params
+) -> Callable[[str], SubspaceDimensionNumbers | None]:
+    """Looks up a parameter's matrix axes by its path.
+
+    By path and not by structure, so that a full tree of dimension numbers serves parameters of
+    which `optax.masked` or `optax.partition` has hidden some.
+    """
+    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    if tree is None or isinstance(tree, SubspaceDimensionNumbers):
+        return lambda name: tree
+    is_leaf = lambda x: x is None or isinstance(x, (SubspaceDimensionNumbers, optax.MaskedNode))
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    numbers = {path_name(path): leaf for path, leaf in leaves}
+    for name, leaf in numbers.items():
+        if not is_leaf(leaf):
+            raise ValueError(
+                f"dimension_numbers holds {leaf!r} for '{name}': expected "
+                "SubspaceDimensionNumbers(reduction_axis, output_axis) or None"
+            )
+
+    def lookup(name: str) -> SubspaceDimensionNumbers | None:
+        if name not in numbers:
+            raise ValueError(
+                f"dimension_numbers has nothing for parameter '{name}'; it has {sorted(numbers)}"
+            )
+        return numbers[name]
+
+    return lookup
+
+
+def scale_by_subspace(
+    inner: optax.GradientTransformation,
+    projector: Projector,
+    *,
+    rank: int,
+    scale: float = 1.0,
+    side: Side = "shorter",
+    dimension_numbers: DimensionNumbers = None,
+    seed: int = 0,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    widen_updates: bool = False,
+) -> SubspaceTransformation:
+    """Runs `inner` on every matrix's gradient in a subspace that `projector` moves.
+
+    For a gradient laid out as M, of shape (..., p, q): `R = P^T M`; `inner` turns R into a
+    direction D; the update is `scale * P D` (arXiv 2408.12857, equation 6; GaLore's algorithm 1
+    with an SVD projector).
+
+    Args:
+      inner: Any transformation that needs no parameters. It sees the tree of R's, of shape
+        (..., r, q) and dtype float32 (float64 for float64 gradients), with stacked matrices along
+        leading axes, so a rule that is not elementwise should treat the last two axes as the
+        matrix.
+      projector: `online_pca(...)`, `svd(...)` or `random(...)`.
+      rank: Columns of P. The effective rank is min(rank, m, n).
+      scale: Multiplies the lifted direction.
+      side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
+        "longer" (ties: output) or "both" (`R = P_in^T M P_out`, not with online PCA).
+      dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
+        from parameters to a tree. None: every parameter is a matrix (input, output).
+      seed: For projectors that draw.
+      basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+      widen_updates: Whether to leave the updates in float32, for transformations that follow,
+        rather than in the gradients' dtype.
+
+    Returns:
+      An Optax transformation with the further attributes `refresh`, `project` and `apply`.
+
+    Raises:
+      ValueError: for a rank below 1, an unknown side, a side that the projector does not move, or,
+        from `init`, a parameter that is not a matrix or has an integer or float16 dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> tx = optax.chain(
+      ...     osd_jax.scale_by_subspace(
+      ...         optax.scale_by_adam(), osd_jax.online_pca(optax.adam(5e-3)), rank=4),
+      ...     optax.scale_by_learning_rate(1e-2))
+      >>> params = {"kernel": jnp.ones((16, 24))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((16, 24))}, state, params)
+      >>> jax.tree.map(jnp.shape, osd_jax.projectors(state))
+      {'kernel': (16, 4)}
+    """
+    check_rank(rank)
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}: expected one of {', '.join(SIDES)}")
+    if side == "both" and not projector.two_sided:
+        raise ValueError(
+            "side='both' has two bases, and online PCA moves one: use svd(...) or random(...), or "
+            "one side"
+        )
+    inner = optax.with_extra_args_support(inner)
+
+    def layouts(params: optax.Params) -> Any:
+        numbers = dimension_numbers_by_name(dimension_numbers, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: matrix_layout(path_name(path), x, numbers(path_name(path)), side),
+            params,
+        )
+
+    def init(params: optax.Params) -> SubspaceState:
+        def matrix_of(layout: MatrixLayout, param: jax.Array) -> tuple[Any, int, Any]:
+            check_dtype(layout.name, param)
+            matrix = jax.eval_shape(layout.to_matrix, param)
+            return matrix, min(rank, *matrix.shape[-2:]), accumulator_dtype(param.dtype)
+
+        def init_basis(layout: MatrixLayout, param: jax.Array) -> Basis:
+            matrix, r, wide = matrix_of(layout, param)
+            left = zeros_of_axes("pr", matrix, r, basis_dtype or wide)
+            if side != "both":
+                return left
+            return TwoSided(output=zeros_of_axes("qr", matrix, r, basis_dtype or wide), input=left)
+
+        def init_low_rank(layout: MatrixLayout, param: jax.Array) -> jax.Array:
+            matrix, r, wide = matrix_of(layout, param)
+            return zeros_of_axes("rs" if side == "both" else "rq", matrix, r, wide)
+
+        tree = layouts(params)
+        bases = jax.tree.map(init_basis, tree, params)
+        return SubspaceState(
+            count=jnp.zeros([], jnp.int32),
+            projector=ProjectorState(bases, projector.init(bases)),
+            inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
+        )
+
+    def refresh(grads: optax.Updates, state: SubspaceState) -> SubspaceState:
+        """Sets P from the gradient (..., p, q), on the steps when the projector is due to."""
+
+        def fresh(count: jax.Array, grads: optax.Updates, bases: Any) -> Any:
+            key = jax.random.fold_in(jax.random.key(seed), count)
+
+            def one(layout: MatrixLayout, grad: jax.Array, basis: Basis) -> Basis:
+                name_key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
+                return projector.fresh_basis(name_key, layout.to_matrix(grad), basis, layout.side)
+
+            return jax.tree.map(one, layouts(grads), grads, bases)
+
+        bases = _cond_once(
+            fresh, projector.is_due(state.count), state.count, grads, state.projector.basis
+        )
+        return state._replace(projector=state.projector._replace(basis=bases))
+
+    def project(grads: optax.Updates, state: SubspaceState) -> Any:
+        """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
+        return jax.tree.map(
+            lambda layout, g, basis: projector.sketch(basis, layout.to_matrix(g)),
+            layouts(grads),
+            grads,
+            state.projector.basis,
+        )
+
+    def apply(
+        sketches: Any,
+        state: SubspaceState,
+        params: optax.Params,
+        *,
+        grads: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SubspaceState]:
+        """Sketches -> updates in the parameters' shapes.
+
+        Args:
+          sketches: From `project`.
+          state: From `refresh`.
+          params: Read for shapes and dtypes only.
+          grads: The gradients, which only a projector that moves before W asks for.
+          **extra_args: Handed to `inner`.
+        """
+        tree = layouts(params)
+        is_sketch = lambda x: isinstance(x, Sketch)
+        bases, count = state.projector.basis, state.count
+        moved = projector.move(bases, sketches, state.projector.optimizer, count)
+        if projector.moves_first:
+            if grads is None:
+                raise ValueError("a projector with moves_first=True needs apply(..., grads=...)")
+            bases = moved[0]
+            low_rank = jax.tree.map(
+                lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
+                tree, grads, bases,
+            )  # fmt: skip
+        else:
+            low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
+        directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
+
+        def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
+            update = layout.from_matrix(scale * lift(basis, d))
+            return update if widen_updates else update.astype(x.dtype)
+
+        updates = jax.tree.map(lift_one, tree, params, bases, directions)
+        count = optax.safe_increment(state.count)
+        return updates, SubspaceState(count, ProjectorState(*moved), inner_state)
+
+    def update(
+        grads: optax.Updates,
+        state: SubspaceState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SubspaceState]:
+        del params  # the gradients have the same shapes and dtypes
+        state = refresh(grads, state)
+        return apply(project(grads, state), state, grads, grads=grads, **extra_args)
+
+    return SubspaceTransformation(init, update, refresh, project, apply)
+
+
+def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
+    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r), in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        half = contract("pr,pq->rq", basis.input, matrix)
+        return contract("rq,qs->rs", half, basis.output)
+    return contract("pr,pq->rq", basis, matrix)
+
+
+def lift(basis: Basis, direction: jax.Array) -> jax.Array:
+    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T."""
+    if isinstance(basis, TwoSided):
+        half = contract("pr,rs->ps", basis.input, direction)
+        return contract("ps,qs->pq", half, basis.output)
+    return contract("pr,rq->pq", basis, direction)
+
+
+def _cond_once(
+    fresh: Callable[[jax.Array, Any, Any], Any],
+    due: jax.Array,
+    count: jax.Array,
+    grads: Any,
+    bases: Any,
+) -> Any:
+    """`fresh(count, grads, bases)` if `due`, else `bases`.
+
+    Plain `lax.cond`, except under `jax.vmap` with a batched `due`: there `cond` would run both
+    branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(due: jax.Array, count: jax.Array, grads: Any, bases: Any) -> Any:
+        return jax.lax.cond(due, fresh, lambda count, grads, bases: bases, count, grads, bases)
+
+    @choose.def_vmap
+    def batched(axis_size, in_batched, due, count, grads, bases):  # type: ignore[no-untyped-def]
+        def spread(x: jax.Array, is_batched: bool) -> jax.Array:
+            return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+        args = (due, count, grads, bases)
+        due_all, *rest = (jax.tree.map(spread, x, b) for x, b in zip(args, in_batched, strict=True))
+
+        def some(count: jax.Array, grads: Any, bases: Any) -> Any:
+            pick = lambda due, new, old: jnp.where(due, new, old)
+            new = jax.vmap(fresh)(count, grads, bases)
+            return jax.tree.map(lambda n, o: jax.vmap(pick)(due_all, n, o), new, bases)
+
+        out = jax.lax.cond(jnp.any(due), some, lambda count, grads, bases: bases, *rest)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return choose(due, count, grads, bases)
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is a whole number of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
+
+
+def check_dtype(name: str, array: jax.Array) -> None:
+    """Raises ValueError for a dtype that the optimizers do not train."""
+    supported = (jnp.float32, jnp.bfloat16, jnp.float64)
+    if array.dtype not in [jnp.dtype(t) for t in supported]:
+        raise ValueError(
+            f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
+            "(float16 overflows in squared gradients; use bfloat16)"
+        )
+
+
+class Diagnostics(NamedTuple):
+    """How well P does, for one parameter; each (batch...,) float32.
+
+    Attributes:
+      energy: `||P P^T M||_F^2 / ||M||_F^2`, the part of the gradient that P captures.
+      orthonormality: `||P^T P - I||_F / sqrt(r)`, how far P is from orthonormal.
+    """
+
+    energy: jax.Array
+    orthonormality: jax.Array
+
+
+def subspace_diagnostics(
+    grads: optax.Updates,
+    opt_state: optax.OptState,
+    *,
+    side: Side = "shorter",
+    dimension_numbers: DimensionNumbers = None,
+) -> dict[str, Diagnostics]:
+    """Measures P against the gradients that it is about to project.
+
+    Args:
+      grads: The gradients, of all parameters.
+      opt_state: An optimizer's state, whatever it is wrapped in.
+      side: What the optimizer was made with.
+      dimension_numbers: Likewise.
+
+    Returns:
+      By parameter path. Empty where nothing is projected.
+    """
+    numbers = dimension_numbers_by_name(dimension_numbers, grads)
+    leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
+    named = {path_name(path): grad for path, grad in leaves}
+    return {
+        name: _diagnose(
+            basis, matrix_layout(name, named[name], numbers(name), side).to_matrix(named[name])
+        )
+        for name, basis in projectors(opt_state).items()
+    }
+
+
+def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
+    low_rank = low_rank_gradient(basis, matrix)
+    sides = [basis.input, basis.output] if isinstance(basis, TwoSided) else [basis]
+    grams = [contract("pr,ps->rs", side, side) for side in sides]
+    # ||P R||^2 = <R, (P^T P) R>
+    weighted = contract("rs,sq->rq", grams[0], low_rank)
+    if len(grams) == 2:
+        weighted = contract("rq,qs->rs", weighted, grams[1])
+    captured = jnp.sum(low_rank * weighted, axis=(-2, -1))
+    norm = jnp.sum(jnp.square(matrix.astype(low_rank.dtype)), axis=(-2, -1))
+    off = [jnp.linalg.norm(gram - jnp.eye(gram.shape[-1]), axis=(-2, -1)) for gram in grams]
+    return Diagnostics(
+        energy=captured / jnp.where(norm > 0, norm, 1),
+        orthonormality=jnp.maximum(off[0], off[-1]) / grams[0].shape[-1] ** 0.5,
+    )
+
+
+def subspace_states(opt_state: optax.OptState) -> list[SubspaceState]:
+    """Every `SubspaceState` inside an optimizer state, whatever it is wrapped in."""
+    is_state = lambda x: isinstance(x, SubspaceState)
+    return [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
+
+
+def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
+    """The bases P in an optimizer state, by parameter path.
+
+    Returns:
+      For each projected parameter its P: (..., m, r) where it acts on the output side, (..., n, r)
+      on the input side, or `TwoSided(output, input)`. Columns are the basis.
+    """
+    is_basis = lambda x: isinstance(x, TwoSided)
+    return {
+        path_name(path): basis
+        for state in subspace_states(opt_state)
+        for path, basis in jax.tree_util.tree_flatten_with_path(
+            state.projector.basis, is_leaf=is_basis
+        )[0]
+    }
