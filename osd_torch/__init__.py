@@ -1,0 +1,32 @@
+"""Online Subspace Descent as PyTorch optimizers.
+
+Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Subspace Descent",
+arXiv 2408.12857.
+"""
+
+from osd_torch.optimizers import (
+    SubspaceAdafactor,
+    SubspaceAdamW,
+    SubspaceAdamW8bit,
+    SubspaceLion,
+    make_optimizer,
+)
+from osd_torch.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_torch.subspace import SubspaceOptimizer, projectors, skipped_steps
+
+__all__ = [
+    "Projector",
+    "Sketch",
+    "SubspaceAdafactor",
+    "SubspaceAdamW",
+    "SubspaceAdamW8bit",
+    "SubspaceLion",
+    "SubspaceOptimizer",
+    "TwoSided",
+    "make_optimizer",
+    "online_pca",
+    "projectors",
+    "random",
+    "skipped_steps",
+    "svd",
+]

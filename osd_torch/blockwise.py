@@ -1,0 +1,110 @@
+"""8-bit optimizer state, by bitsandbytes, on CUDA and on the CPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osd_torch.rules import Adam, State
+
+BLOCK_SIZE = 256  # values that share one scale; fixed by bitsandbytes
+
+
+def import_bitsandbytes() -> Any:
+    """The library, imported at first use because that takes seconds.
+
+    Raises:
+        ImportError: if it cannot be imported, saying what to install.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "8-bit optimizer state needs bitsandbytes, which could not be imported: "
+            "`pip install 'bitsandbytes>=0.50'`, or choose an optimizer and proj_type without 8bit"
+        ) from error
+    return bitsandbytes
+
+
+@functools.cache
+def code_books(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 float32 values that the codes of the first and of the second moment stand for."""
+    dynamic_map = import_bitsandbytes().functional.create_dynamic_map
+    return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
+
+
+@dataclass(frozen=True)
+class Adam8bit:
+    """Adam whose moments are held in 8 bits, one float32 scale to each 256 values.
+
+    State of fewer than `min_8bit_size` values stays float32, as in bitsandbytes' own optimizers.
+
+    Attributes:
+        betas: Decay of the first and of the second moment.
+        eps: Added to the root of the second moment, after the bias correction.
+        min_8bit_size: Fewest values that are worth 8 bits.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    min_8bit_size: int = 4096
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of both moments, or small moments in float32."""
+        import_bitsandbytes()  # missing, it is an error now and not at the first large matrix
+        like = like.to(torch.float32)
+        if like.numel() < self.min_8bit_size:
+            return Adam(self.betas, self.eps).init(like)
+        codes = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
+        scales = like.new_zeros(-(-like.numel() // BLOCK_SIZE))
+        return {
+            "exp_avg": codes,
+            "exp_avg_absmax": scales,
+            "exp_avg_sq": codes.clone(),
+            "exp_avg_sq_absmax": scales.clone(),
+        }
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """One step; see `Rule`."""
+        gradient = gradient.to(torch.float32)
+        if state["exp_avg"].dtype != torch.uint8:
+            return Adam(self.betas, self.eps).step(gradient, state, t, lr)
+        step = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
+        self.move_(step, gradient.contiguous(), state, t, lr=1.0)
+        return step, -lr  # bitsandbytes has taken the step, downhill
+
+    def move_(self, weight: Tensor, gradient: Tensor, state: State, t: int, lr: float) -> None:
+        """One step of `weight` in place, with 8-bit moments and without weight decay.
+
+        Args:
+            weight: float32 or bfloat16, contiguous, written in place.
+            gradient: Like `weight`.
+            state: With uint8 moments; written in place.
+            t: The number of this step, from 1.
+            lr: The step size.
+        """
+        signed, unsigned = code_books(weight.device)
+        # By keyword: what the positions mean has changed between releases.
+        import_bitsandbytes().functional.optimizer_update_8bit_blockwise(
+            optimizer_name="adam",
+            g=gradient,
+            p=weight,
+            state1=state["exp_avg"],
+            state2=state["exp_avg_sq"],
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            beta3=0.0,
+            alpha=0.0,
+            eps=self.eps,
+            step=t,
+            lr=lr,
+            qmap1=signed,
+            qmap2=unsigned,
+            absmax1=state["exp_avg_absmax"],
+            absmax2=state["exp_avg_sq_absmax"],
+            weight_decay=0.0,
+        )

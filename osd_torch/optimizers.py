@@ -1,0 +1,530 @@
+"""The published names -> a built optimizer (`make_optimizer`), and the classes behind it.
+
+Each class is a short composition: the rule of W; by its parameter groups' `proj_type` the
+projector that moves P; decoupled weight decay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from osd_torch.blockwise import Adam8bit, import_bitsandbytes
+from osd_torch.projectors import Basis, Projector, check_period, online_pca, random, svd
+from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
+from osd_torch.subspace import (
+    Group,
+    Side,
+    SubspaceOptimizer,
+    add_,
+    check_dtype,
+    check_number,
+    count_if_not_finite,
+    lift,
+    resolve_side,
+)
+
+Select = Callable[[str, Tensor], bool]
+LionSign = Literal["lifted", "subspace"]
+MoveProjector = Literal["after", "before"]
+
+SUBSPACE_OPTIMIZERS = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
+FULL_RANK_OPTIMIZERS = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
+SIDES_BY_PROJ_TYPE: dict[str, Side] = {
+    "std": "shorter",
+    "reverse_std": "longer",
+    "left": "output",
+    "right": "input",
+    "full": "both",
+    "random": "shorter",
+    "continuous": "shorter",
+    "continuous_adam8bit": "shorter",
+    "continuous_lion": "shorter",
+    "continuous_adafactor": "shorter",
+    "continuous_sgd": "shorter",
+}
+PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
+# The rule that moves P, and its weight decay in the release.
+PROJECTOR_RULES: dict[str, tuple[Rule, float]] = {
+    "continuous": (Adam(), 0.01),
+    "continuous_adam8bit": (Adam8bit(), 0.0),
+    "continuous_lion": (Lion(), 0.0),
+    "continuous_adafactor": (Adafactor(), 0.0),
+    "continuous_sgd": (SGD(), 0.0),
+}
+SUBSPACE_DEFAULTS: dict[str, Any] = {
+    "rank": None,
+    "update_proj_gap": 200,
+    "scale": 1.0,
+    "proj_type": "std",
+    "penalty": 0.0,
+    "projector_lr_multiple": None,
+    "projector_weight_decay": None,
+    "move_projector": "after",
+    "basis_dtype": None,
+    "seed": 0,
+}
+
+
+class PublishedOptimizer(SubspaceOptimizer):
+    """A subspace optimizer whose groups name their projector as the release does.
+
+    A group with `rank` takes these further keys, of which `galore_torch` has the first three:
+
+        update_proj_gap         steps between refreshes for the SVD kinds and `random`; for online
+                                PCA, P's step size is 1 / update_proj_gap times lr / peak lr (200)
+        scale                   multiplies the lifted update (1.0)
+        proj_type               one of `PROJ_TYPES` ("std")
+        penalty                 weight of the orthogonality penalty in P's loss (0.0)
+        projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
+        projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
+                                `continuous` and 0 for the others (None)
+        move_projector          whether P moves "after" W's step or "before" it ("after")
+        basis_dtype             dtype of P; None: float32, float64 for float64 parameters (None)
+        seed                    of `random` (0)
+
+    The peak of lr is `initial_lr`, which PyTorch's schedulers set, or lr as the group was added.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**SUBSPACE_DEFAULTS, **defaults})
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        super().check_group(group)
+        check_choice("proj_type", group["proj_type"], PROJ_TYPES)
+        check_choice("move_projector", group["move_projector"], get_args(MoveProjector))
+        check_period(group["update_proj_gap"])
+        check_number("scale", group["scale"])
+        for name in ("projector_lr_multiple", "projector_weight_decay"):
+            if group[name] is not None:
+                check_number(name, group[name])
+        if group["rank"] is not None:
+            self.projector(group)  # checks what is left
+
+    def side(self, group: Group, param: Tensor) -> Side:
+        """The side of a matrix (output, input) that P projects, by `proj_type`."""
+        return resolve_side(SIDES_BY_PROJ_TYPE[group["proj_type"]], param)
+
+    def projector(self, group: Group) -> Projector:
+        """The rule that moves P, by `proj_type`."""
+        proj_type, every = group["proj_type"], group["update_proj_gap"]
+        if proj_type == "random":
+            return random(every)
+        if proj_type not in PROJECTOR_RULES:
+            return svd(every)
+        rule, release_decay = PROJECTOR_RULES[proj_type]
+        decay = group["projector_weight_decay"]
+        return online_pca(
+            rule,
+            penalty=group["penalty"],
+            weight_decay=release_decay if decay is None else decay,
+            moves_first=group["move_projector"] == "before",
+        )
+
+    def projector_lr(self, group: Group) -> float:
+        """P's step size: the release's, or a multiple of lr as in the paper."""
+        lr = float(group["lr"])
+        peak = float(group["initial_lr"] if "initial_lr" in group else group["peak_lr"])
+        if group["projector_lr_multiple"] is not None:
+            return group["projector_lr_multiple"] * lr
+        return (lr / peak if peak else 1.0) / group["update_proj_gap"]
+
+
+class SubspaceAdamW(PublishedOptimizer):
+    """`galore_adamw`: AdamW on the low-rank gradient; weight decay after the update.
+
+    As in the release, eps is added to the root of the second moment before the bias correction.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate; the peak, if a schedule changes it.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, times lr.
+
+    Raises:
+        ValueError: for an option out of range, a dtype that is not float32, bfloat16 or float64,
+            or a projected parameter that is not a matrix.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_betas(group)
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """Adam with the release's eps."""
+        return Adam(tuple(group["betas"]), group["eps"], eps_first=True)
+
+
+class SubspaceLion(PublishedOptimizer):
+    """`galore_lion`: Lion on the low-rank gradient; weight decay after the update.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate; the peak, if a schedule changes it.
+        betas: Weight of the moment in the direction, and its decay.
+        weight_decay: Decoupled, times lr.
+        lion_sign: "lifted": the sign is taken after the lift, so that `scale` has no effect (the
+            release); "subspace": of the low-rank direction, then lifted (the paper).
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        lion_sign: LionSign = "lifted",
+    ) -> None:
+        super().__init__(
+            params, dict(lr=lr, betas=betas, weight_decay=weight_decay, lion_sign=lion_sign)
+        )
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_betas(group)
+        check_choice("lion_sign", group["lion_sign"], get_args(LionSign))
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """Lion, with its sign here or after the lift."""
+        sign_in_subspace = group["rank"] is None or group["lion_sign"] == "subspace"
+        return Lion(tuple(group["betas"]), sign=sign_in_subspace)
+
+    def lift(
+        self, group: Group, weight: Tensor, basis: Basis, direction: Tensor, rate: float
+    ) -> None:
+        """W <- W - lr * sign(P D) with weight decay, or the sign first; see `lion_sign`."""
+        if group["lion_sign"] == "subspace":
+            return super().lift(group, weight, basis, direction, rate)
+        sign = lift(basis, direction).sign_()
+        add_(weight, sign, *self.coefficients(group, float(group["lr"])))
+
+
+class SubspaceAdafactor(PublishedOptimizer):
+    """`galore_adafactor`: Adafactor on the low-rank gradient; weight decay before the update.
+
+    The step size is `lr` as given: neither relative to the step count nor to the parameters.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate; the peak, if a schedule changes it.
+        beta1: Decay of the first moment; None: no first moment.
+        eps: Added to the squared gradient.
+        clip_threshold: The largest root mean square of an update before lr.
+        decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
+        weight_decay: Decoupled, times lr.
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`.
+    """
+
+    decays_first = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        beta1: float | None = None,
+        eps: float = 1e-30,
+        clip_threshold: float = 1.0,
+        decay_rate: float = -0.8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        rule = Adafactor(beta1, eps, clip_threshold, decay_rate)
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule)))
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        if group["beta1"] is not None:
+            check_beta("beta1", group["beta1"])
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """Adafactor with the group's options."""
+        return Adafactor(*(group[f.name] for f in dataclasses.fields(Adafactor)))
+
+
+class SubspaceAdamW8bit(PublishedOptimizer):
+    """`galore_adamw8bit`: AdamW with 8-bit moments, by bitsandbytes; weight decay after the update.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate; the peak, if a schedule changes it.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, times lr.
+        min_8bit_size: State of fewer values is kept in float32.
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`.
+        ImportError: at the first step, if bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        rule = Adam8bit(betas, eps, min_8bit_size)
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule)))
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_betas(group)
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Adam8bit:
+        """Adam with moments in 8 bits."""
+        return Adam8bit(tuple(group["betas"]), group["eps"], group["min_8bit_size"])
+
+
+class FullRankAdam(PublishedOptimizer):
+    """`adam` and `adamw` for bfloat16 parameters: as in `torch.optim`, but float32 moments.
+
+    There the moments would be bfloat16, in which `0.999 * v` rounds to v and never decays.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups without rank.
+        lr: Learning rate.
+        betas: Decay of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, times lr, before the update.
+        l2: Weight decay that is added to the gradient.
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`.
+    """
+
+    decays_first = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        l2: float = 0.0,
+    ) -> None:
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l2=l2)
+        super().__init__(params, defaults)
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_betas(group)
+        check_number("weight_decay", group["l2"])
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """Adam."""
+        return Adam(tuple(group["betas"]), group["eps"])
+
+    def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
+        """The gradient with its L2 term."""
+        gradient = super().full_rank_gradient(group, param)
+        return gradient.add(param, alpha=group["l2"]) if group["l2"] else gradient
+
+
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    optimizer: str,
+    proj_type: str = "std",
+    *,
+    lr: float,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    weight_decay: float = 0.0,
+    beta1: float | None = None,
+    select: Select | None = None,
+    seed: int = 0,
+    penalty: float = 0.0,
+    projector_lr_multiple: float | None = None,
+    projector_weight_decay: float | None = None,
+    lion_sign: LionSign = "lifted",
+    move_projector: MoveProjector = "after",
+    basis_dtype: torch.dtype | None = None,
+) -> torch.optim.Optimizer:
+    """Builds an optimizer by its published name.
+
+    The defaults are the release's; the paper's (arXiv 2408.12857) are named options: `penalty=0.1`,
+    `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`, `lion_sign="subspace"`,
+    `scale=1`.
+
+    Args:
+        named_parameters: Such as `model.named_parameters()`.
+        optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
+            parameters in a subspace, all else by the same rule at full rank; or `adam`, `adamw`,
+            `lion`, `adafactor`, `adam8bit` or `sgd`: everything at full rank.
+        proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD
+            every `update_proj_gap` steps), `random` (drawn as often), or online PCA by AdamW
+            (`continuous`), `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`,
+            `continuous_sgd`.
+        lr: Learning rate; the peak, if a scheduler changes it.
+        rank: Columns of P; at most min(m, n) are used.
+        update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA,
+            P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
+        scale: Multiplies the lifted update.
+        weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers
+            and `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the
+            gradient.
+        beta1: First moment of `galore_adafactor` and `adafactor`. None: none.
+        select: (name, parameter) -> whether it is projected. None: matrices with `attn`,
+            `attention` or `mlp` in their name.
+        seed: Of `random`.
+        penalty: Weight of the orthogonality penalty in P's loss.
+        projector_lr_multiple: P's step size as a multiple of lr, in place of `1 / update_proj_gap`.
+        projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
+        lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
+        move_projector: Whether P moves after W's step or before it.
+        basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+
+    Returns:
+        A `torch.optim.Optimizer`. A step with any non-finite gradient changes nothing and is
+        counted (`skipped_steps`).
+
+    Raises:
+        ValueError: for an unknown name or an argument out of range, naming it and the choices.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> model = torch.nn.Sequential()
+        >>> model.add_module("mlp", torch.nn.Linear(24, 16))
+        >>> optimizer = osd_torch.make_optimizer(
+        ...     model.named_parameters(), "galore_adamw", "continuous", lr=0.01, rank=4)
+        >>> model(torch.ones(2, 24)).square().sum().backward()
+        >>> optimizer.step()
+        >>> list(osd_torch.projectors(optimizer))
+        ['mlp.weight']
+    """
+    check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
+    check_choice("proj_type", proj_type, PROJ_TYPES)
+    check_choice("lion_sign", lion_sign, get_args(LionSign))
+    check_choice("move_projector", move_projector, get_args(MoveProjector))
+    trained = [(name, param) for name, param in named_parameters if param.requires_grad]
+    common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    for name, param in trained:
+        check_dtype(name, param)
+    if optimizer in FULL_RANK_OPTIMIZERS:
+        return _full_rank(optimizer, trained, common, beta1)
+
+    chosen = select or is_attention_or_mlp
+    projected = [(name, param) for name, param in trained if chosen(name, param)]
+    others = [(name, param) for name, param in trained if not chosen(name, param)]
+    options = {
+        "rank": rank,
+        "update_proj_gap": update_proj_gap,
+        "scale": scale,
+        "proj_type": proj_type,
+        "penalty": penalty,
+        "projector_lr_multiple": projector_lr_multiple,
+        "projector_weight_decay": projector_weight_decay,
+        "move_projector": move_projector,
+        "basis_dtype": basis_dtype,
+        "seed": seed,
+    }
+    groups: list[Group] = [{"params": projected, **options}, {"params": others}]
+    groups = [group for group in groups if group["params"]]
+    match optimizer:
+        case "galore_adamw":
+            return SubspaceAdamW(groups, **common)
+        case "galore_lion":
+            return SubspaceLion(groups, **common, lion_sign=lion_sign)
+        case "galore_adafactor":
+            return SubspaceAdafactor(groups, **common, beta1=beta1)
+        case "galore_adamw8bit":
+            return SubspaceAdamW8bit(groups, **common)
+    raise AssertionError(optimizer)
+
+
+def _full_rank(
+    optimizer: str,
+    params: list[tuple[str, Tensor]],
+    common: dict[str, Any],
+    beta1: float | None,
+) -> torch.optim.Optimizer:
+    is_narrow = any(param.dtype == torch.bfloat16 for _, param in params)
+    match optimizer:
+        case "adam" if is_narrow:
+            return FullRankAdam(params, lr=common["lr"], l2=common["weight_decay"])
+        case "adamw" if is_narrow:
+            return FullRankAdam(params, **common)
+        case "adam":
+            return skip_if_not_finite(torch.optim.Adam(params, **common))
+        case "adamw":
+            return skip_if_not_finite(torch.optim.AdamW(params, **common))
+        case "sgd":
+            return skip_if_not_finite(torch.optim.SGD(params, **common))
+        case "adam8bit":
+            return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(params, **common))
+        case "lion":
+            return SubspaceLion(params, **common)
+        case "adafactor":
+            return SubspaceAdafactor(params, **common, beta1=beta1)
+    raise AssertionError(optimizer)
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Makes an optimizer of another library skip, and count, steps with a non-finite gradient.
+
+    Such a step drops the gradients. What a closure computes inside `step` is not seen.
+    """
+
+    def drop_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        present = [p for p in params if p.grad is not None]
+        if count_if_not_finite(optimizer, [p.grad for p in present]):
+            for param in present:
+                param.grad = None
+
+    optimizer.param_groups[0]["skipped_steps"] = (0, 0)
+    optimizer.register_step_pre_hook(drop_gradients)
+    return optimizer
+
+
+def is_attention_or_mlp(name: str, param: Tensor) -> bool:
+    """The default selection: matrices of attention and MLP layers, by their name."""
+    return param.ndim == 2 and any(part in name for part in ("attn", "attention", "mlp"))
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_beta(name: str, beta: float) -> None:
+    """Raises ValueError unless `beta` is in [0, 1)."""
+    if not 0 <= beta < 1:
+        raise ValueError(f"{name} is {beta!r}: expected a number in [0, 1)")
+
+
+def check_betas(group: Group) -> None:
+    """Raises ValueError unless the group's `betas` are two numbers in [0, 1)."""
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas are {group['betas']!r}: expected two numbers in [0, 1)")

@@ -1,0 +1,283 @@
+"""The rules that move P: online PCA, SVD, random.
+
+A `Projector` says when P is set anew from a gradient, and how it moves after a step of W. Online
+PCA needs three small things of a gradient, its `Sketch`, and no SVD after the first step.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osd_torch.rules import Rule, State
+
+
+class Sketch(NamedTuple):
+    """All that a step asks of a gradient M (p, q) with P (p, r).
+
+    Attributes:
+        low_rank: R = P^T M, (r, q); two-sided: P_out^T M P_in, (r, r).
+        correlation: A = M R^T, (p, r), or None where the projector does not read it.
+        squared_norm: s = ||M||_F^2, 0-dimensional, or None likewise.
+
+    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
+    while P is fixed; A is exact if every part uses the final R.
+    """
+
+    low_rank: Tensor
+    correlation: Tensor | None
+    squared_norm: Tensor | None
+
+
+class TwoSided(NamedTuple):
+    """The bases of a matrix that is projected on both sides: (m, r) and (n, r)."""
+
+    output: Tensor
+    input: Tensor
+
+
+Basis = Tensor | TwoSided
+FreshBasis = Callable[[Tensor, str, int, torch.dtype, str], Basis]
+
+
+class Projector(NamedTuple):
+    """A rule for P, as functions.
+
+    Attributes:
+        is_due: (step, from 0) -> whether P is set anew from the gradient, before projecting.
+        fresh_basis: (gradient (m, n), side, rank, dtype, key) -> P for that side, "output", "input"
+            or "both". The key is text that names the draw.
+        sketch: (P, M) -> Sketch.
+        init: (P, side) -> the state of P's optimizer.
+        move: (P, side, sketch, that state, step, step size) -> None; moves P in place.
+        two_sided: Whether it serves side "both".
+        moves_first: Whether P moves before W's step, at the cost of one more product with the
+            gradient.
+    """
+
+    is_due: Callable[[int], bool]
+    fresh_basis: FreshBasis
+    sketch: Callable[[Basis, Tensor], Sketch]
+    init: Callable[[Basis, str], dict[str, Tensor]]
+    move: Callable[[Basis, str, Sketch, State, int, float], None]
+    two_sided: bool = False
+    moves_first: bool = False
+
+
+def online_pca(
+    optimizer: Rule,
+    *,
+    penalty: float = 0.0,
+    weight_decay: float = 0.0,
+    moves_first: bool = False,
+) -> Projector:
+    """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
+
+    The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
+    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
+    P is set from that gradient and not moved; from then on `optimizer` takes one step a time. Where
+    a gradient is zero, or its squared norm overflows, P stays.
+
+    Args:
+        optimizer: The rule of P's step. Its own count starts at the second step of W.
+        penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
+        weight_decay: Decoupled, of P, before the step.
+        moves_first: P moves before W's step, and R is taken again with the new P.
+
+    Raises:
+        ValueError: for a negative penalty or weight decay.
+    """
+    for name, value in (("penalty", penalty), ("projector_weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+
+    def sketch(basis: Basis, matrix: Tensor) -> Sketch:
+        assert not isinstance(basis, TwoSided)
+        low_rank = low_rank_gradient(basis, matrix)
+        norm = torch.linalg.vector_norm(matrix, dtype=accumulator_dtype(matrix.dtype))
+        return Sketch(low_rank, product(matrix, low_rank.mT), norm.square())
+
+    def init(basis: Basis, side: str) -> dict[str, Tensor]:
+        assert not isinstance(basis, TwoSided)
+        return optimizer.init(to_matrix(_float32_or_more(basis), side))
+
+    def move(basis: Basis, side: str, sketch: Sketch, state: State, step: int, lr: float) -> None:
+        assert not isinstance(basis, TwoSided) and sketch.squared_norm is not None
+        if step == 0:
+            return
+        gradient = online_pca_gradient(_float32_or_more(basis), sketch, penalty)
+        # The release holds the basis of the input side as rows, and 8-bit blocks run along them.
+        direction, rate = optimizer.step(to_matrix(gradient, side), state, step, lr)
+        moves = has_direction(sketch.squared_norm).to(basis.dtype)  # on the device: no sync
+        if weight_decay:
+            basis.mul_(1 - moves * (lr * weight_decay))
+        basis.addcmul_(to_matrix(direction, side).to(basis.dtype), moves, value=-rate)
+
+    return Projector(
+        is_due=lambda step: step == 0,
+        fresh_basis=leading_singular_vectors,
+        sketch=sketch,
+        init=init,
+        move=move,
+        moves_first=moves_first,
+    )
+
+
+def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> Tensor:
+    """Gradient of the online PCA loss in closed form.
+
+    `(2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I)`, which is what autograd gives
+    for `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2` without a p x p or second p x q matrix.
+
+    Args:
+        basis: P, (p, r), float32 or float64.
+        sketch: Of the gradient by this P. Where its squared norm is zero or overflows, the first
+            term is zero.
+        penalty: Lambda.
+
+    Returns:
+        (p, r).
+    """
+    a, s = sketch.correlation, sketch.squared_norm
+    assert a is not None and s is not None
+    usable = has_direction(s)
+    a = torch.where(usable, a, 0) * (2 / torch.where(usable, s, 1))
+    gram = basis.mT @ basis
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    inner = basis.mT @ a
+    if penalty:
+        inner.add_(gram - identity, alpha=4 * penalty)
+    return torch.addmm(basis @ inner, a, gram - 2 * identity)
+
+
+def has_direction(squared_norm: Tensor) -> Tensor:
+    """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
+    tiny = torch.finfo(squared_norm.dtype).tiny
+    return (squared_norm >= tiny) & torch.isfinite(squared_norm)
+
+
+def svd(every: int) -> Projector:
+    """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
+
+    Raises:
+        ValueError: for a period below 1.
+    """
+    return _periodic(every, leading_singular_vectors)
+
+
+def random(every: int) -> Projector:
+    """P is the singular vectors of a Gaussian matrix, new at steps 0, `every`, 2 `every`, ...
+
+    Drawn on the CPU from a generator seeded by the key, so that the draws do not depend on the
+    device or on what was drawn before, and a resumed run repeats them.
+
+    Raises:
+        ValueError: for a period below 1.
+    """
+
+    def fresh_basis(gradient: Tensor, side: str, rank: int, dtype: torch.dtype, key: str) -> Basis:
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+        def draw(length: int) -> Tensor:
+            wide = accumulator_dtype(dtype)
+            gaussian = torch.randn(length, rank, generator=generator, dtype=wide)
+            basis = leading_singular_vectors(gaussian, "output", rank, dtype)
+            assert isinstance(basis, Tensor)
+            return basis.to(gradient.device)
+
+        m, n = gradient.shape
+        if side == "both":
+            return TwoSided(draw(m), draw(n))
+        return draw(m if side == "output" else n)
+
+    return _periodic(every, fresh_basis)
+
+
+def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
+    check_period(every)
+    return Projector(
+        is_due=lambda step: step % every == 0,
+        fresh_basis=fresh_basis,
+        sketch=lambda basis, matrix: Sketch(low_rank_gradient(basis, matrix), None, None),
+        init=lambda basis, side: {},
+        move=lambda basis, side, sketch, state, step, lr: None,
+        two_sided=True,
+    )
+
+
+def check_period(every: int) -> None:
+    """Raises ValueError unless `every` is a whole number of steps, at least 1."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"update_proj_gap is {every!r}: expected a whole number of at least 1")
+
+
+def leading_singular_vectors(
+    gradient: Tensor, side: str, rank: int, dtype: torch.dtype, key: str = ""
+) -> Basis:
+    """The first `rank` left ("output") or right ("input") singular vectors of a matrix, or "both".
+
+    Always of the matrix as PyTorch lays it out: LAPACK fixes each vector's sign, the moments kept
+    across a refresh meet the new signs, and those of the transposed matrix may be others. Copies,
+    so that the rest of the decomposition can be freed.
+
+    Args:
+        gradient: (m, n), finite.
+        side: "output", "input" or "both".
+        rank: At most min(m, n).
+        dtype: Of the result.
+        key: Not read; nothing is drawn.
+
+    Returns:
+        (m, rank), (n, rank) or `TwoSided` of both.
+    """
+    u, _, vt = torch.linalg.svd(_float32_or_more(gradient), full_matrices=False)
+
+    def leading(vectors: Tensor) -> Tensor:
+        return vectors[:, :rank].to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    if side == "both":
+        return TwoSided(leading(u), leading(vt.mT))
+    return leading(u if side == "output" else vt.mT)
+
+
+def to_matrix(tensor: Tensor, side: str) -> Tensor:
+    """A weight or gradient (output, input) as a view M (p, q), the projected axis first, or back.
+
+    Args:
+        tensor: A matrix.
+        side: "output", "input" or "both".
+    """
+    return tensor.mT if side == "input" else tensor
+
+
+def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
+    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        return product(product(basis.output.mT, matrix), basis.input)
+    return product(basis.mT, matrix)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: what moments, norms and products are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _float32_or_more(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulator_dtype(tensor.dtype))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product of a and b.
+
+    Both inputs are read in the narrower of their dtypes and the products accumulated, and
+    returned, in float32 (float64 for float64).
+    """
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    wide, a, b = accumulator_dtype(narrow), a.to(narrow), b.to(narrow)
+    if a.is_cuda and narrow != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)

@@ -1,0 +1,154 @@
+"""The optimizers themselves, as small rules: a gradient and its moments in, a direction out.
+
+One rule serves three places: the low-rank gradient R (OptimizerW), the gradient of the basis P
+(OptimizerP), and a parameter that is not projected. Optax gives the JAX library its rules; this is
+what stands in for it here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+class Rule(Protocol):
+    """How an optimizer turns gradients into steps."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Zero moments for a gradient of this shape, dtype (float32 or float64) and device."""
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """Moves the moments in `state` and says how to move what they belong to.
+
+        Args:
+            gradient: float32 or float64, finite. Not written to.
+            state: What `init` made; written in place.
+            t: The number of this step, from 1.
+            lr: The step size.
+
+        Returns:
+            (direction, rate), to be applied as `x - rate * direction`. The direction is the
+            caller's to read, not to write: it may be the gradient or a moment.
+        """
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam (arXiv 1412.6980), without weight decay.
+
+    Attributes:
+        betas: Decay of the first and of the second moment.
+        eps: Added to the root of the second moment.
+        eps_first: Add eps before the bias correction, as `galore_adamw` does, not after it, as
+            `torch.optim.AdamW` does.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_first: bool = False
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Two moments."""
+        return {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """One step; see `Rule`."""
+        beta1, beta2 = self.betas
+        mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root_correction = math.sqrt(1 - beta2**t)
+        eps = self.eps if self.eps_first else self.eps * root_correction
+        return mean / square.sqrt().add_(eps), lr * root_correction / (1 - beta1**t)
+
+
+@dataclass(frozen=True)
+class Lion:
+    """Lion (arXiv 2302.06675), without weight decay.
+
+    Attributes:
+        betas: Weight of the moment in the direction, and its decay.
+        sign: Return the sign of the direction; False leaves that to the caller.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    sign: bool = True
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """One moment."""
+        return {"exp_avg": torch.zeros_like(like)}
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """One step; see `Rule`."""
+        beta1, beta2 = self.betas
+        direction = (state["exp_avg"] * beta1).add_(gradient, alpha=1 - beta1)
+        state["exp_avg"].mul_(beta2).add_(gradient, alpha=1 - beta2)
+        return (direction.sign_() if self.sign else direction), lr
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor (arXiv 1804.04235) with a given step size, as Hugging Face's class computes it.
+
+    The first moment, where there is one, is of the steps with their step size, so that a change of
+    `lr` reaches the weights late.
+
+    Attributes:
+        beta1: Decay of the first moment; None: no first moment.
+        eps: Added to the squared gradient.
+        clip_threshold: The largest root mean square of a direction.
+        decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
+    """
+
+    beta1: float | None = None
+    eps: float = 1e-30
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Two vectors for a matrix, one for a vector, and the first moment."""
+        state = {} if self.beta1 is None else {"exp_avg": torch.zeros_like(like)}
+        if like.ndim < 2:
+            return {**state, "exp_avg_sq": torch.zeros_like(like)}
+        row, column = like.shape[:-1], like.shape[:-2] + like.shape[-1:]
+        return {
+            **state,
+            "exp_avg_sq_row": like.new_zeros(row),
+            "exp_avg_sq_col": like.new_zeros(column),
+        }
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """One step; see `Rule`. The direction holds lr."""
+        new = t**self.decay_rate
+        square = gradient.square().add_(self.eps)
+        if gradient.ndim < 2:
+            update = state["exp_avg_sq"].lerp_(square, new).rsqrt().mul_(gradient)
+        else:
+            row = state["exp_avg_sq_row"].lerp_(square.mean(dim=-1), new)
+            column = state["exp_avg_sq_col"].lerp_(square.mean(dim=-2), new)
+            row_factor = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+            update = (gradient * row_factor).mul_(column.rsqrt().unsqueeze(-2))
+        rms = update.square().mean().sqrt_()
+        update.div_((rms / self.clip_threshold).clamp_(min=1)).mul_(lr)
+        if self.beta1 is not None:
+            update = state["exp_avg"].mul_(self.beta1).add_(update, alpha=1 - self.beta1)
+        return update, 1.0
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """No state."""
+        return {}
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """The gradient itself."""
+        return gradient, lr

@@ -1,0 +1,378 @@
+"""The optimizer: gradient -> sketch -> step of W -> step of P.
+
+Online Subspace Descent keeps an optimizer's state in a subspace of each weight matrix. All that
+it asks of a gradient G is a `Sketch` of it, and the work of one step on one parameter is three
+methods of `SubspaceOptimizer`:
+
+    refresh(group, param)          sets P from G, on the few steps that do so
+    project(group, param)          -> Sketch: large in, small out
+    apply(group, param, sketch)    small in, large out: W, P and the moments move in place
+
+`step` is one after the other. Between `project` and `apply` no gradient need be alive, which is
+what accumulation, data parallelism and layer-by-layer updates build on.
+
+A gradient is laid out as M, of shape (p, q): the axis that P projects, then the other one; for two
+sides (output, input). P has shape (p, r), and its columns are the basis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import StateDict
+
+from osd_torch.projectors import (
+    Basis,
+    Projector,
+    Sketch,
+    TwoSided,
+    accumulator_dtype,
+    low_rank_gradient,
+    product,
+    to_matrix,
+)
+from osd_torch.rules import Rule
+
+Side = Literal["shorter", "longer", "input", "output", "both"]
+SIDES = get_args(Side)
+Group = dict[str, Any]
+PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter's state
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """What the optimizer classes share: a rule for W, run in a subspace that a projector moves.
+
+    A parameter group with a `rank` is projected: for a gradient laid out as M, `R = P^T M`, the
+    rule turns R into a direction D, and `W <- W - lr * scale * P D` (arXiv 2408.12857, equation 6).
+    A group without one gets the same rule at full rank.
+
+    State per parameter, tensors only: `step`; the moments in the shape of R, float32 (float64 for
+    float64 parameters) or 8 bits; `basis`, or `basis_output` and `basis_input`; and the moments of
+    P's optimizer, named with the prefix `projector_`.
+
+    A step in which any gradient holds a value that is not finite changes nothing and is counted;
+    see `skipped_steps`. Finding out takes one device synchronisation a step.
+    """
+
+    decays_first = False  # whether weight decay comes before the update
+
+    def rule(self, group: Group) -> Rule:
+        """The rule that turns a gradient of this group into a direction."""
+        raise NotImplementedError
+
+    def side(self, group: Group, param: Tensor) -> Side:
+        """The side of a matrix (output, input) that P projects: "output", "input" or "both"."""
+        raise NotImplementedError
+
+    def projector(self, group: Group) -> Projector:
+        """The rule that moves this group's P."""
+        raise NotImplementedError
+
+    def projector_lr(self, group: Group) -> float:
+        """P's step size at the group's present learning rate."""
+        raise NotImplementedError
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_number("lr", group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        for name, param in named_parameters(group):
+            check_dtype(name, param)
+        if group["rank"] is None:
+            return
+        check_rank(group["rank"])
+        for name, param in named_parameters(group):
+            if param.ndim != 2:
+                raise ValueError(
+                    f"parameter '{name}' has shape {tuple(param.shape)}, which is not a matrix: put"
+                    " it into a group without rank"
+                )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters, projected if it has a `rank`.
+
+        Raises:
+            ValueError: for an option out of range, a dtype that is not float32, bfloat16 or
+                float64, or a projected parameter that is not a matrix.
+        """
+        super().add_param_group(param_group)
+        try:
+            self.check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self.param_groups[-1].setdefault("peak_lr", float(self.param_groups[-1]["lr"]))
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """Takes one step with the gradients in `grad`; parameters without one are left alone.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        present = [
+            (group, param)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        if count_if_not_finite(self, [param.grad for _, param in present]):
+            return loss
+        for group, param in present:
+            if group["rank"] is None:
+                self.step_full_rank(group, param)
+            else:
+                self.refresh(group, param)
+                self.apply(group, param, self.project(group, param))
+        return loss
+
+    def refresh(self, group: Group, param: Tensor) -> None:
+        """Sets P from the gradient, on the steps when the projector is due to."""
+        projector, state = self.projector(group), self.state[param]
+        step = int(state.get("step", 0))
+        if not projector.is_due(step):
+            return
+        rank = min(group["rank"], *param.shape)
+        dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
+        key = f"{group['seed']}/{self._name(param)}/{step}"
+        side = self.side(group, param)
+        basis = projector.fresh_basis(_gradient(param), side, rank, dtype, key)
+        if isinstance(basis, TwoSided):
+            state["basis_output"], state["basis_input"] = basis
+        else:
+            state["basis"] = basis
+
+    def project(self, group: Group, param: Tensor) -> Sketch:
+        """The gradient of one projected parameter -> what the projector needs of it."""
+        matrix = to_matrix(_gradient(param), self.side(group, param))
+        return self.projector(group).sketch(basis_of(self.state[param]), matrix)
+
+    def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
+        """One step of W and of P from a sketch, in place.
+
+        The gradient itself is read only by a projector that moves before W.
+        """
+        projector, state = self.projector(group), self.state[param]
+        basis, rule, side = basis_of(state), self.rule(group), self.side(group, param)
+        # Moments lie as the weight does, so that the blocks of 8-bit ones are the release's.
+        low_rank = to_matrix(sketch.low_rank, side)
+        if "step" not in state:
+            moments = {PREFIX + name: x for name, x in projector.init(basis, side).items()}
+            state.update(step=torch.tensor(0.0), **rule.init(low_rank), **moments)
+        projector_state = {k.removeprefix(PREFIX): v for k, v in state.items() if PREFIX in k}
+        step = int(state["step"])
+
+        def move() -> None:
+            lr = self.projector_lr(group)
+            projector.move(basis, side, sketch, projector_state, step, lr)
+
+        if projector.moves_first:
+            move()
+            matrix = to_matrix(_gradient(param), side)
+            low_rank = to_matrix(low_rank_gradient(basis, matrix), side)
+        direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
+        weight, direction = to_matrix(param, side), to_matrix(direction, side)
+        self.lift(group, weight, basis, direction, rate * group["scale"])
+        if not projector.moves_first:
+            move()
+        state["step"] += 1
+
+    def lift(
+        self, group: Group, weight: Tensor, basis: Basis, direction: Tensor, rate: float
+    ) -> None:
+        """W <- W - rate * P D with weight decay, in place; W laid out as (p, q)."""
+        alpha, beta = self.coefficients(group, rate)
+        add_lifted_(weight, basis, direction, alpha, beta)
+
+    def step_full_rank(self, group: Group, param: Tensor) -> None:
+        """One step of a parameter that is not projected, in place."""
+        gradient = self.full_rank_gradient(group, param)
+        state, rule = self.state[param], self.rule(group)
+        if not state:
+            state.update(step=torch.tensor(0.0), **rule.init(gradient))
+        state["step"] += 1
+        direction, rate = rule.step(gradient, state, int(state["step"]), float(group["lr"]))
+        add_(param, direction, *self.coefficients(group, rate))
+
+    def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
+        """What the rule gets of a parameter that is not projected, in float32 or float64."""
+        return _gradient(param).to(accumulator_dtype(param.dtype))
+
+    def coefficients(self, group: Group, rate: float) -> tuple[float, float]:
+        """(alpha, beta) of `W <- beta * W + alpha * D`, a step with decoupled weight decay."""
+        keep = 1 - float(group["lr"]) * group["weight_decay"]
+        return (-rate if self.decays_first else -rate * keep), keep
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restores what `state_dict` returned, to continue bit for bit.
+
+        Copies the tensors and keeps their dtypes, where `torch.optim.Optimizer` would cast the
+        float32 moments of a bfloat16 parameter to bfloat16.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        indices = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = chain.from_iterable(g["params"] for g in self.param_groups)
+        for index, param in zip(indices, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                # The step count stays on the CPU, where reading it costs no synchronisation.
+                device = value.device if name == "step" else param.device
+                self.state[param][name] = value.to(device=device, copy=True)
+
+    def _name(self, param: Tensor) -> str:
+        for i, group in enumerate(self.param_groups):
+            for name, other in named_parameters(group, prefix=f"{i}."):
+                if other is param:
+                    return name
+        raise KeyError("this optimizer does not hold the parameter")
+
+
+def resolve_side(side: Side, tensor: Tensor) -> Side:
+    """Which of "input", "output" and "both" a `side` is for a matrix (output, input)."""
+    if side not in ("shorter", "longer"):
+        return side
+    outputs, inputs = tensor.shape
+    return "input" if (inputs <= outputs) == (side == "shorter") else "output"
+
+
+def basis_of(state: dict[str, Tensor]) -> Basis:
+    """P in a parameter's state."""
+    if "basis" in state:
+        return state["basis"]
+    return TwoSided(state["basis_output"], state["basis_input"])
+
+
+def lift(basis: Basis, direction: Tensor) -> Tensor:
+    """P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        return product(product(basis.output, direction), basis.input.mT)
+    return product(basis, direction)
+
+
+def add_lifted_(weight: Tensor, basis: Basis, direction: Tensor, alpha: float, beta: float) -> None:
+    """W <- beta W + alpha P D in place, rounded once, without a temporary of W's size.
+
+    The exception is a weight in bfloat16 on a CPU, whose products in bfloat16 are slow.
+    """
+    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        add_(weight, lift(basis, direction), alpha, beta)
+        return
+    if isinstance(basis, TwoSided):
+        left, right = product(basis.output, direction), basis.input.mT
+    else:
+        left, right = basis, direction
+    weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
+
+
+def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
+    """W <- beta W + alpha D in place, computed in D's dtype and rounded once."""
+    result = weight.to(direction.dtype)  # W itself where the dtypes agree
+    if beta != 1:
+        result.mul_(beta)
+    result.add_(direction, alpha=alpha)
+    if result is not weight:
+        weight.copy_(result)
+
+
+def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
+    """The bases P in an optimizer, by parameter name.
+
+    Returns:
+        For each projected parameter that has taken a step its P: (m, r) where it acts on the
+        output side, (n, r) on the input side, or `TwoSided(output, input)`. Columns are the basis.
+        The names are those that the optimizer was built with; without names, `group.position`.
+    """
+    return {
+        name: basis_of(optimizer.state[param])
+        for i, group in enumerate(optimizer.param_groups)
+        for name, param in named_parameters(group, prefix=f"{i}.")
+        if group.get("rank") is not None and optimizer.state.get(param)
+    }
+
+
+def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """(total, in a row): the steps that a non-finite gradient made the optimizer skip.
+
+    Raises:
+        ValueError: for an optimizer of another make, which does not count them.
+    """
+    group = optimizer.param_groups[0]
+    if "skipped_steps" not in group and not isinstance(optimizer, SubspaceOptimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} counts no skipped steps: it is not make_optimizer's"
+        )
+    total, in_a_row = group.get("skipped_steps", (0, 0))
+    return total, in_a_row
+
+
+def count_if_not_finite(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> bool:
+    """Whether any gradient holds a value that is not finite, which is counted; one device sync.
+
+    Raises:
+        RuntimeError: for a sparse gradient.
+    """
+    gradients = list(gradients)
+    if any(gradient.layout != torch.strided for gradient in gradients):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} does not support sparse gradients: use a dense embedding"
+            " (sparse=False)"
+        )
+    # The largest absolute value cannot overflow, where a sum of squares can.
+    non_empty = [gradient for gradient in gradients if gradient.numel()]
+    largest = torch.nn.utils.get_total_norm(non_empty, norm_type=math.inf)
+    is_finite = bool(torch.isfinite(largest))
+    total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
+    counts = (total, 0) if is_finite else (total + 1, in_a_row + 1)
+    optimizer.param_groups[0]["skipped_steps"] = counts
+    return not is_finite
+
+
+def named_parameters(group: Group, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a group with their names; without names, their positions."""
+    params = group["params"]
+    names = group.get("param_names") or [f"{prefix}{i}" for i in range(len(params))]
+    return zip(names, params, strict=True)
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is a whole number of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
+
+
+def check_number(name: str, value: float | Tensor) -> None:
+    """Raises ValueError unless `value` is a finite number of at least 0."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+
+
+def check_dtype(name: str, param: Tensor) -> None:
+    """Raises ValueError for a dtype that the optimizers do not train."""
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
+            "(float16 overflows in squared gradients; use bfloat16)"
+        )
+
+
+def _gradient(param: Tensor) -> Tensor:
+    if param.grad is None:
+        raise ValueError("this parameter has no gradient")
+    return param.grad
