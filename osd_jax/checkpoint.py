@@ -1,0 +1,155 @@
+"""Save and restore everything that a run needs to go on as if it had not stopped.
+
+Orbax writes each checkpoint into a temporary directory and renames it when it is complete, so a run
+that is killed while saving goes on from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from osd_jax.train import TrainState
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` gives back: the state, and the JSON that was saved beside it."""
+
+    state: TrainState
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run, in numbered directories.
+
+    Args:
+      directory: Where they are; made when the first is saved.
+      keep: How many of the newest to keep. None: only to read, which changes nothing there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int | None = None) -> None:
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        writes = self._keep is not None
+        return ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+                create=writes,
+                cleanup_tmp_directories=writes,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, newest first. One that was not finished does not count."""
+        exists = self.directory.is_dir()
+        return sorted(self._manager.all_steps(), reverse=True) if exists else []
+
+    def save(self, step: int, state: TrainState, extra: dict[str, Any]) -> None:
+        """Saves in the background; the state's arrays are copied before this returns.
+
+        Args:
+          step: Updates done; more than at the newest checkpoint, or nothing is saved.
+          state: Any pytree of arrays.
+          extra: What JSON holds, such as the place in the data.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+            ),
+        )
+
+    def restore(self, step: int, like: TrainState) -> Restored:
+        """Reads a checkpoint back, bit for bit.
+
+        Args:
+          step: Which.
+          like: A state of the same structure, shapes, dtypes and shardings; arrays or
+            `jax.ShapeDtypeStruct`.
+
+        Raises:
+          ValueError: if the checkpoint holds another structure, other shapes or dtypes: it is of
+            another model or optimizer.
+          OSError: if it is damaged.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        with self._reading(step):
+            saved = self._manager.item_metadata(step)["state"].tree
+        self._check_alike(step, saved, abstract)
+        with self._reading(step):
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
+                ),
+            )
+        return Restored(found["state"], found["extra"])
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, of many kinds, into an OSError."""
+        try:
+            yield
+        except Exception as error:
+            # Reads that were broken off print pages as they are collected.
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            gc.collect()
+            sys.unraisablehook = hook
+            path = self.directory / str(step)
+            raise OSError(f"{path} is damaged and cannot be read") from error
+
+    def _check_alike(self, step: int, saved: Any, wanted: Any) -> None:
+        def arrays(tree: Any) -> dict[str, str]:
+            return {
+                jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+                for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+            }
+
+        there, here = arrays(saved), arrays(wanted)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ValueError(
+                    f"{self.directory / str(step)} is of another model or optimizer: {name} is "
+                    f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} in this "
+                    "run; use the options that it was trained with"
+                )
+
+    def remove_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, complete or not, so that they can be saved anew.
+
+        For a run that goes back to an earlier checkpoint.
+        """
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            if path.name.isdigit() and int(path.name) > step:
+                shutil.rmtree(path)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when the last save is complete."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()

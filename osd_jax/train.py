@@ -1,0 +1,271 @@
+"""The train step, the eval step, the learning rate's schedule, and a sample of text.
+
+Each is one jitted function that compiles once a run: what changes between steps (the step number,
+whether to measure the subspace) is data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from osd_jax import llama
+from osd_jax.optimizers import skipped_steps
+from osd_jax.projectors import accumulator_dtype
+from osd_jax.subspace import Side, subspace_diagnostics
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a train step changes.
+
+    Attributes:
+      step: int32 scalar, updates tried; one whose gradient was not finite counts here, though it
+        changed nothing.
+      params: As `llama.init` gives them.
+      opt_state: Of the optimizer.
+    """
+
+    step: jax.Array
+    params: optax.Params
+    opt_state: optax.OptState
+
+
+Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy or JAX
+TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+EvalStep = Callable[[optax.Params, Batch], tuple[jax.Array, jax.Array]]
+
+
+def learning_rate_schedule(
+    scheduler: str,
+    *,
+    num_training_steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.1,
+    cycle_length: int | None = None,
+    restart_warmup_steps: int = 0,
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """The learning rate as a part of its peak: (step, from 0) -> factor in [0, 1].
+
+    All rise linearly from 0 over `warmup_steps` and end at `min_lr_ratio`.
+
+    Args:
+      scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, dropped to 0 every
+        `cycle_length` steps and led back to it linearly over `restart_warmup_steps`.
+      num_training_steps: Steps of the run.
+      warmup_steps: Steps of the first warmup.
+      min_lr_ratio: The last factor.
+      cycle_length: Steps between restarts; read for "cosine_restarts" only.
+      restart_warmup_steps: Steps of warmup after a restart.
+
+    Raises:
+      ValueError: for an unknown scheduler, or restarts without a cycle length.
+
+    Example:
+      >>> schedule = learning_rate_schedule("cosine", num_training_steps=100, warmup_steps=10)
+      >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 55, 100)]
+      [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    if scheduler not in ("linear", "cosine", "cosine_restarts"):
+        raise ValueError(f"scheduler is {scheduler!r}: expected linear, cosine or cosine_restarts")
+    if scheduler == "cosine_restarts" and not cycle_length:
+        raise ValueError(f"cycle_length is {cycle_length!r}: cosine_restarts needs at least 1")
+    cycle = cycle_length or num_training_steps
+
+    def decay(step: jax.Array) -> jax.Array:
+        done = (step - warmup_steps) / max(1, num_training_steps - warmup_steps)
+        done = jnp.clip(done, 0, 1)
+        shape = 1 - done if scheduler == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return min_lr_ratio + (1 - min_lr_ratio) * shape
+
+    def factor(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count)
+        rate = jnp.where(step < warmup_steps, step / max(1, warmup_steps), decay(step))
+        if scheduler != "cosine_restarts" or not restart_warmup_steps:
+            return rate
+        into = step % cycle
+        peak = decay(step - into + restart_warmup_steps)
+        restarting = (step >= cycle) & (into < restart_warmup_steps)
+        return jnp.where(restarting, into / restart_warmup_steps * peak, rate)
+
+    return factor
+
+
+def init_state(params: optax.Params, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, with the optimizer's arrays made by one compiled call."""
+    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params))
+
+
+def make_train_step(
+    config: llama.LlamaConfig,
+    tx: optax.GradientTransformation,
+    *,
+    side: Side = "shorter",
+    grad_clipping: float = 0.0,
+    remat: bool = False,
+) -> TrainStep:
+    """Builds the jitted train step. It takes its state's memory over for the new state.
+
+    Args:
+      config: The model's shape.
+      tx: From `make_optimizer`, with `llama.dimension_numbers`.
+      side: The side that its projectors act on.
+      grad_clipping: Largest norm of the whole gradient; 0 does not clip.
+      remat: Keep only each layer's input for the backward pass.
+
+    Returns:
+      A function (state, batch, measure) -> (state, metrics).
+
+      `batch` has "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False where a token is
+      padding. The K micro-batches go through the model one by one; the gradient is that of the mean
+      loss over all their tokens.
+
+      `measure` is a bool: whether to measure the subspace, which costs one more product of each
+      gradient.
+
+      `metrics` holds float32 scalars: "loss" (mean over predicted tokens, nats, before the update),
+      "gradient_norm" (before clipping), "skipped" and "skipped_in_a_row" (int32, updates whose
+      gradient was not finite) and, of measured steps (else NaN), "energy/KIND", the part of the
+      gradient's squared norm that P captures, and "orthonormality/KIND",
+      `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind such as "attention/query".
+    """
+
+    def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
+        def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
+            return llama.loss(params, config, tokens, mask, remat=remat)
+
+        (loss, count), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return loss, count, grads
+
+    def accumulated(params: optax.Params, batch: Mapping[str, jax.Array]) -> Any:
+        """Sums of loss, tokens and gradients over the micro-batches, the gradients in float32."""
+        if batch["tokens"].shape[0] == 1:
+            return gradient(params, batch["tokens"][0], batch["mask"][0])
+
+        def add(sums: Any, micro: Mapping[str, jax.Array]) -> tuple[Any, None]:
+            return optax.tree.add(sums, gradient(params, micro["tokens"], micro["mask"])), None
+
+        zero_grads = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
+        zeros = (jnp.float32(0), jnp.int32(0), zero_grads)
+        return jax.lax.scan(add, zeros, batch)[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        total, count, grads = accumulated(state.params, batch)
+        loss = total / count
+        norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
+        # One factor a gradient: the mean, clipped; not finite where the loss is not, so that the
+        # optimizer skips the step.
+        factor = jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan)
+        if grad_clipping:
+            factor *= jnp.minimum(1, grad_clipping / jnp.maximum(norm, 1e-30))
+        grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        skipped, in_a_row = skipped_steps(opt_state)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
+            **_measured(measure, grads, state.opt_state, side),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    return array.astype(accumulator_dtype(array.dtype))
+
+
+def _measured(
+    measure: jax.Array,
+    grads: optax.Updates,
+    opt_state: optax.OptState,
+    side: Side,
+) -> Metrics:
+    """The subspace's diagnostics by kind of layer, or NaN for each; see `make_train_step`."""
+
+    def real(grads: optax.Updates, opt_state: optax.OptState) -> Metrics:
+        found = subspace_diagnostics(
+            grads, opt_state, side=side, dimension_numbers=llama.dimension_numbers
+        )
+        return {
+            f"{what}/{name.removeprefix('layers/')}": jnp.mean(value)
+            for name, both in found.items()
+            for what, value in both._asdict().items()
+        }
+
+    def none(grads: optax.Updates, opt_state: optax.OptState) -> Metrics:
+        shapes = jax.eval_shape(real, grads, opt_state)
+        return {name: jnp.full(x.shape, jnp.nan, x.dtype) for name, x in shapes.items()}
+
+    return jax.lax.cond(measure, real, none, grads, opt_state)
+
+
+def make_eval_step(config: llama.LlamaConfig) -> EvalStep:
+    """Builds the jitted eval step.
+
+    Returns:
+      A function (params, batch) -> (sum of the tokens' losses in nats, float32; their number,
+      int32), of a batch with "tokens" and "mask", both (B, S).
+    """
+
+    @jax.jit
+    def eval_step(
+        params: optax.Params, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return llama.loss(params, config, batch["tokens"], batch["mask"])
+
+    return eval_step
+
+
+def sample(
+    params: optax.Params,
+    config: llama.LlamaConfig,
+    prompt: np.ndarray,
+    *,
+    length: int,
+    seed: int = 0,
+    temperature: float = 0.8,
+) -> np.ndarray:
+    """Continues a prompt by sampling.
+
+    Args:
+      params: The weights.
+      config: Their shape.
+      prompt: Token ids, at least one.
+      length: Tokens in all, the prompt included.
+      seed: Of the draws.
+      temperature: Divides the logits.
+
+    Returns:
+      int32 (length,), or shorter where the end-of-text token was drawn.
+    """
+    prompt = np.asarray(prompt, np.int32)[:length]
+
+    @jax.jit
+    def write(params: optax.Params, tokens: jax.Array) -> jax.Array:
+        def one(position: jax.Array, tokens: jax.Array) -> jax.Array:
+            logits = llama.forward(params, config, tokens[None])[0, position - 1]
+            key = jax.random.fold_in(jax.random.key(seed), position)
+            drawn = jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
+            return tokens.at[position].set(drawn.astype(tokens.dtype))
+
+        return jax.lax.fori_loop(len(prompt), length, one, tokens)
+
+    tokens = np.asarray(write(params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt)))
+    eos: Any = [] if config.eos_token_id is None else np.ravel(config.eos_token_id)
+    ends = np.flatnonzero(np.isin(tokens[len(prompt) :], eos))
+    return tokens[: len(prompt) + ends[0]] if ends.size else tokens

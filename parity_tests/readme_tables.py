@@ -1,0 +1,49 @@
+"""The README's tables, made from what the suite checks: `python -m parity_tests.readme_tables`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from golden_cases import golden_cases  # noqa: E402
+from test_oracle import PROJ_TYPES, RULES  # noqa: E402
+from test_state_bytes import table  # noqa: E402
+
+from osd_jax import optimizers  # noqa: E402
+
+
+def combinations() -> str:
+    """Which rule of W and which rule of P are checked together, and against what, in Markdown."""
+    oracle = {(optimizer, kind) for optimizer, _ in RULES.values() for kind in PROJ_TYPES}
+    golden = {(case.optimizer, case.proj_type) for case in golden_cases()}
+    columns = optimizers.SUBSPACE_OPTIMIZERS
+    lines = ["| `proj_type` | " + " | ".join(f"`{name}`" for name in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for kind in optimizers.PROJ_TYPES:
+        cells = []
+        for name in columns:
+            checks = {"oracle": oracle, "release": golden}
+            found = [check for check, pairs in checks.items() if (name, kind) in pairs]
+            cells.append(", ".join(found) or "runs")
+        lines.append(f"| `{kind}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(readme: str) -> str:
+    """The README with its tables made anew, between their markers."""
+    for name, text in (("combinations", combinations()), ("state", table())):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        readme, count = re.subn(
+            pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.DOTALL
+        )
+        assert count == 1, f"README.md has {count} places for the table '{name}'"
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
