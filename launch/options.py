@@ -1,0 +1,680 @@
+"""Every flag of a training run, in one frozen dataclass that both trainers share.
+
+Names, meanings and defaults are those of the published commands; what this project adds stands in
+the groups "data", "paper" and "run". Importing this module is cheap, so that a mistake is reported
+before anything heavy is loaded:
+
+    options = Options.parse(sys.argv[1:]).check()
+
+A bad value raises `UsageError`, which `run_cli` turns into one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import glob
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, get_args, get_type_hints
+
+FULL_RANK = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
+PROJECTED = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
+PER_LAYER = tuple(f"{name}_per_layer" for name in PROJECTED)
+PROJ_TYPES = (
+    "std", "reverse_std", "left", "right", "full", "random",
+    "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor",
+    "continuous_sgd",
+)  # fmt: skip
+Scheduler = Literal["linear", "cosine", "cosine_restarts"]
+LionSign = Literal["lifted", "subspace"]
+MoveProjector = Literal["after", "before"]
+
+# A run goes on only with these unchanged: they fix the state's shapes or the order of the data.
+FIXED = (
+    "optimizer", "proj_type", "rank", "dataset", "tokenizer", "max_length", "pack", "seed",
+    "total_batch_size",
+)  # fmt: skip
+
+GROUPS = {
+    "model": "",
+    "data": "",
+    "optimizer": "",
+    "subspace": "How gradients are projected: used by the galore_* optimizers only.",
+    "paper": "Where paper and published code differ. The defaults are the published code's.",
+    "run": "",
+}
+
+
+class UsageError(ValueError):
+    """A mistake in what the user asked for: the value, what was expected and what to do."""
+
+
+def count(text: str) -> int:
+    """Reads a whole number that may end in K, M or B: "100M" is 100,000,000.
+
+    Raises:
+        argparse.ArgumentTypeError: `text` is no such number.
+    """
+    digits, unit = text.strip().replace("_", "").replace(",", ""), 1
+    if digits[-1:].upper() in ("K", "M", "B"):
+        unit = {"K": 10**3, "M": 10**6, "B": 10**9}[digits[-1].upper()]
+        digits = digits[:-1]
+    try:
+        number = float(digits) * unit if unit > 1 else int(digits)
+        if number != int(number):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number; write 1000000 or 1M (K, M and B are understood)"
+        ) from None
+    return int(number)
+
+
+def _dtype(text: str) -> str:
+    name = text.lower()
+    return {"bf16": "bfloat16", "fp32": "float32"}.get(name, name)
+
+
+def _flag(group: str, default: Any = dataclasses.MISSING, *, help: str, **metadata: Any) -> Any:
+    """A field of `Options`: what `--help` says and what `Options.check` demands.
+
+    Metadata: `choices` (names), `low` and `high` (inclusive bounds), `above` (exclusive bound),
+    `type` (reads the text), `metavar`.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """All that describes a run. Build it with `Options.parse` or by keyword, then call `check`.
+
+    `check` returns a copy in which everything derived is filled in: `gradient_accumulation`,
+    `total_batch_size`, `num_training_steps` (from `max_train_tokens`), `cycle_length` and
+    `restart_warmup_steps`.
+    """
+
+    model_config: str = _flag(
+        "model",
+        metavar="FILE",
+        help="LLaMA shape: a JSON file in Hugging Face's config format, such as "
+        "configs/llama_60m.json",
+    )
+    continue_from: str | None = _flag(
+        "model",
+        None,
+        metavar="DIR",
+        help="continue from here: a run, or one of its checkpoints, with everything (weights, "
+        "optimizer, schedule, place in the data); a Hugging Face directory, with the weights "
+        "only",
+    )
+    dtype: str | None = _flag(
+        "model",
+        None,
+        choices=("bfloat16", "float32"),
+        type=_dtype,
+        help="dtype of weights and activations (default: bfloat16 on an accelerator, float32 on a "
+        "CPU)",
+    )
+    activation_checkpointing: bool = _flag(
+        "model",
+        False,
+        help="keep one activation a layer and compute the rest again in the backward pass",
+    )
+
+    dataset: str = _flag(
+        "data",
+        "c4",
+        metavar="NAME",
+        help="builtin (the State of the Union addresses), c4, tfds:NAME, text:GLOB (.txt, .jsonl "
+        "and their .gz), tokens:PATH or hf:NAME",
+    )
+    data_dir: str | None = _flag(
+        "data", None, metavar="DIR", help="where TensorFlow Datasets finds prepared data"
+    )
+    cache_dir: str | None = _flag(
+        "data",
+        None,
+        metavar="DIR",
+        help="where prepared data and trained tokenizers are kept (default: $OSD_CACHE, else "
+        "~/.cache/online_subspace_descent)",
+    )
+    tokenizer: str | None = _flag(
+        "data",
+        None,
+        metavar="NAME",
+        help="a Hugging Face tokenizer's directory or name, or byte (default: LLaMA's 32,000 "
+        "pieces where the model has room for them, else one trained on the data)",
+    )
+    max_length: int = _flag("data", 256, low=2, help="tokens in a row")
+    pack: bool | None = _flag(
+        "data",
+        None,
+        help="join the documents and cut them into full rows, or keep one document a row, cut or "
+        "padded (default: --pack for builtin, text: and tokens:, else --no-pack, as published)",
+    )
+    batch_size: int = _flag("data", low=1, help="rows in one forward pass of one process")
+    gradient_accumulation: int = _flag(
+        "data",
+        0,
+        low=0,
+        help="forward passes in one update (default: from the two batch sizes, else 1)",
+    )
+    total_batch_size: int = _flag(
+        "data",
+        0,
+        low=0,
+        help="rows in one update, over all processes (default: batch_size x gradient_accumulation "
+        "x processes)",
+    )
+    workers: int = _flag(
+        "data",
+        0,
+        low=0,
+        help="processes that read ahead for each training process; 0 reads in threads of the "
+        "trainer itself, which is fastest on few cores. What is read does not depend on it",
+    )
+
+    optimizer: str = _flag(
+        "optimizer",
+        "adam",
+        choices=FULL_RANK + PROJECTED + PER_LAYER,
+        type=str.lower,
+        help="optimizer of the weights",
+    )
+    lr: float = _flag("optimizer", 1e-4, above=0, help="peak learning rate")
+    scheduler: Scheduler = _flag(
+        "optimizer",
+        "cosine",
+        choices=get_args(Scheduler),
+        type=str.lower,
+        help="how the learning rate falls after the warmup. cosine_restarts: one cosine over the "
+        "whole run that starts again from 0 every cycle_length updates",
+    )
+    min_lr_ratio: float = _flag(
+        "optimizer", 0.1, low=0, high=1, help="last learning rate as a part of the peak"
+    )
+    warmup_steps: int = _flag(
+        "optimizer", 1000, low=0, help="updates in which the learning rate rises from 0"
+    )
+    cycle_length: int | None = _flag(
+        "optimizer",
+        None,
+        low=1,
+        help="cosine_restarts: updates in a cycle (default: a quarter of the run)",
+    )
+    restart_warmup_steps: int | None = _flag(
+        "optimizer",
+        None,
+        low=0,
+        help="cosine_restarts: updates of warmup after a restart (default: a tenth of a cycle)",
+    )
+    num_training_steps: int = _flag("optimizer", 10_000, low=1, type=count, help="updates")
+    max_train_tokens: int | None = _flag(
+        "optimizer",
+        None,
+        low=1,
+        type=count,
+        help="train on this many tokens (100M, 1B) in place of num_training_steps; padding counts",
+    )
+    weight_decay: float = _flag("optimizer", 0.0, low=0, help="weight decay")
+    grad_clipping: float = _flag(
+        "optimizer", 0.0, low=0, help="largest norm of the whole gradient; 0 does not clip"
+    )
+    beta1: float = _flag(
+        "optimizer", 0.0, low=0, high=0.9999999, help="Adafactor's first moment; 0 has none"
+    )
+
+    rank: int = _flag("subspace", 128, low=1, help="rank of the subspace")
+    update_proj_gap: int = _flag(
+        "subspace",
+        50,
+        low=1,
+        help="updates between two new projectors; for continuous kinds the projector's step size "
+        "is 1/this",
+    )
+    galore_scale: float = _flag("subspace", 1.0, above=0, help="factor on the lifted update")
+    proj_type: str = _flag(
+        "subspace",
+        "std",
+        choices=PROJ_TYPES,
+        type=str.lower,
+        help="rule that moves the projector: continuous* by online PCA with that optimizer; random "
+        "by chance; the rest by an SVD, of the shorter side (std), the longer, the left, the "
+        "right, or both (full)",
+    )
+
+    penalty: float = _flag(
+        "paper", 0.0, low=0, help="orthogonality penalty of online PCA; the paper's is 0.1"
+    )
+    projector_lr_multiple: float | None = _flag(
+        "paper",
+        None,
+        above=0,
+        help="the projector's step size as a multiple of the learning rate; the paper's is 5 "
+        "(default: 1 / update_proj_gap, scheduled alike)",
+    )
+    projector_weight_decay: float | None = _flag(
+        "paper",
+        None,
+        low=0,
+        help="weight decay of the projector; the paper's is that of the weights (default: 0.01 for "
+        "continuous, else 0)",
+    )
+    lion_sign: LionSign = _flag(
+        "paper",
+        "lifted",
+        choices=get_args(LionSign),
+        help="take Lion's sign of the lifted direction, or inside the subspace as in the paper",
+    )
+    move_projector: MoveProjector = _flag(
+        "paper",
+        "after",
+        choices=get_args(MoveProjector),
+        help="move the projector after the weights have moved with the old one, or before",
+    )
+
+    name: str = _flag("run", "test", help="name of the run: its log lies in RUN_DIR/NAME")
+    run_dir: str = _flag("run", "runs", metavar="DIR", help="where runs are kept")
+    save_dir: str | None = _flag(
+        "run",
+        None,
+        metavar="DIR",
+        help="where checkpoints and the final model are kept (default: RUN_DIR/NAME)",
+    )
+    save_every: int = _flag("run", 10_000, low=1, help="updates between two checkpoints")
+    keep: int = _flag("run", 2, low=1, help="newest checkpoints to keep")
+    resume: bool = _flag(
+        "run", False, help="go on from the run's newest checkpoint; start it if there is none"
+    )
+    overwrite: bool = _flag("run", False, help="delete what an earlier run of this name left")
+    eval_every: int = _flag(
+        "run", 5000, low=1, help="updates between two evaluations; one more stands at the end"
+    )
+    eval_tokens: int = _flag(
+        "run", 10_000_000, low=1, type=count, help="held-out tokens in an evaluation (10M, 100K)"
+    )
+    log_every: int = _flag("run", 1, low=1, help="updates between two lines of the log")
+    prompt: str = _flag(
+        "run",
+        "The",
+        metavar="TEXT",
+        help="start of the sample of text that the trained model writes",
+    )
+    sample_tokens: int = _flag("run", 100, low=0, help="tokens in that sample; 0 writes none")
+    seed: int = _flag(
+        "run", 0, low=0, high=2**32 - 1, help="seed of weights, data order and projectors"
+    )
+    tags: str | None = _flag(
+        "run", None, metavar="TEXT", help="free words, kept with the run's options"
+    )
+    single_gpu: bool = _flag(
+        "run",
+        False,
+        help="PyTorch: one process without torch.distributed. JAX accepts and ignores it",
+    )
+
+    @classmethod
+    def parse(
+        cls,
+        argv: Sequence[str],
+        *,
+        prog: str | None = None,
+        description: str = "Train a LLaMA with Online Subspace Descent.",
+    ) -> Self:
+        """Reads a command line, without the program's name. `check` looks at the values.
+
+        Raises:
+            UsageError: a flag is unknown or missing, or its value is not of its type.
+            SystemExit: code 0, after `--help`.
+        """
+        parser = _parser(prog, description)
+        _refuse_unknown(argv)
+        return cls(**vars(parser.parse_args(argv)))
+
+    @property
+    def path(self) -> Path:
+        """The run's directory: options, metrics, pictures."""
+        return Path(self.run_dir) / self.name
+
+    @property
+    def save_path(self) -> Path:
+        """Where checkpoints and the final model are kept."""
+        return Path(self.save_dir) if self.save_dir else self.path
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Positions in one update over all processes, padding included; of checked options only."""
+        return self.total_batch_size * self.max_length
+
+    @property
+    def continues_itself(self) -> bool:
+        """Whether `continue_from` names this very run or one of its checkpoints."""
+        if self.continue_from is None:
+            return False
+        start = Path(self.continue_from).resolve()
+        return any(start.is_relative_to(own.resolve()) for own in (self.path, self.save_path))
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether the optimizer's name asks for layer-by-layer updates in the backward pass."""
+        return self.optimizer.endswith("_per_layer")
+
+    def model(self) -> dict[str, Any]:
+        """The model config as it stands in the file.
+
+        Raises:
+            UsageError: the file is missing, or no JSON object.
+        """
+        path = Path(self.model_config)
+        if not path.is_file():
+            raise UsageError(f"--model_config: no file {path}; {_neighbours(path)}")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"--model_config: {path} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UsageError(
+                f"--model_config: {path} holds a {type(config).__name__}, expected a JSON object"
+            )
+        return config
+
+    def record(self) -> dict[str, Any]:
+        """What `options.json` keeps: the options, and the model's config as it was."""
+        return {"options": dataclasses.asdict(self), "model": self.model()}
+
+    def check(self, processes: int = 1) -> Self:
+        """Checks everything that can be checked without a framework, and fills in what is derived.
+
+        Args:
+            processes: how many training processes share an update.
+
+        Returns:
+            The options with every derived value filled in.
+
+        Raises:
+            UsageError: the first thing found wrong.
+        """
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+        self._check_combinations()
+        self._check_model()
+        self._check_data()
+        resolved = self._with_batch(processes)._with_steps()
+        resolved._check_directories()
+        return resolved
+
+    def _check_combinations(self) -> None:
+        """Refuses what the chosen optimizer or schedule would silently ignore."""
+        continuous = self.optimizer not in FULL_RANK and self.proj_type.startswith("continuous")
+        takers = {
+            "beta1": ("Adafactor", "adafactor" in self.optimizer),
+            "lion_sign": ("galore_lion", self.optimizer.startswith("galore_lion")),
+            "cycle_length": ("--scheduler cosine_restarts", self.scheduler == "cosine_restarts"),
+        }
+        takers["restart_warmup_steps"] = takers["cycle_length"]
+        online_pca = "a galore_* optimizer with a continuous* --proj_type"
+        for name in ("penalty", "projector_lr_multiple", "projector_weight_decay"):
+            takers[name] = (online_pca, continuous)
+        takers["move_projector"] = takers["penalty"]
+        for name, (taker, chosen) in takers.items():
+            if not chosen and getattr(self, name) != _FIELDS[name].default:
+                raise UsageError(
+                    f"--{name}: only {taker} takes it, and this is --optimizer {self.optimizer} "
+                    f"--proj_type {self.proj_type} --scheduler {self.scheduler}; leave it out"
+                )
+
+    def _check_model(self) -> None:
+        config, where = self.model(), f"--model_config: {self.model_config}"
+        kind = config.get("model_type", "llama")
+        if kind != "llama":
+            raise UsageError(f"{where} describes a {kind!r} model, expected 'llama'")
+        for key in _SIZES:
+            value = config.get(key)
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{where} has {key} {value!r}, expected a whole number from 1")
+        longest = config.get("max_sequence_length", config.get("max_position_embeddings"))
+        if longest is not None and self.max_length > longest:
+            raise UsageError(
+                f"--max_length: {self.max_length} is more than the {longest} positions of "
+                f"{self.model_config}; lower it, or raise max_sequence_length there"
+            )
+
+    def _check_data(self) -> None:
+        kind, _, where = self.dataset.partition(":")
+        if kind not in ("builtin", "c4", *_PLACED) or (kind in _PLACED) != bool(where):
+            known = ["builtin", "c4", *(f"{name}:" for name in _PLACED)]
+            raise UsageError(
+                f"--dataset: {self.dataset!r} is unknown{_close(self.dataset, known)}; expected "
+                "builtin, c4, tfds:NAME, text:GLOB, tokens:PATH or hf:NAME"
+            )
+        if kind in ("text", "tokens"):
+            paths = glob.glob(where, recursive=True) if kind == "text" else [where]
+            files = [path for path in map(Path, paths) if path.is_file()]
+            if not files:
+                raise UsageError(f"--dataset: no file matches {where}; expected a file to read")
+            if not any(path.stat().st_size for path in files):
+                names = ", ".join(map(str, files[:3]))
+                raise UsageError(f"--dataset: {names} is empty; there is nothing to train on")
+        local = self.data_dir is not None and "://" not in self.data_dir
+        if self.data_dir and local and not Path(self.data_dir).is_dir():
+            raise UsageError(
+                f"--data_dir: no directory {self.data_dir}; expected the one with the prepared data"
+            )
+
+    def _with_batch(self, processes: int) -> Self:
+        unit = self.batch_size * processes
+        shares = f"--batch_size {self.batch_size} x {processes} process" + "es" * (processes > 1)
+        steps = self.gradient_accumulation or max(1, self.total_batch_size // unit)
+        total = self.total_batch_size or unit * steps
+        if total != unit * steps:
+            if self.gradient_accumulation:
+                raise UsageError(
+                    f"--total_batch_size: {total} is not {unit * steps} ({shares} x "
+                    f"--gradient_accumulation {steps}); leave one of the three out"
+                )
+            near = unit * max(1, round(total / unit))
+            raise UsageError(
+                f"--total_batch_size: {total} is not a multiple of {unit} ({shares}); use {near}, "
+                "or another --batch_size"
+            )
+        return dataclasses.replace(self, gradient_accumulation=steps, total_batch_size=total)
+
+    def _with_steps(self) -> Self:
+        steps = self.num_training_steps
+        if self.max_train_tokens is not None:
+            steps = self.max_train_tokens // self.tokens_per_update
+            if steps < 1:
+                raise UsageError(
+                    f"--max_train_tokens: {self.max_train_tokens} is less than one update of "
+                    f"{self.tokens_per_update} tokens ({self.total_batch_size} rows of "
+                    f"{self.max_length}); raise it, or lower --total_batch_size"
+                )
+        if self.warmup_steps > steps:
+            raise UsageError(
+                f"--warmup_steps: {self.warmup_steps} is more than the run's {steps} updates; "
+                f"lower it, to {steps // 10} for example"
+            )
+        cycle, restart = self.cycle_length, self.restart_warmup_steps
+        if self.scheduler == "cosine_restarts":
+            cycle = max(1, steps // 4) if cycle is None else cycle
+            restart = cycle // 10 if restart is None else restart
+            warmups = {"warmup_steps": self.warmup_steps, "restart_warmup_steps": restart}
+            for name, value in warmups.items():
+                if value > cycle:
+                    raise UsageError(
+                        f"--{name}: {value} is more than a cycle of {cycle} updates; lower it, or "
+                        "raise --cycle_length"
+                    )
+        return dataclasses.replace(
+            self, num_training_steps=steps, cycle_length=cycle, restart_warmup_steps=restart
+        )
+
+    def _check_directories(self) -> None:
+        if Path(self.name).name != self.name or self.name == "..":
+            raise UsageError(f"--name: {self.name!r} is not a plain name; --run_dir says where")
+        for path in (self.path, self.save_path):
+            nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+            if not nearest.is_dir():
+                raise UsageError(f"--run_dir, --save_dir: {nearest} is a file, not a directory")
+        if self.resume + self.overwrite + (self.continue_from is not None) > 1:
+            raise UsageError("--resume, --overwrite and --continue_from: use one of them at a time")
+        if self.continue_from is not None and not Path(self.continue_from).is_dir():
+            raise UsageError(
+                f"--continue_from: no directory {self.continue_from}; expected a run, one of its "
+                "checkpoints or a Hugging Face model"
+            )
+        taken = next((path for path in (self.path, self.save_path) if _holds_a_run(path)), None)
+        if taken and not (self.resume or self.overwrite or self.continues_itself):
+            raise UsageError(
+                f"--name: {taken} holds a run already; go on with it by --resume, replace it by "
+                "--overwrite, or choose another --name"
+            )
+        if taken and not self.overwrite:
+            self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        path = self.path / "options.json"
+        if not path.exists():
+            return
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        then, now = kept["options"], dataclasses.asdict(self)
+        pairs = [(f"--{name}", then.get(name), now[name]) for name in FIXED]
+        then, now = kept["model"], self.model()
+        pairs += [
+            (f"--model_config: {key}", then.get(key), now.get(key)) for key in {**then, **now}
+        ]
+        for what, old, new in pairs:
+            if old != new:
+                raise UsageError(
+                    f"{what}: {self.path} was started with {old}, not {new}; go on with {old}, or "
+                    "start another run with --name"
+                )
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+_PLACED = ("tfds", "text", "tokens", "hf")
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+def run_cli(main: Callable[[Sequence[str]], int | None]) -> int:
+    """Runs `main` on the command line's arguments and returns the exit code.
+
+    `UsageError` becomes one line on stderr and code 2, an interrupt code 130. Anything else is a
+    fault of the program and keeps its traceback; wrap calls whose ValueError or OSError is the
+    user's in `user_errors`.
+    """
+    try:
+        return main(sys.argv[1:]) or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a ValueError or OSError raised inside into a `UsageError` with the same message."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def _parser(prog: str | None, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+        usage="%(prog)s --model_config FILE --batch_size N [options]",
+    )
+    groups = {name: parser.add_argument_group(name, text or None) for name, text in GROUPS.items()}
+    types = get_type_hints(Options)
+    for name, field in _FIELDS.items():
+        hint = types[name]  # a type, a type or None, or a Literal of names
+        kind = next((t for t in (hint, *get_args(hint)) if t in (bool, int, float)), str)
+        required = field.default is dataclasses.MISSING
+        about = field.metadata["help"]
+        if choices := field.metadata.get("choices"):
+            about += f"; one of {', '.join(choices)}"
+        if required:
+            about += " (required)"
+        elif kind is not bool and field.default is not None and "(default" not in about:
+            about += f" (default: {field.default})"
+        add = groups[field.metadata["group"]].add_argument
+        if kind is bool:
+            add(f"--{name}", action=argparse.BooleanOptionalAction, help=about)
+        else:
+            metavar = {int: "N", float: "X", str: "NAME"}[kind]
+            add(
+                f"--{name}",
+                type=field.metadata.get("type", kind),
+                metavar=field.metadata.get("metavar", metavar),
+                required=required,
+                help=about,
+            )
+    return parser
+
+
+def _refuse_unknown(argv: Sequence[str]) -> None:
+    """Names a misspelt flag; argparse would first ask for the required one it was meant for."""
+    known = [f"--{name}" for name in (*_FIELDS, "help")]
+    known += [f"--no-{name}" for name, field in _FIELDS.items() if _is_flag(field)]
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise UsageError(f"{flag}: no such flag{_close(flag, known)}; see --help")
+
+
+def _is_flag(field: dataclasses.Field[Any]) -> bool:
+    return str(field.type).startswith("bool")
+
+
+def _close(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
+    rules, where = field.metadata, f"--{field.name}: {value!r}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where} is not a finite number")
+    if "low" in rules and value < rules["low"]:
+        raise UsageError(f"{where} is too small; expected {rules['low']} or more")
+    if "above" in rules and value <= rules["above"]:
+        raise UsageError(f"{where} is too small; expected more than {rules['above']}")
+    if "high" in rules and value > rules["high"]:
+        raise UsageError(f"{where} is too large; expected {rules['high']} or less")
+    if "choices" in rules and value not in rules["choices"]:
+        names = ", ".join(rules["choices"])
+        raise UsageError(f"{where} is unknown{_close(value, rules['choices'])}; expected {names}")
+
+
+def _holds_a_run(path: Path) -> bool:
+    names = ("options.json", "metrics.jsonl", "checkpoints", "model")
+    return any((path / name).exists() for name in names)
+
+
+def _neighbours(path: Path) -> str:
+    there = ", ".join(sorted(other.name for other in path.parent.glob("*.json")))
+    return f"{path.parent} holds {there}" if there else "configs/llama_60m.json would be one"

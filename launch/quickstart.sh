@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Trains a small LLaMA with Online Subspace Descent on the State of the Union addresses, from nothing
+# but Python 3.11 or newer:  bash launch/quickstart.sh [more flags for launch.train_jax]
+# Run it again after an interruption and it goes on where it was.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/_setup.sh
+
+name=quickstart
+flags=(
+    --model_config configs/llama_quickstart.json
+    --dataset builtin
+    --max_length 256
+    --batch_size 8
+    --total_batch_size 8
+    --optimizer galore_adamw
+    --proj_type continuous
+    --rank 32
+    --update_proj_gap 200
+    --galore_scale 0.25
+    --lr 0.01
+    --num_training_steps 900
+    --warmup_steps 90
+    --eval_every 100
+    --eval_tokens 100K
+    --save_every 100
+)
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    set_up jax train cuda
+else
+    set_up jax train
+fi
+
+if [ $# -eq 0 ] && [ -f "runs/$name/model/config.json" ]; then
+    echo "runs/$name holds a trained model already. To train it anew:"
+    echo "    bash launch/quickstart.sh --overwrite"
+    exit
+fi
+# --resume starts the run if there is nothing to go on from
+case " $* " in *" --overwrite "*) ;; *) flags+=(--resume) ;; esac
+.venv/bin/python -m launch.train_jax --name "$name" "${flags[@]}" "$@"
+
+echo
+echo "The run is in runs/$name; its loss is drawn in runs/$name/loss.png. More to try:"
+echo "    .venv/bin/tensorboard --logdir runs"
+echo "    .venv/bin/python -m launch.train_jax --help"

@@ -1,0 +1,225 @@
+"""Every flag of the published commands is understood, and every mistake is named."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.options import FIXED, Options, UsageError, count
+
+ROOT = Path(__file__).parent.parent
+
+# The published commands, word for word but for the script's name.
+PUBLISHED_60M = """--model_config configs/llama_60m.json --lr 0.01 --galore_scale 0.25 --rank 128
+    --update_proj_gap 200 --batch_size 256 --total_batch_size 512 --num_training_steps 10000
+    --warmup_steps 1000 --weight_decay 0 --dtype bfloat16 --eval_every 1000
+    --optimizer galore_adamw --proj_type continuous"""
+PUBLISHED_7B_GALORE = """--model_config configs/llama_7b.json --lr 0.005 --galore_scale 0.25
+    --rank 1024 --update_proj_gap 500 --batch_size 16 --total_batch_size 512
+    --activation_checkpointing --num_training_steps 150000 --warmup_steps 15000 --weight_decay 0
+    --grad_clipping 1.0 --dtype bfloat16 --eval_every 1000 --single_gpu
+    --optimizer galore_adamw8bit_per_layer"""
+PUBLISHED_7B = PUBLISHED_7B_GALORE + " --proj_type continuous_adam8bit"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder with the project's configs and one small model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    model = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_sequence_length": 512,
+    }  # fmt: skip
+    (tmp_path / "small.json").write_text(json.dumps(model))
+
+
+def parse(line: str = "") -> Options:
+    return Options.parse(f"--model_config small.json --batch_size 4 {line}".split())
+
+
+def refused(line: str, *parts: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(line).check()
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("command", [PUBLISHED_60M, PUBLISHED_7B, PUBLISHED_7B_GALORE])
+def test_published_commands_mean_what_they_say(command):
+    options = Options.parse(command.split()).check()
+    flags = dict(re.findall(r"--(\w+) ([\w./]+)", command))
+    for name, text in flags.items():
+        value = getattr(options, name)
+        assert value == type(value)(text), name
+    assert options.gradient_accumulation == 512 // options.batch_size
+    assert options.single_gpu == options.per_layer == ("single_gpu" in command)
+    assert options.activation_checkpointing == ("activation_checkpointing" in command)
+
+
+def test_defaults_are_the_published_ones():
+    published = {
+        "continue_from": None, "max_length": 256, "lr": 1e-4, "scheduler": "cosine",
+        "min_lr_ratio": 0.1, "activation_checkpointing": False, "weight_decay": 0.0,
+        "warmup_steps": 1000, "eval_every": 5000, "num_training_steps": 10_000,
+        "max_train_tokens": None, "save_every": 10_000, "save_dir": None, "tags": None, "seed": 0,
+        "name": "test", "grad_clipping": 0.0, "beta1": 0.0, "rank": 128, "update_proj_gap": 50,
+        "galore_scale": 1.0, "proj_type": "std", "single_gpu": False, "dataset": "c4",
+    }  # fmt: skip
+    options = parse()
+    assert {name: getattr(options, name) for name in published} == published
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        Options.parse(["--help"], prog="python -m launch.train_jax")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{field.name}" in shown for field in dataclasses.fields(Options))
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_importing_options_is_light():
+    code = "import sys, launch.options; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not {"jax", "torch", "numpy", "transformers", "tqdm"} & set(eval(out.stdout))
+
+
+def test_booleans_can_be_taken_back():
+    assert parse("--pack").pack is True
+    assert parse("--no-pack").pack is False
+    assert parse("--resume --no-resume").resume is False
+
+
+def test_spellings():
+    options = parse("--optimizer GaLore_AdamW --dtype BF16 --proj_type Continuous").check()
+    assert (options.optimizer, options.dtype) == ("galore_adamw", "bfloat16")
+    assert options.proj_type == "continuous"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("100M", 100_000_000), ("1B", 10**9), ("1.5k", 1500), ("1_000", 1000)]
+)
+def test_count(text, number):
+    assert count(text) == number
+
+
+def test_max_train_tokens_counts_tokens():
+    options = parse("--max_train_tokens 1M --total_batch_size 8 --warmup_steps 0").check()
+    assert options.num_training_steps == 1_000_000 // (8 * 256)
+
+
+def test_batches():
+    assert parse("--gradient_accumulation 3").check().total_batch_size == 12
+    assert parse("--gradient_accumulation 3").check(processes=2).total_batch_size == 24
+    assert parse("--total_batch_size 16").check(processes=2).gradient_accumulation == 2
+    checked = parse("--total_batch_size 16").check()
+    assert checked.check() == checked
+
+
+def test_cosine_restarts():
+    options = parse("--scheduler cosine_restarts --num_training_steps 8K").check()
+    assert (options.cycle_length, options.restart_warmup_steps) == (2000, 200)
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("--totalbatch_size 8", ("--totalbatch_size", "did you mean --total_batch_size?")),
+        ("--no-packed", ("--no-packed", "--no-pack?")),
+        ("--rank", ("--rank", "expected one argument")),
+        ("--rank eight", ("--rank", "'eight'")),
+        ("surplus", ("surplus",)),
+        ("--max_train_tokens 1.5", ("--max_train_tokens", "'1.5'", "1M")),
+        ("--optimizer galore_adam", ("'galore_adam'", "did you mean galore_adamw?", "galore_lion")),
+        ("--proj_type continous", ("'continous'", "did you mean continuous?")),
+        ("--scheduler cosin", ("'cosin'", "cosine_restarts")),
+        ("--dtype float16", ("'float16'", "bfloat16")),
+        ("--rank 0", ("--rank", "0", "1 or more")),
+        ("--update_proj_gap 0", ("--update_proj_gap", "0", "1 or more")),
+        ("--lr 0", ("--lr", "0.0", "more than 0")),
+        ("--lr nan", ("--lr", "nan", "finite")),
+        ("--min_lr_ratio 1.1", ("--min_lr_ratio", "1.1", "1 or less")),
+        ("--weight_decay -1", ("--weight_decay", "-1.0", "0 or more")),
+        ("--total_batch_size 10", ("--total_batch_size", "10", "multiple of 4", "use 8")),
+        ("--total_batch_size 2", ("--total_batch_size", "2", "use 4")),
+        ("--total_batch_size 16 --gradient_accumulation 2", ("16", "8", "leave one")),
+        ("--num_training_steps 10", ("--warmup_steps", "1000", "10 updates")),
+        ("--max_train_tokens 1000", ("--max_train_tokens", "1000", "1024 tokens")),
+        ("--max_length 1024", ("--max_length", "1024", "512 positions")),
+        ("--beta1 0.9", ("--beta1", "Adafactor", "adam", "leave it out")),
+        ("--penalty 0.1 --optimizer galore_adamw", ("--penalty", "continuous*", "std")),
+        ("--lion_sign subspace", ("--lion_sign", "galore_lion")),
+        ("--cycle_length 10", ("--cycle_length", "cosine_restarts")),
+        ("--scheduler cosine_restarts --cycle_length 10", ("--warmup_steps", "1000", "10 updates")),
+        ("--dataset builtn", ("'builtn'", "did you mean builtin?", "c4")),
+        ("--dataset text", ("'text'", "text:GLOB")),
+        ("--dataset text:none/*.txt", ("none/*.txt",)),
+        ("--dataset text:empty.txt", ("empty.txt is empty",)),
+        ("--dataset tokens:none.npy", ("none.npy",)),
+        ("--data_dir none", ("--data_dir", "none")),
+        ("--continue_from none", ("--continue_from", "none")),
+        ("--resume --overwrite", ("--resume", "--overwrite", "one of them")),
+        ("--name a/b", ("--name", "'a/b'", "--run_dir")),
+        ("--run_dir small.json", ("small.json is a file",)),
+        ("--model_config none.json", ("none.json", "small.json")),
+        ("--model_config empty.txt", ("empty.txt is not JSON",)),
+        ("--model_config gpt.json", ("gpt.json", "'gpt2'", "'llama'")),
+        ("--model_config part.json", ("part.json", "vocab_size", "None")),
+    ],
+)
+def test_mistakes_are_named(line, parts):
+    Path("empty.txt").touch()
+    Path("gpt.json").write_text('{"model_type": "gpt2"}')
+    Path("part.json").write_text('{"model_type": "llama"}')
+    refused(line, *parts)
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(UsageError, match="--batch_size"):
+        Options.parse(["--model_config", "small.json"])
+
+
+def start_run(line: str = "") -> None:
+    options = parse(line).check()
+    options.path.mkdir(parents=True)
+    (options.path / "options.json").write_text(json.dumps(options.record()))
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident():
+    start_run()
+    refused("", "--name", "runs/test", "--resume", "--overwrite")
+    for line in ("--resume", "--overwrite", "--name other", "--continue_from runs/test"):
+        parse(line).check()
+    assert parse("--continue_from runs/test").continues_itself
+    assert not parse("--continue_from runs/test --name other").continues_itself
+
+
+def test_a_run_goes_on_only_as_what_it_was():
+    start_run("--rank 16")
+    parse("--rank 16 --resume --lr 0.5").check()
+    refused("--rank 8 --resume", "--rank", "started with 16, not 8")
+    model = json.loads(Path("small.json").read_text())
+    Path("small.json").write_text(json.dumps(model | {"hidden_size": 64}))
+    refused("--rank 16 --resume", "--model_config", "hidden_size", "32", "64")
+
+
+def test_what_is_fixed_exists():
+    assert set(FIXED) <= {field.name for field in dataclasses.fields(Options)}
+
+
+def test_exit_code_and_one_line_on_stderr():
+    code = (
+        "import sys; from launch.options import Options, run_cli\n"
+        "sys.exit(run_cli(lambda argv: print(Options.parse(argv).check().rank)))"
+    )
+    words = [sys.executable, "-c", code, "--model_config", "configs/llama_9m.json"]
+    for more, expected in ((["--batch_size", "8"], 0), (["--rnak", "8"], 2)):
+        run = subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == expected
+        assert run.stderr.count("\n") == (expected == 2)
+    assert run.stderr == "error: --rnak: no such flag; did you mean --rank?; see --help\n"
