@@ -138,6 +138,10 @@ def _from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
 
 
+def _paths(tree: Any) -> set[tuple[Any, ...]]:
+    return {path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def quantize_state(
     tx: optax.GradientTransformation,
     *,
@@ -157,7 +161,8 @@ def quantize_state(
       block: Values that share a scale.
       min_size: Smaller arrays stay as they are.
       rounding: See `quantize`.
-      unsigned: Names of state fields that are never negative.
+      unsigned: Names of state fields that are never negative. Two of Optax's rules use these names
+        for signed moments: give `frozenset({"n"})` for adan, `frozenset({"mu"})` for sm3.
 
     Raises:
       ValueError: for a block size or rounding that does not exist.
@@ -175,20 +180,36 @@ def quantize_state(
     tx = optax.with_extra_args_support(tx)
     is_quantized = lambda x: isinstance(x, Quantized)
 
-    def is_signed(path: tuple[Any, ...]) -> bool:
-        return not any(getattr(key, "name", None) in unsigned for key in path)
+    def is_signed(path: tuple[Any, ...], parameters: set[tuple[Any, ...]]) -> bool:
+        # A moment's path ends in its parameter's, whose own names say nothing of the sign.
+        ends = range(len(path))
+        end = next((i for i in ends if path[i:] in parameters), len(path))
+        return not any(getattr(key, "name", None) in unsigned for key in path[:end])
 
-    def compress(path: tuple[Any, ...], x: Any) -> Any:
-        is_moment = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0
-        if not is_moment or np.prod(x.shape[-2:]) < min_size:
-            return x
-        return quantize(x, signed=is_signed(path), block=block, rounding=rounding)
+    def compress(state: optax.OptState, params: optax.Params) -> optax.OptState:
+        parameters = _paths(params)
 
-    def expand(path: tuple[Any, ...], x: Any) -> Any:
-        return dequantize(x, signed=is_signed(path), block=block) if is_quantized(x) else x
+        def one(path: tuple[Any, ...], x: Any) -> Any:
+            is_moment = jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0
+            if not is_moment or np.prod(x.shape[-2:]) < min_size:
+                return x
+            signed = is_signed(path, parameters)
+            return quantize(x, signed=signed, block=block, rounding=rounding)
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def expand(state: optax.OptState, params: optax.Params) -> optax.OptState:
+        parameters = _paths(params)
+
+        def one(path: tuple[Any, ...], x: Any) -> Any:
+            if not is_quantized(x):
+                return x
+            return dequantize(x, signed=is_signed(path, parameters), block=block)
+
+        return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_quantized)
 
     def init(params: optax.Params) -> optax.OptState:
-        return jax.tree_util.tree_map_with_path(compress, tx.init(params))
+        return compress(tx.init(params), params)
 
     def update(
         updates: optax.Updates,
@@ -196,8 +217,7 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        state = jax.tree_util.tree_map_with_path(expand, state, is_leaf=is_quantized)
-        updates, state = tx.update(updates, state, params, **extra_args)
-        return updates, jax.tree_util.tree_map_with_path(compress, state)
+        new, state = tx.update(updates, expand(state, updates), params, **extra_args)
+        return new, compress(state, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)

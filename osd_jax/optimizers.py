@@ -6,6 +6,7 @@ Each published optimizer is a short composition of public pieces: the rule of W,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.blockwise import quantize_state
-from osd_jax.projectors import Projector, online_pca, random, svd
+from osd_jax.projectors import Projector, check_number, known_zero, online_pca, random, svd
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
@@ -30,6 +31,7 @@ from osd_jax.rules import (
 from osd_jax.subspace import (
     DimensionNumbers,
     Side,
+    check_basis_dtype,
     check_dtype,
     check_rank,
     dimension_numbers_by_name,
@@ -119,7 +121,8 @@ def make_optimizer(
       (`skipped_steps`).
 
     Raises:
-      ValueError: for an unknown name or an argument out of range, naming it and the choices.
+      ValueError: for an unknown name, an argument out of range, or one that the optimizer and
+        projector chosen do not read, naming it and the choices.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -141,11 +144,34 @@ def make_optimizer(
         raise ValueError(
             f"update_proj_gap is {update_proj_gap!r}: expected a whole number of at least 1"
         )
-    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
-    if beta1 is not None and not 0 <= beta1 < 1:
+    if callable(learning_rate):
+        raise ValueError(
+            f"learning_rate is {learning_rate!r}: expected the peak, a number of at least 0; a "
+            "schedule's factor on it goes to schedule="
+        )
+    check_number("learning_rate", learning_rate)
+    check_number("scale", scale)
+    check_number("weight_decay", weight_decay)
+    check_number("penalty", penalty)
+    if projector_lr_multiple is not None:
+        check_number("projector_lr_multiple", projector_lr_multiple)
+    if projector_weight_decay is not None:
+        check_number("projector_weight_decay", projector_weight_decay)
+    if beta1 is not None:
+        check_number("beta1", beta1)
+    if isinstance(beta1, (int, float)) and not beta1 < 1:
         raise ValueError(f"beta1 is {beta1!r}: expected None or a number in [0, 1)")
+    check_basis_dtype(basis_dtype)
+    is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
+    _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
+    _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
+    for name, value, default in (
+        ("penalty", penalty, 0.0),
+        ("projector_lr_multiple", projector_lr_multiple, None),
+        ("projector_weight_decay", projector_weight_decay, None),
+        ("move_projector", move_projector, "after"),
+    ):
+        _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
 
     factor = schedule or (lambda count: 1.0)
     lr = lambda count: learning_rate * factor(count)
@@ -225,7 +251,7 @@ def _full_rank(
     as_matrices: Callable[[optax.GradientTransformation], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
     descend = optax.scale_by_learning_rate(lr)
-    l2 = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    l2 = optax.identity() if known_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
     match optimizer:
         case "adam":  # torch.optim.Adam: L2 on the gradient
             return optax.chain(l2, optax.scale_by_adam(), descend)
@@ -268,15 +294,19 @@ def _projector(
     decay = release_decay if weight_decay is None else weight_decay
     optimizer = optax.chain(
         rule(),
-        optax.add_decayed_weights(decay) if decay else optax.identity(),
+        optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
     return online_pca(optimizer, penalty=penalty, moves_first=moves_first)
 
 
 def is_attention_or_mlp(path: str, array: jax.Array) -> bool:
-    """The default selection: matrices of attention and MLP layers, by their path."""
-    return array.ndim >= 2 and any(name in path for name in ("attn", "attention", "mlp"))
+    """The default selection: matrices of attention and MLP layers, by their path.
+
+    Not their biases, which Flax's attention holds as (heads, head_dim).
+    """
+    is_kernel = array.ndim >= 2 and "bias" not in path
+    return is_kernel and any(name in path for name in ("attn", "attention", "mlp"))
 
 
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
@@ -304,7 +334,16 @@ def _labels(
                 return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
             return "subspace"
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        found = jax.tree_util.tree_map_with_path(label, params)
+        if set(jax.tree.leaves(found)) == {"full"}:
+            names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+            warnings.warn(
+                f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
+                "is trained at full rank. select= says which to project, dimension_numbers= what "
+                "the matrices are of those that are not 2-D",
+                stacklevel=2,
+            )
+        return found
 
     return labels
 
@@ -328,6 +367,12 @@ def _guarded(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 
     checked = optax.GradientTransformationExtraArgs(init, update)
     return optax.apply_if_finite(checked, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+
+
+def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -> None:
+    """Raises ValueError for an argument that would be silently ignored."""
+    if not is_used and isinstance(value, (str, int, float)) and value != default:
+        raise ValueError(f"{name} is {value!r}: only {user} reads it; leave it out")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,11 +6,14 @@ PCA needs three small things of a gradient, its `Sketch`, and no SVD after the f
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -98,8 +101,7 @@ def online_pca(
     Raises:
       ValueError: for a negative penalty or an unknown `init`.
     """
-    if not penalty >= 0:
-        raise ValueError(f"penalty is {penalty!r}: expected a number of at least 0")
+    check_number("penalty", penalty)
     if init not in ("svd", "qr"):
         raise ValueError(f"init is {init!r}: expected 'svd' or 'qr'")
 
@@ -111,7 +113,7 @@ def online_pca(
 
     def sketch(basis: Basis, matrix: jax.Array) -> Sketch:
         assert not isinstance(basis, TwoSided)
-        low_rank = contract("pr,pq->rq", basis, matrix)
+        low_rank = low_rank_gradient(basis, matrix)
         return Sketch(
             low_rank=low_rank,
             correlation=contract("pq,rq->pr", matrix, low_rank),
@@ -170,14 +172,10 @@ def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) 
     gram = contract("pr,ps->rs", basis, basis)
     usable = has_direction(s)
     a = (2 / jnp.where(usable, s, 1))[..., None, None] * jnp.where(usable[..., None, None], a, 0)
-    gradient = (
-        contract("pr,rs->ps", basis, contract("pr,ps->rs", basis, a))
-        + contract("pr,rs->ps", a, gram)
-        - 2 * a
-    )
-    if penalty:
-        gradient += (4 * penalty) * (contract("pr,rs->ps", basis, gram) - basis)
-    return gradient
+    inner = contract("pr,ps->rs", basis, a)
+    if not known_zero(penalty):
+        inner += 4 * penalty * (gram - jnp.eye(gram.shape[-1], dtype=gram.dtype))
+    return contract("pr,rs->ps", basis, inner) + contract("pr,rs->ps", a, gram) - 2 * a
 
 
 def has_direction(squared_norm: jax.Array) -> jax.Array:
@@ -219,17 +217,10 @@ def random(every: int) -> Projector:
 
 def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
-
-    def sketch(basis: Basis, matrix: jax.Array) -> Sketch:
-        if isinstance(basis, TwoSided):
-            half = contract("pr,pq->rq", basis.input, matrix)
-            return Sketch(contract("rq,qs->rs", half, basis.output), None, None)
-        return Sketch(contract("pr,pq->rq", basis, matrix), None, None)
-
     return Projector(
         is_due=lambda count: count % every == 0,
         fresh_basis=fresh_basis,
-        sketch=sketch,
+        sketch=lambda basis, matrix: Sketch(low_rank_gradient(basis, matrix), None, None),
         init=lambda bases: optax.EmptyState(),
         move=lambda bases, sketches, state, count: (bases, state),
         two_sided=True,
@@ -240,6 +231,22 @@ def check_period(every: int) -> None:
     """Raises ValueError unless `every` is a whole number of steps, at least 1."""
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"the period of P is {every!r}: expected a whole number of at least 1")
+
+
+def check_number(name: str, value: jax.typing.ArrayLike) -> None:
+    """Raises ValueError unless `value` is a finite number of at least 0.
+
+    An array passes unread: it may be traced, as the numbers of `optax.inject_hyperparams` are.
+    """
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return
+    if not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+
+
+def known_zero(value: jax.typing.ArrayLike) -> bool:
+    """Whether `value` is a plain 0, whose term can be left out; a traced number never is."""
+    return isinstance(value, numbers.Real) and value == 0
 
 
 def leading_singular_vectors(matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
@@ -286,6 +293,15 @@ def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array) -> jax.Array
     wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)
     return like_sharding(jnp.linalg.qr(wide @ gaussian)[0].astype(old.dtype), old)
+
+
+def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
+    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r), in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        # The output side first, as in PyTorch: that basis is the one that bfloat16 rounds.
+        half = contract("pq,qs->ps", matrix, basis.output)
+        return contract("pr,ps->rs", basis.input, half)
+    return contract("pr,pq->rq", basis, matrix)
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> Any:

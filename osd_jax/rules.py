@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.projectors import accumulator_dtype
+from osd_jax.projectors import accumulator_dtype, known_zero
 from osd_jax.subspace import (
     DimensionNumbers,
     dimension_numbers_by_name,
@@ -170,7 +170,7 @@ def _decay(
     learning_rate: Schedule,
     decay: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformation:
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+    if known_zero(weight_decay):
         return optax.identity()
 
     def update(

@@ -35,11 +35,13 @@ from osd_jax.projectors import (
     TwoSided,
     accumulator_dtype,
     contract,
+    low_rank_gradient,
     zeros_of_axes,
 )
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 SIDES = get_args(Side)
+SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))
 
 
 class SubspaceDimensionNumbers(NamedTuple):
@@ -239,8 +241,9 @@ def scale_by_subspace(
       An Optax transformation with the further attributes `refresh`, `project` and `apply`.
 
     Raises:
-      ValueError: for a rank below 1, an unknown side, a side that the projector does not move, or,
-        from `init`, a parameter that is not a matrix or has an integer or float16 dtype.
+      ValueError: for a rank below 1, an unknown side or dtype of P, a side that the projector does
+        not move, or, from `init`, a parameter that is not a matrix or has an integer or float16
+        dtype.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -255,6 +258,7 @@ def scale_by_subspace(
       {'kernel': (16, 4)}
     """
     check_rank(rank)
+    check_basis_dtype(basis_dtype)
     if side not in SIDES:
         raise ValueError(f"side is {side!r}: expected one of {', '.join(SIDES)}")
     if side == "both" and not projector.two_sided:
@@ -376,14 +380,6 @@ def scale_by_subspace(
     return SubspaceTransformation(init, update, refresh, project, apply)
 
 
-def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
-    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r), in float32 or float64."""
-    if isinstance(basis, TwoSided):
-        half = contract("pr,pq->rq", basis.input, matrix)
-        return contract("rq,qs->rs", half, basis.output)
-    return contract("pr,pq->rq", basis, matrix)
-
-
 def lift(basis: Basis, direction: jax.Array) -> jax.Array:
     """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T."""
     if isinstance(basis, TwoSided):
@@ -436,12 +432,17 @@ def check_rank(rank: int) -> None:
 
 def check_dtype(name: str, array: jax.Array) -> None:
     """Raises ValueError for a dtype that the optimizers do not train."""
-    supported = (jnp.float32, jnp.bfloat16, jnp.float64)
-    if array.dtype not in [jnp.dtype(t) for t in supported]:
+    if array.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
             "(float16 overflows in squared gradients; use bfloat16)"
         )
+
+
+def check_basis_dtype(dtype: jax.typing.DTypeLike | None) -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have."""
+    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"basis_dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
 
 
 class Diagnostics(NamedTuple):

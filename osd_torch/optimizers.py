@@ -7,6 +7,7 @@ projector that moves P; decoupled weight decay.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -22,8 +23,10 @@ from osd_torch.subspace import (
     Side,
     SubspaceOptimizer,
     add_,
+    check_basis_dtype,
     check_dtype,
     check_number,
+    check_rank,
     count_if_not_finite,
     lift,
     resolve_side,
@@ -88,7 +91,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         basis_dtype             dtype of P; None: float32, float64 for float64 parameters (None)
         seed                    of `random` (0)
 
-    The peak of lr is `initial_lr`, which PyTorch's schedulers set, or lr as the group was added.
+    The peak of lr is `max_lr` (set by `OneCycleLR`), or else `initial_lr` (set by PyTorch's other
+    schedulers), or else lr as the group was added.
     """
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
@@ -101,11 +105,11 @@ class PublishedOptimizer(SubspaceOptimizer):
         check_choice("move_projector", group["move_projector"], get_args(MoveProjector))
         check_period(group["update_proj_gap"])
         check_number("scale", group["scale"])
+        check_number("penalty", group["penalty"])
+        check_basis_dtype(group["basis_dtype"])
         for name in ("projector_lr_multiple", "projector_weight_decay"):
             if group[name] is not None:
                 check_number(name, group[name])
-        if group["rank"] is not None:
-            self.projector(group)  # checks what is left
 
     def side(self, group: Group, param: Tensor) -> Side:
         """The side of a matrix (output, input) that P projects, by `proj_type`."""
@@ -130,7 +134,8 @@ class PublishedOptimizer(SubspaceOptimizer):
     def projector_lr(self, group: Group) -> float:
         """P's step size: the release's, or a multiple of lr as in the paper."""
         lr = float(group["lr"])
-        peak = float(group["initial_lr"] if "initial_lr" in group else group["peak_lr"])
+        peak_key = next(k for k in ("max_lr", "initial_lr", "peak_lr") if k in group)
+        peak = float(group[peak_key])
         if group["projector_lr_multiple"] is not None:
             return group["projector_lr_multiple"] * lr
         return (lr / peak if peak else 1.0) / group["update_proj_gap"]
@@ -409,7 +414,8 @@ def make_optimizer(
         counted (`skipped_steps`).
 
     Raises:
-        ValueError: for an unknown name or an argument out of range, naming it and the choices.
+        ValueError: for an unknown name, an argument out of range, or one that the optimizer and
+            projector chosen do not read, naming it and the choices.
 
     Example:
         >>> import torch, osd_torch
@@ -426,6 +432,18 @@ def make_optimizer(
     check_choice("proj_type", proj_type, PROJ_TYPES)
     check_choice("lion_sign", lion_sign, get_args(LionSign))
     check_choice("move_projector", move_projector, get_args(MoveProjector))
+    check_rank(rank)
+    check_period(update_proj_gap)
+    is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
+    _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
+    _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
+    for name, value, default in (
+        ("penalty", penalty, 0.0),
+        ("projector_lr_multiple", projector_lr_multiple, None),
+        ("projector_weight_decay", projector_weight_decay, None),
+        ("move_projector", move_projector, "after"),
+    ):
+        _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
     trained = [(name, param) for name, param in named_parameters if param.requires_grad]
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     for name, param in trained:
@@ -436,6 +454,12 @@ def make_optimizer(
     chosen = select or is_attention_or_mlp
     projected = [(name, param) for name, param in trained if chosen(name, param)]
     others = [(name, param) for name, param in trained if not chosen(name, param)]
+    if others and not projected:
+        warnings.warn(
+            f"none of the {len(others)} parameters is projected ({others[0][0]!r} first): every "
+            "one is trained at full rank. select= says which to project",
+            stacklevel=2,
+        )
     options = {
         "rank": rank,
         "update_proj_gap": update_proj_gap,
@@ -475,11 +499,11 @@ def _full_rank(
         case "adamw" if is_narrow:
             return FullRankAdam(params, **common)
         case "adam":
-            return skip_if_not_finite(torch.optim.Adam(params, **common))
+            return TorchAdam(params, **common)
         case "adamw":
-            return skip_if_not_finite(torch.optim.AdamW(params, **common))
+            return TorchAdamW(params, **common)
         case "sgd":
-            return skip_if_not_finite(torch.optim.SGD(params, **common))
+            return TorchSGD(params, **common)
         case "adam8bit":
             return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(params, **common))
         case "lion":
@@ -489,22 +513,56 @@ def _full_rank(
     raise AssertionError(optimizer)
 
 
+def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A step's pre-hook: drops all gradients, and counts, if one is not finite."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    present = [p for p in params if p.grad is not None]
+    if count_if_not_finite(optimizer, [p.grad for p in present]):
+        for param in present:
+            param.grad = None
+
+
 def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Makes an optimizer of another library skip, and count, steps with a non-finite gradient.
 
-    Such a step drops the gradients. What a closure computes inside `step` is not seen.
+    What a closure computes inside `step` is not seen.
     """
-
-    def drop_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        present = [p for p in params if p.grad is not None]
-        if count_if_not_finite(optimizer, [p.grad for p in present]):
-            for param in present:
-                param.grad = None
-
-    optimizer.param_groups[0]["skipped_steps"] = (0, 0)
-    optimizer.register_step_pre_hook(drop_gradients)
+    optimizer.param_groups[0].setdefault("skipped_steps", (0, 0))
+    optimizer.register_step_pre_hook(drop_if_not_finite)
     return optimizer
+
+
+class _SkipsNonFinite:
+    """`skip_if_not_finite` for classes of torch.optim; copies and pickles keep it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        skip_if_not_finite(self)  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        # torch drops the hooks of a copy, and calls this for load_state_dict too.
+        hooks = self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
+        if drop_if_not_finite not in hooks.values():
+            skip_if_not_finite(self)  # type: ignore[arg-type]
+
+
+class TorchAdam(_SkipsNonFinite, torch.optim.Adam):
+    """`torch.optim.Adam`, which skips steps with a non-finite gradient."""
+
+
+class TorchAdamW(_SkipsNonFinite, torch.optim.AdamW):
+    """`torch.optim.AdamW`, which skips steps with a non-finite gradient."""
+
+
+class TorchSGD(_SkipsNonFinite, torch.optim.SGD):
+    """`torch.optim.SGD`, which skips steps with a non-finite gradient."""
+
+
+def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -> None:
+    """Raises ValueError for an argument that would be silently ignored."""
+    if not is_used and value != default:
+        raise ValueError(f"{name} is {value!r}: only {user} reads it; leave it out")
 
 
 def is_attention_or_mlp(name: str, param: Tensor) -> bool:

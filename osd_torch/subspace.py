@@ -18,6 +18,7 @@ sides (output, input). P has shape (p, r), and its columns are the basis.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -177,7 +178,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if "step" not in state:
             moments = {PREFIX + name: x for name, x in projector.init(basis, side).items()}
             state.update(step=torch.tensor(0.0), **rule.init(low_rank), **moments)
-        projector_state = {k.removeprefix(PREFIX): v for k, v in state.items() if PREFIX in k}
+        projector_state = {
+            k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)
+        }
         step = int(state["step"])
 
         def move() -> None:
@@ -232,8 +235,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         params = chain.from_iterable(g["params"] for g in self.param_groups)
         for index, param in zip(indices, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                # The step count stays on the CPU, where reading it costs no synchronisation.
-                device = value.device if name == "step" else param.device
+                # The step count lies on the CPU, where reading it costs no synchronisation.
+                device = torch.device("cpu") if name == "step" else param.device
                 self.state[param][name] = value.to(device=device, copy=True)
 
     def _name(self, param: Tensor) -> str:
@@ -359,7 +362,7 @@ def check_rank(rank: int) -> None:
 
 def check_number(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0."""
-    if not 0 <= value < math.inf:
+    if not isinstance(value, (numbers.Real, Tensor)) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
 
@@ -370,6 +373,12 @@ def check_dtype(name: str, param: Tensor) -> None:
             f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
             "(float16 overflows in squared gradients; use bfloat16)"
         )
+
+
+def check_basis_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have."""
+    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"basis_dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
 
 
 def _gradient(param: Tensor) -> Tensor:

@@ -97,8 +97,11 @@ def test_kernels_are_the_matrices_they_stand_for(optimizer: str, proj_type: str)
     numbers = {name: kernel.numbers for name, kernel in KERNELS.items()}
     after = compiled(optimizer, proj_type, numbers)(params, gradients)
     alone = compiled(optimizer, proj_type, None)
-    # The same sums in another order: a code of 8-bit state, or a sign of Lion's, may differ.
-    tolerance = 1e-3 if optimizer in ("galore_adamw", "galore_adafactor", "adafactor") else 1e-2
+    # The same sums in another order: a code of 8-bit state, or a sign of Lion's, may differ. So may
+    # Adam's step in `full`, where R of a refresh is diagonal but for rounding, and Adam divides
+    # that rounding by itself: steps of full size of either sign until later gradients outweigh it.
+    is_exact = optimizer in ("galore_adamw", "galore_adafactor", "adafactor")
+    tolerance = 1e-3 if is_exact and proj_type != "full" else 1e-2
     for name, kernel in KERNELS.items():
         steps = [kernel.matrices(g) for g in gradients[name]]
         for index, start in enumerate(kernel.matrices(params[name])):

@@ -113,7 +113,21 @@ def test_every_full_rank_optimizer_descends(optimizer: str) -> None:
 
 def test_full_rank_names_are_torchs_own() -> None:
     for name, kind in {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}.items():
-        assert type(make(make_params(), name)) is getattr(torch.optim, kind)
+        assert isinstance(make(make_params(), name), getattr(torch.optim, kind))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_copy_skips_nonfinite_steps_too(name: str) -> None:
+    params = make_params()
+    copied = copy.deepcopy(make(params, name))
+    copied.load_state_dict(copied.state_dict())
+    weights = [p for group in copied.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    for param in weights:
+        param.grad = torch.full_like(param, torch.nan)
+    copied.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+    assert osd_torch.skipped_steps(copied) == (1, 1)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
