@@ -1,0 +1,224 @@
+"""The algorithm once more, in float64 NumPy, to be checked against the papers by eye.
+
+Online Subspace Descent (arXiv 2408.12857, algorithm 1), GaLore (arXiv 2403.03507, algorithm 2).
+Matrices are in PyTorch's orientation, (output, input). Nothing here is fast or shared with the
+libraries: P's gradient is that of the loss as it is written, with the (p, p) matrix P P^T.
+
+A projection is a pair (L, Q): R = L^T G Q, and W <- W - scale * L dW Q^T. Where one side only is
+projected, the other one's basis is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Rule = Callable[[Array, dict[str, Any], int, float], Array]
+
+
+# ------------------------------------------------- optimizers: (g, state, t from 1, lr) -> step
+
+
+def adam(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """Kingma and Ba, arXiv 1412.6980, algorithm 1."""
+    m = s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
+    v = s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
+    return lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+
+
+def adam_eps_first(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    """The release's: eps joins sqrt(v) before the bias correction."""
+    m = s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
+    v = s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
+    return lr * m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+
+
+def lion(g: Array, s: dict[str, Any], t: int, lr: float, sign: bool = True) -> Array:
+    """Chen et al., arXiv 2302.06675, program 1; without the sign: what it is taken of."""
+    m = s.get("m", 0)
+    s["m"] = 0.99 * m + 0.01 * g
+    c = 0.9 * m + 0.1 * g
+    return lr * noted_sign(c, s) if sign else c
+
+
+def adafactor(g: Array, s: dict[str, Any], t: int, lr: float, beta1: float | None = None) -> Array:
+    """Shazeer and Stern, arXiv 1804.04235, algorithms 4 and 5, lr given; beta1 as Hugging Face."""
+    beta2 = 1 - t**-0.8
+    square = g**2 + 1e-30
+    if g.ndim == 2:
+        row = s["row"] = beta2 * s.get("row", 0) + (1 - beta2) * square.mean(1)
+        col = s["col"] = beta2 * s.get("col", 0) + (1 - beta2) * square.mean(0)
+        v = np.outer(row, col) / row.mean()
+    else:
+        v = s["v"] = beta2 * s.get("v", 0) + (1 - beta2) * square
+    u = g / np.sqrt(v)
+    u = lr * u / max(1.0, np.sqrt(np.mean(u**2)))
+    if beta1 is None:
+        return u
+    s["m"] = beta1 * s.get("m", 0) + (1 - beta1) * u
+    return s["m"]
+
+
+def noted_sign(c: Array, s: dict[str, Any]) -> Array:
+    """sign(c); `s` notes how near to zero an entry came, for those who compare in float32."""
+    s["margin"] = min(s.get("margin", np.inf), np.abs(c).min() / np.abs(c).max())
+    return np.sign(c)
+
+
+def sgd(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+    return lr * g
+
+
+# OptimizerP, and its weight decay in the release.
+PROJECTOR_RULES: dict[str, tuple[Rule, float]] = {
+    "continuous": (adam, 0.01),
+    "continuous_lion": (lion, 0.0),
+    "continuous_adafactor": (adafactor, 0.0),
+    "continuous_sgd": (sgd, 0.0),
+}
+
+
+# ------------------------------------------------------------------------------------- online PCA
+
+
+def pca_loss(P: Array, G: Array, penalty: float) -> float:
+    """Online Subspace Descent, equation 8: ||P P^T Gn - Gn||^2 + penalty ||P^T P - I||^2."""
+    Gn = G / np.linalg.norm(G)
+    error, gram = P @ P.T @ Gn - Gn, P.T @ P - np.eye(P.shape[1])
+    return float(np.sum(error**2) + penalty * np.sum(gram**2))
+
+
+def pca_gradient(P: Array, G: Array, penalty: float) -> Array:
+    """d loss: with E = P P^T Gn - Gn, dE = dP P^T Gn + P dP^T Gn, and d||E||^2 = 2 <E, dE>."""
+    Gn = G / np.linalg.norm(G)
+    error = P @ P.T @ Gn - Gn
+    first = 2 * (error @ Gn.T + Gn @ error.T) @ P
+    return first + 4 * penalty * P @ (P.T @ P - np.eye(P.shape[1]))
+
+
+# ---------------------------------------------------------------------------------- one parameter
+
+
+def projected_sides(proj_type: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Which sides of a matrix (output, input) have a P."""
+    fixed = {"left": ("output",), "right": ("input",), "full": ("output", "input")}
+    shorter = ("input",) if shape[0] >= shape[1] else ("output",)
+    longer = ("output",) if shape[0] >= shape[1] else ("input",)
+    return fixed.get(proj_type, longer if proj_type == "reverse_std" else shorter)
+
+
+@dataclass
+class Oracle:
+    """One parameter, and the steps that it takes.
+
+    Attributes are make_optimizer's arguments; `proj_type` None: full rank. `schedule` maps the
+    step, from 0, to the factor on lr.
+    """
+
+    weight: Array
+    optimizer: str
+    proj_type: str | None
+    lr: float = 0.01
+    rank: int = 4
+    update_proj_gap: int = 7
+    scale: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float | None = None
+    schedule: Callable[[int], float] = lambda step: 1.0
+    penalty: float = 0.0
+    projector_lr_multiple: float | None = None
+    projector_weight_decay: float | None = None
+    lion_sign: str = "lifted"
+    move_projector: str = "after"
+    bases: dict[str, Array] = field(default_factory=dict)  # by side, "output" and "input"
+    state: dict[str, Any] = field(default_factory=dict)
+    projector_state: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    def step(self, G: Array, reported: dict[str, Array] | None = None) -> None:
+        """One step of W and P.
+
+        Args:
+            G: The gradient, not zero.
+            reported: The bases that a library holds after this step. Read at a refresh only: as
+                they are by `random`, whose draws are the framework's; for their columns' signs by
+                the SVD kinds.
+        """
+        W, t = self.weight, self.steps
+        lr = self.lr * self.schedule(t)
+        if self.proj_type is None:
+            G = G + self.weight_decay * W if self.optimizer in ("adam", "sgd") else G
+            self.weight = self._decayed(W, self.rule()(G, self.state, t + 1, lr), lr)
+            self.steps += 1
+            return
+        continuous = self.proj_type.startswith("continuous")
+        if t == 0 or (t % self.update_proj_gap == 0 and not continuous):
+            self.bases = self._fresh(G, reported)
+        if continuous and self.move_projector == "before":
+            self._move(G)
+        L = self.bases.get("output", np.eye(W.shape[0]))
+        Q = self.bases.get("input", np.eye(W.shape[1]))
+        R = L.T @ G @ Q
+        dW = self.scale * L @ self.rule()(R, self.state, t + 1, lr) @ Q.T
+        if self.optimizer == "galore_lion" and self.lion_sign == "lifted":
+            dW = lr * noted_sign(dW, self.state)
+        self.weight = self._decayed(W, dW, lr)
+        if continuous and self.move_projector == "after":
+            self._move(G)
+        self.steps += 1
+
+    def rule(self) -> Rule:
+        """OptimizerW."""
+        lifted = self.proj_type is not None and self.lion_sign == "lifted"
+        return {
+            "galore_adamw": adam_eps_first,
+            "galore_lion": partial(lion, sign=not lifted),
+            "galore_adafactor": partial(adafactor, beta1=self.beta1),
+            "adam": adam,
+            "adamw": adam,
+            "lion": lion,
+            "adafactor": partial(adafactor, beta1=self.beta1),
+            "sgd": sgd,
+        }[self.optimizer]
+
+    def _decayed(self, W: Array, dW: Array, lr: float) -> Array:
+        keep = 1 - lr * self.weight_decay
+        if self.optimizer in ("adam", "sgd"):  # L2, in the gradient already
+            return W - dW
+        before = self.optimizer in ("adamw", "adafactor", "galore_adafactor")
+        return keep * W - dW if before else keep * (W - dW)
+
+    def _fresh(self, G: Array, reported: dict[str, Array] | None) -> dict[str, Array]:
+        if self.proj_type == "random":
+            assert reported is not None
+            return reported
+        U, _, Vt = np.linalg.svd(G, full_matrices=False)
+        r = min(self.rank, *G.shape)
+        sides = projected_sides(str(self.proj_type), G.shape)
+        bases = {side: {"output": U, "input": Vt.T}[side][:, :r] for side in sides}
+        if reported is None:
+            return bases
+        # A singular vector's sign is free, and LAPACKs differ in it. Moments are kept across a
+        # refresh, so W depends on each column's sign relative to the old one's: those, and nothing
+        # else, are taken from the side under test.
+        return {k: P * np.sign(np.sum(P * reported[k], axis=0)) for k, P in bases.items()}
+
+    def _move(self, G: Array) -> None:
+        if self.steps == 0:  # P is of this very gradient
+            return
+        ((side, P),) = self.bases.items()
+        rule, decay = PROJECTOR_RULES[str(self.proj_type)]
+        if self.projector_weight_decay is not None:
+            decay = self.projector_weight_decay
+        factor = self.schedule(self.steps)
+        size = factor / self.update_proj_gap
+        if self.projector_lr_multiple is not None:
+            size = self.projector_lr_multiple * self.lr * factor
+        gradient = pca_gradient(P, G if side == "output" else G.T, self.penalty)
+        step = rule(gradient, self.projector_state, self.steps, size)
+        self.bases = {side: (1 - size * decay) * P - step}

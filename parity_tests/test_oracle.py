@@ -1,0 +1,164 @@
+"""Both libraries in float64 against the oracle, over 20 steps: every combination but 8-bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, pca_gradient, pca_loss
+from sides import Run, align, gradients, run_jax, run_torch
+
+import osd_jax
+import osd_torch
+from osd_jax.projectors import online_pca_gradient
+from osd_torch.projectors import online_pca_gradient as torch_pca_gradient
+
+STEPS = 20
+LIMIT = 1e-9
+MATRICES = {"mlp_tall": (12, 7), "mlp_wide": (7, 12), "mlp_square": (9, 9)}
+FULL_RANK_SHAPES = {"head": (10, 6), "norm": (8,)}
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("galore_adamw", {}),
+    "lion": ("galore_lion", {}),
+    "lion, sign in subspace": ("galore_lion", {"lion_sign": "subspace"}),
+    "adafactor": ("galore_adafactor", {}),
+    "adafactor, beta1": ("galore_adafactor", {"beta1": 0.9}),
+}
+PROJ_TYPES = (
+    "std", "reverse_std", "left", "right", "full", "random",
+    "continuous", "continuous_lion", "continuous_adafactor", "continuous_sgd",
+)  # fmt: skip
+FULL_RANK: dict[str, tuple[str, dict[str, Any]]] = {
+    **RULES,
+    **{f"full-rank {name}": (name, {}) for name in ("adam", "adamw", "lion", "adafactor", "sgd")},
+    "full-rank adafactor, beta1": ("adafactor", {"beta1": 0.9}),
+}
+# The paper's side of the rows where paper and release differ.
+PAPER = {
+    "penalty": 0.1,
+    "projector_lr_multiple": 5.0,
+    "projector_weight_decay": 0.1,
+    "lion_sign": "subspace",
+    "scale": 1.0,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {name: PAPER[name]} for name in PAPER if "projector" in name or name == "penalty"},
+    "move_projector": {"move_projector": "before"},
+    "paper": PAPER,
+    "paper, P first": {**PAPER, "move_projector": "before"},
+}
+RATIO = np.concatenate([np.arange(4) / 4, np.cos(np.linspace(0, 1.4, STEPS - 4))])  # from 0
+
+both_sides = pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
+
+
+def compare(
+    run: Run,
+    optimizer: str,
+    proj_type: str | None,
+    shapes: dict[str, tuple[int, ...]] = MATRICES,
+    **options: Any,
+) -> None:
+    """Asserts that a library and the oracle agree on every parameter after every step.
+
+    Args:
+        run: The library.
+        optimizer: Published name.
+        proj_type: Published name, or None where no parameter is projected.
+        shapes: By name of parameter.
+        **options: On top of the release's defaults.
+    """
+    rng = np.random.default_rng(0)
+    options = {
+        "lr": 0.01, "rank": 4, "update_proj_gap": 7, "scale": 0.25, "weight_decay": 0.1, **options,
+    }  # fmt: skip
+    start = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    grads = {name: gradients(rng, STEPS, shape) for name, shape in shapes.items()}
+    ours = run(start, grads, RATIO, optimizer, proj_type or "std", dtype="float64", **options)
+    projected = {name for name in start if "mlp" in name and proj_type}
+    assert set(ours.bases) == projected
+
+    for name, weight in start.items():
+        kind = proj_type if name in projected else None
+        oracle = Oracle(weight, optimizer, kind, schedule=RATIO.__getitem__, **options)
+        for step in range(STEPS):
+            bases = {side: P[step] for side, P in ours.bases.get(name, {}).items()}
+            oracle.step(grads[name][step], bases)
+            moved = np.linalg.norm(oracle.weight - weight)
+            error = np.linalg.norm(ours.weights[name][step] - oracle.weight)
+            assert error <= LIMIT * moved, f"W of {name} after step {step}"
+            for side, P in bases.items():
+                error = np.linalg.norm(align(P, oracle.bases[side]) - oracle.bases[side])
+                assert error <= LIMIT * np.linalg.norm(P), f"P of {name}, {side}, step {step}"
+
+
+@both_sides
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_combination(run: Run, rule: str, proj_type: str) -> None:
+    optimizer, options = RULES[rule]
+    compare(run, optimizer, proj_type, **options)
+
+
+@both_sides
+@pytest.mark.parametrize("rule", FULL_RANK)
+def test_full_rank(run: Run, rule: str) -> None:
+    """Beside projected parameters, and by the optimizers that project none."""
+    optimizer, options = FULL_RANK[rule]
+    compare(run, optimizer, None, FULL_RANK_SHAPES, **options)
+
+
+@both_sides
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_papers_side(run: Run, option: str) -> None:
+    optimizer = "galore_lion" if "lion_sign" in OPTIONS[option] else "galore_adamw"
+    compare(run, optimizer, "continuous", **OPTIONS[option])
+
+
+@both_sides
+@pytest.mark.parametrize("rank", [1, 7, 30])
+@pytest.mark.parametrize("proj_type", ["reverse_std", "full", "continuous_sgd"])
+def test_ranks_to_the_edge_and_beyond(run: Run, proj_type: str, rank: int) -> None:
+    """With a whole P, only SGD moves it the same way everywhere: see test_jax_torch."""
+    compare(run, "galore_adamw", proj_type, rank=rank)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_the_oracles_pca_gradient_is_the_slope_of_the_loss(penalty: float) -> None:
+    rng = np.random.default_rng(1)
+    P, G, h = rng.standard_normal((6, 3)), rng.standard_normal((6, 9)), 1e-5
+    slope = np.empty_like(P)
+    for index in np.ndindex(P.shape):
+        e = np.zeros_like(P)
+        e[index] = h
+        slope[index] = (pca_loss(P + e, G, penalty) - pca_loss(P - e, G, penalty)) / (2 * h)
+    # Central differences: h^2 of truncation, eps / h of rounding.
+    np.testing.assert_allclose(pca_gradient(P, G, penalty), slope, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_the_closed_form_is_autograd_of_the_loss(penalty: float) -> None:
+    """On both sides, for a P that is far from orthonormal."""
+    rng = np.random.default_rng(2)
+    P, G = rng.standard_normal((6, 3)), rng.standard_normal((6, 9))
+    R = P.T @ G
+    parts = (R, G @ R.T, np.sum(G**2))
+
+    with jax.enable_x64(True):
+
+        def loss(P: jax.Array) -> jax.Array:
+            Gn = G / np.linalg.norm(G)
+            error, gram = P @ P.T @ Gn - Gn, P.T @ P - np.eye(3)
+            return (error**2).sum() + penalty * (gram**2).sum()
+
+        autograd = np.asarray(jax.grad(loss)(jax.numpy.asarray(P)))
+        sketch = osd_jax.Sketch(*map(jax.numpy.asarray, parts))
+        in_jax = np.asarray(online_pca_gradient(jax.numpy.asarray(P), sketch, penalty))
+    sketch_torch = osd_torch.Sketch(*map(torch.tensor, parts))
+    in_torch = torch_pca_gradient(torch.tensor(P), sketch_torch, penalty).numpy()
+    size = np.abs(autograd).max()
+    for ours in (in_jax, in_torch, pca_gradient(P, G, penalty)):
+        np.testing.assert_allclose(ours, autograd, rtol=0, atol=1e-12 * size)
