@@ -4,6 +4,7 @@ Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Sub
 arXiv 2408.12857.
 """
 
+from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.optimizers import (
     SubspaceAdafactor,
     SubspaceAdamW,
@@ -12,9 +13,11 @@ from osd_torch.optimizers import (
     make_optimizer,
 )
 from osd_torch.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
-from osd_torch.subspace import SubspaceOptimizer, projectors, skipped_steps
+from osd_torch.sharding import data_parallel, fully_shard_llama, mean_over_processes
+from osd_torch.subspace import SubspaceOptimizer, clip_, projectors, skipped_steps
 
 __all__ = [
+    "LayerwiseUpdates",
     "Projector",
     "Sketch",
     "SubspaceAdafactor",
@@ -23,7 +26,11 @@ __all__ = [
     "SubspaceLion",
     "SubspaceOptimizer",
     "TwoSided",
+    "clip_",
+    "data_parallel",
+    "fully_shard_llama",
     "make_optimizer",
+    "mean_over_processes",
     "online_pca",
     "projectors",
     "random",

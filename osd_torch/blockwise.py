@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from osd_torch.rules import Adam, State
+from osd_torch.sharding import (
+    first_axis_parts,
+    local,
+    parted_like,
+    placed_like,
+    zeros_placed_as,
+)
 
 BLOCK_SIZE = 256  # values that share one scale; fixed by bitsandbytes
 
@@ -42,6 +50,8 @@ class Adam8bit:
     """Adam whose moments are held in 8 bits, one float32 scale to each 256 values.
 
     State of fewer than `min_8bit_size` values stays float32, as in bitsandbytes' own optimizers.
+    The state of a sharded gradient is sharded with it where whole blocks lie on each process, and
+    is else replicated, so that the numbers do not depend on the number of processes.
 
     Attributes:
         betas: Decay of the first and of the second moment.
@@ -59,23 +69,26 @@ class Adam8bit:
         like = like.to(torch.float32)
         if like.numel() < self.min_8bit_size:
             return Adam(self.betas, self.eps).init(like)
-        codes = torch.zeros(like.shape, dtype=torch.uint8, device=like.device)
-        scales = like.new_zeros(-(-like.numel() // BLOCK_SIZE))
-        return {
-            "exp_avg": codes,
-            "exp_avg_absmax": scales,
-            "exp_avg_sq": codes.clone(),
-            "exp_avg_sq_absmax": scales.clone(),
-        }
+        blocks = math.ceil(like.numel() / BLOCK_SIZE)
+        replicate = not blocks_fit(like)
+        state = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = zeros_placed_as(like, like.shape, torch.uint8, replicate)
+            state[f"{name}_absmax"] = zeros_placed_as(like, (blocks,), torch.float32, replicate)
+        return state
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
         gradient = gradient.to(torch.float32)
         if state["exp_avg"].dtype != torch.uint8:
             return Adam(self.betas, self.eps).step(gradient, state, t, lr)
-        step = torch.zeros(gradient.shape, dtype=torch.float32, device=gradient.device)
-        self.move_(step, gradient.contiguous(), state, t, lr=1.0)
-        return step, -lr  # bitsandbytes has taken the step, downhill
+        placed = placed_like(gradient, state["exp_avg"])
+        part = local(placed).contiguous()
+        step = torch.zeros_like(part)
+        if part.numel():
+            self.move_(step, part, {name: local(x) for name, x in state.items()}, t, lr=1.0)
+        # bitsandbytes has taken the step, downhill.
+        return placed_like(parted_like(step, placed), gradient), -lr
 
     def move_(self, weight: Tensor, gradient: Tensor, state: State, t: int, lr: float) -> None:
         """One step of `weight` in place, with 8-bit moments and without weight decay.
@@ -108,3 +121,13 @@ class Adam8bit:
             absmax2=state["exp_avg_sq_absmax"],
             weight_decay=0.0,
         )
+
+
+def blocks_fit(like: Tensor) -> bool:
+    """Whether each process' part of a tensor is whole blocks, and of as many as its scales'."""
+    parts = first_axis_parts(like)
+    if parts is None or parts == 1:
+        return parts == 1
+    row = math.prod(like.shape[1:])
+    values, scales = math.ceil(like.shape[0] / parts) * row, math.ceil(like.numel() / BLOCK_SIZE)
+    return values == math.ceil(scales / parts) * BLOCK_SIZE

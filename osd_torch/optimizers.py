@@ -18,6 +18,7 @@ from torch.optim.optimizer import ParamsT
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
 from osd_torch.projectors import Basis, Projector, check_period, online_pca, random, svd
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
+from osd_torch.sharding import is_distributed
 from osd_torch.subspace import (
     Group,
     Side,
@@ -448,6 +449,11 @@ def make_optimizer(
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     for name, param in trained:
         check_dtype(name, param)
+    if optimizer == "adam8bit" and any(is_distributed(param) for _, param in trained):
+        raise ValueError(
+            "optimizer is 'adam8bit', which is bitsandbytes' own and takes whole parameters, and "
+            "these are DTensors: choose galore_adamw8bit or adamw, or do not shard the model"
+        )
     if optimizer in FULL_RANK_OPTIMIZERS:
         return _full_rank(optimizer, trained, common, beta1)
 

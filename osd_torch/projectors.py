@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from osd_torch.rules import Rule, State
+from osd_torch.sharding import Reduce, local, matmul, parted_like, squared_norm, whole
 
 
 class Sketch(NamedTuple):
@@ -25,7 +26,8 @@ class Sketch(NamedTuple):
         squared_norm: s = ||M||_F^2, 0-dimensional, or None likewise.
 
     All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
-    while P is fixed; A is exact if every part uses the final R.
+    while P is fixed; A is exact if every part uses the final R; s of a sum is not to be had from
+    the parts' own.
     """
 
     low_rank: Tensor
@@ -44,6 +46,20 @@ Basis = Tensor | TwoSided
 FreshBasis = Callable[[Tensor, str, int, torch.dtype, str], Basis]
 
 
+class MakeSketch(Protocol):
+    """How a projector sketches a gradient."""
+
+    def __call__(self, basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
+        """P and M -> the sketch of M.
+
+        Args:
+            basis: P.
+            matrix: M, or this process' part of a mean.
+            reduce: The mean over processes, if M is only a part; the sketch is then that of the
+                mean, but for its squared norm: see `reduced_sketch`.
+        """
+
+
 class Projector(NamedTuple):
     """A rule for P, as functions.
 
@@ -51,7 +67,7 @@ class Projector(NamedTuple):
         is_due: (step, from 0) -> whether P is set anew from the gradient, before projecting.
         fresh_basis: (gradient (m, n), side, rank, dtype, key) -> P for that side, "output", "input"
             or "both". The key is text that names the draw.
-        sketch: (P, M) -> Sketch.
+        sketch: (P, M) -> Sketch; see `MakeSketch`.
         init: (P, side) -> the state of P's optimizer.
         move: (P, side, sketch, that state, step, step size) -> None; moves P in place.
         two_sided: Whether it serves side "both".
@@ -61,7 +77,7 @@ class Projector(NamedTuple):
 
     is_due: Callable[[int], bool]
     fresh_basis: FreshBasis
-    sketch: Callable[[Basis, Tensor], Sketch]
+    sketch: MakeSketch
     init: Callable[[Basis, str], dict[str, Tensor]]
     move: Callable[[Basis, str, Sketch, State, int, float], None]
     two_sided: bool = False
@@ -95,11 +111,13 @@ def online_pca(
         if not value >= 0:
             raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
-    def sketch(basis: Basis, matrix: Tensor) -> Sketch:
+    def sketch(basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
         assert not isinstance(basis, TwoSided)
         low_rank = low_rank_gradient(basis, matrix)
-        norm = torch.linalg.vector_norm(matrix, dtype=accumulator_dtype(matrix.dtype))
-        return Sketch(low_rank, product(matrix, low_rank.mT), norm.square())
+        if reduce is not None:
+            return reduced_sketch(matrix, low_rank, reduce)
+        norm = squared_norm(matrix, accumulator_dtype(matrix.dtype))
+        return Sketch(low_rank, product(matrix, low_rank.mT), norm)
 
     def init(basis: Basis, side: str) -> dict[str, Tensor]:
         assert not isinstance(basis, TwoSided)
@@ -114,8 +132,9 @@ def online_pca(
         direction, rate = optimizer.step(to_matrix(gradient, side), state, step, lr)
         moves = has_direction(sketch.squared_norm).to(basis.dtype)  # on the device: no sync
         if weight_decay:
-            basis.mul_(1 - moves * (lr * weight_decay))
-        basis.addcmul_(to_matrix(direction, side).to(basis.dtype), moves, value=-rate)
+            local(basis).mul_(1 - moves * (lr * weight_decay))
+        step_of_basis = local(to_matrix(direction, side)).to(basis.dtype)
+        local(basis).addcmul_(step_of_basis, moves, value=-rate)
 
     return Projector(
         is_due=lambda step: step == 0,
@@ -125,6 +144,26 @@ def online_pca(
         move=move,
         moves_first=moves_first,
     )
+
+
+def reduced_sketch(matrix: Tensor, low_rank: Tensor, reduce: Reduce) -> Sketch:
+    """The sketch of the mean M of the processes' parts M_i, which themselves are not reduced.
+
+    R is the mean of the parts' R_i = P^T M_i, and A the mean of M_i R^T: both exact. ||M||_F^2 is
+    not to be had from the parts. If the mean is shorter than its parts by as much outside the
+    subspace as inside it, then it is `mean ||M_i||_F^2 * ||R||_F^2 / mean ||R_i||_F^2`.
+
+    Args:
+        matrix: M_i, (p, q).
+        low_rank: R_i, (r, q); written to.
+        reduce: The mean over processes.
+    """
+    dtype = low_rank.dtype
+    squares = reduce(torch.stack([squared_norm(matrix, dtype), squared_norm(low_rank, dtype)]))
+    low_rank = reduce(low_rank)
+    ratio = squared_norm(low_rank, dtype) / squares[1]
+    norm = squares[0] * torch.where(has_direction(squares[1]), ratio, 1)
+    return Sketch(low_rank, reduce(product(matrix, low_rank.mT)), norm)
 
 
 def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> Tensor:
@@ -145,13 +184,14 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     a, s = sketch.correlation, sketch.squared_norm
     assert a is not None and s is not None
     usable = has_direction(s)
-    a = torch.where(usable, a, 0) * (2 / torch.where(usable, s, 1))
-    gram = basis.mT @ basis
+    scaled = torch.where(usable, local(a), 0) * (2 / torch.where(usable, s, 1))
+    gram = local(product(basis.mT, basis))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    inner = basis.mT @ a
+    inner = local(product(basis.mT, parted_like(scaled, a)))
     if penalty:
         inner.add_(gram - identity, alpha=4 * penalty)
-    return torch.addmm(basis @ inner, a, gram - 2 * identity)
+    gradient = torch.addmm(local(basis) @ inner, scaled, gram - 2 * identity)
+    return parted_like(gradient, basis)
 
 
 def has_direction(squared_norm: Tensor) -> Tensor:
@@ -199,10 +239,15 @@ def random(every: int) -> Projector:
 
 def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
+
+    def sketch(basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
+        low_rank = low_rank_gradient(basis, matrix)
+        return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
+
     return Projector(
         is_due=lambda step: step % every == 0,
         fresh_basis=fresh_basis,
-        sketch=lambda basis, matrix: Sketch(low_rank_gradient(basis, matrix), None, None),
+        sketch=sketch,
         init=lambda basis, side: {},
         move=lambda basis, side, sketch, state, step, lr: None,
         two_sided=True,
@@ -225,7 +270,7 @@ def leading_singular_vectors(
     so that the rest of the decomposition can be freed.
 
     Args:
-        gradient: (m, n), finite.
+        gradient: (m, n), finite; gathered whole if it is sharded.
         side: "output", "input" or "both".
         rank: At most min(m, n).
         dtype: Of the result.
@@ -234,7 +279,7 @@ def leading_singular_vectors(
     Returns:
         (m, rank), (n, rank) or `TwoSided` of both.
     """
-    u, _, vt = torch.linalg.svd(_float32_or_more(gradient), full_matrices=False)
+    u, _, vt = torch.linalg.svd(_float32_or_more(whole(gradient)), full_matrices=False)
 
     def leading(vectors: Tensor) -> Tensor:
         return vectors[:, :rank].to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -274,8 +319,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of a and b.
 
     Both inputs are read in the narrower of their dtypes and the products accumulated, and
-    returned, in float32 (float64 for float64).
+    returned, in float32 (float64 for float64). Sharded inputs: see `sharding.matmul`.
     """
+    return matmul(a, b, _plain_product)
+
+
+def _plain_product(a: Tensor, b: Tensor) -> Tensor:
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     wide, a, b = accumulator_dtype(narrow), a.to(narrow), b.to(narrow)
     if a.is_cuda and narrow != wide:

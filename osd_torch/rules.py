@@ -15,11 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from osd_torch.sharding import local, mean, parted_like
+
 State = Mapping[str, Tensor]
 
 
 class Rule(Protocol):
-    """How an optimizer turns gradients into steps."""
+    """How an optimizer turns gradients into steps.
+
+    The state of a sharded gradient (a DTensor) is DTensors.
+    """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Zero moments for a gradient of this shape, dtype (float32 or float64) and device."""
@@ -61,11 +66,13 @@ class Adam:
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
         beta1, beta2 = self.betas
-        mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
+        first.lerp_(own, 1 - beta1)
+        second.mul_(beta2).addcmul_(own, own, value=1 - beta2)
         root_correction = math.sqrt(1 - beta2**t)
         eps = self.eps if self.eps_first else self.eps * root_correction
-        return mean / square.sqrt().add_(eps), lr * root_correction / (1 - beta1**t)
+        direction = parted_like(first / second.sqrt().add_(eps), gradient)
+        return direction, lr * root_correction / (1 - beta1**t)
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,10 @@ class Lion:
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
         beta1, beta2 = self.betas
-        direction = (state["exp_avg"] * beta1).add_(gradient, alpha=1 - beta1)
-        state["exp_avg"].mul_(beta2).add_(gradient, alpha=1 - beta2)
-        return (direction.sign_() if self.sign else direction), lr
+        own, moment = local(gradient), local(state["exp_avg"])
+        direction = (moment * beta1).add_(own, alpha=1 - beta1)
+        moment.mul_(beta2).add_(own, alpha=1 - beta2)
+        return parted_like(direction.sign_() if self.sign else direction, gradient), lr
 
 
 @dataclass(frozen=True)
@@ -116,29 +124,31 @@ class Adafactor:
         state = {} if self.beta1 is None else {"exp_avg": torch.zeros_like(like)}
         if like.ndim < 2:
             return {**state, "exp_avg_sq": torch.zeros_like(like)}
-        row, column = like.shape[:-1], like.shape[:-2] + like.shape[-1:]
         return {
             **state,
-            "exp_avg_sq_row": like.new_zeros(row),
-            "exp_avg_sq_col": like.new_zeros(column),
+            "exp_avg_sq_row": torch.zeros_like(mean(like, dim=-1)),
+            "exp_avg_sq_col": torch.zeros_like(mean(like, dim=-2)),
         }
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`. The direction holds lr."""
-        new = t**self.decay_rate
-        square = gradient.square().add_(self.eps)
+        new, own = t**self.decay_rate, local(gradient)
+        square = own.square().add_(self.eps)
         if gradient.ndim < 2:
-            update = state["exp_avg_sq"].lerp_(square, new).rsqrt().mul_(gradient)
+            update = local(state["exp_avg_sq"]).lerp_(square, new).rsqrt().mul_(own)
         else:
-            row = state["exp_avg_sq_row"].lerp_(square.mean(dim=-1), new)
-            column = state["exp_avg_sq_col"].lerp_(square.mean(dim=-2), new)
-            row_factor = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-            update = (gradient * row_factor).mul_(column.rsqrt().unsqueeze(-2))
-        rms = update.square().mean().sqrt_()
+            square = parted_like(square, gradient)
+            rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            row = local(rows).lerp_(local(mean(square, dim=-1)), new)
+            column = local(columns).lerp_(local(mean(square, dim=-2)), new)
+            row_mean = local(mean(rows, dim=-1, keepdim=True))
+            row_factor = (row / row_mean).rsqrt_().unsqueeze(-1)
+            update = (own * row_factor).mul_(column.rsqrt().unsqueeze(-2))
+        rms = local(mean(parted_like(update.square(), gradient))).sqrt_()
         update.div_((rms / self.clip_threshold).clamp_(min=1)).mul_(lr)
         if self.beta1 is not None:
-            update = state["exp_avg"].mul_(self.beta1).add_(update, alpha=1 - self.beta1)
-        return update, 1.0
+            update = local(state["exp_avg"]).mul_(self.beta1).add_(update, alpha=1 - self.beta1)
+        return parted_like(update, gradient), 1.0
 
 
 @dataclass(frozen=True)

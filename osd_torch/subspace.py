@@ -8,8 +8,13 @@ methods of `SubspaceOptimizer`:
     project(group, param)          -> Sketch: large in, small out
     apply(group, param, sketch)    small in, large out: W, P and the moments move in place
 
-`step` is one after the other. Between `project` and `apply` no gradient need be alive, which is
-what accumulation, data parallelism and layer-by-layer updates build on.
+`step` is one after the other. Between `project` and `apply` no gradient need be alive:
+
+    accumulate(param, share)       refresh, project, add to what is held, drop the gradient
+    clip_(optimizer, max_norm)     scales what is held, and the other gradients
+    step()                         applies what is held
+
+is how micro-batches, reduced sketches and layer-by-layer updates are made of it.
 
 A gradient is laid out as M, of shape (p, q): the axis that P projects, then the other one; for two
 sides (output, input). P has shape (p, r), and its columns are the basis.
@@ -25,7 +30,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import StateDict
+from torch.optim.optimizer import ParamsT, StateDict
 
 from osd_torch.projectors import (
     Basis,
@@ -38,11 +43,22 @@ from osd_torch.projectors import (
     to_matrix,
 )
 from osd_torch.rules import Rule
+from osd_torch.sharding import (
+    Reduce,
+    all_finite,
+    along_axis,
+    is_distributed,
+    local,
+    total_norm,
+)
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 SIDES = get_args(Side)
 Group = dict[str, Any]
+OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
 PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter's state
+# Stands for a sketch whose gradient had a value that is not finite.
+NOT_FINITE = Sketch(torch.tensor(math.nan), None, None)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -58,10 +74,45 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     P's optimizer, named with the prefix `projector_`.
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
-    see `skipped_steps`. Finding out takes one device synchronisation a step.
+    see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
+    taken before that is known, P may have been set anew; it is again at the next update.)
+
+    Attributes:
+        held: The sketches that the next step applies, by parameter. Transient: `state_dict` does
+            not have them, and `zero_grad` drops them.
     """
 
     decays_first = False  # whether weight decay comes before the update
+    _reduce: Reduce | None = None
+    _is_reduced = False  # whether what the next step applies is the same on every process already
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.held: dict[Tensor, Sketch] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, or a loaded state; nothing is held then."""
+        super().__setstate__(state)
+        self.held = {}
+
+    @property
+    def reduce(self) -> Reduce | None:
+        """The mean over processes, where each has gradients of its own; None: they agree.
+
+        Sketches are reduced with it in place of projected gradients, and those only where P is set
+        from them; other gradients are reduced whole.
+        """
+        return self._reduce
+
+    @reduce.setter
+    def reduce(self, reduce: Reduce | None) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        if reduce is not None and any(is_distributed(param) for param in params):
+            raise ValueError(
+                "reduce is set, and the parameters are DTensors: their gradients are reduced by "
+                "fully_shard already, so leave reduce None"
+            )
+        self._reduce = reduce
 
     def rule(self, group: Group) -> Rule:
         """The rule that turns a gradient of this group into a direction."""
@@ -114,7 +165,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        """Takes one step with the gradients in `grad`; parameters without one are left alone.
+        """Takes one step with the held sketches and with the gradients in `grad`.
+
+        Parameters with neither are left alone.
 
         Args:
             closure: Evaluates the model anew and returns the loss.
@@ -124,47 +177,128 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: for a sparse gradient.
+            ValueError: for a parameter with both a held sketch and a gradient.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        present = [
-            (group, param)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        if count_if_not_finite(self, [param.grad for _, param in present]):
+        self.reduce_()
+        self._is_reduced = False
+        present = list(self.present())
+        held, self.held = self.held, {}
+        applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
+        if count_if_not_finite(self, applied):
             return loss
         for group, param in present:
             if group["rank"] is None:
                 self.step_full_rank(group, param)
+            elif param in held:
+                self.apply(group, param, held.pop(param))
             else:
                 self.refresh(group, param)
                 self.apply(group, param, self.project(group, param))
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients and the held sketches."""
+        super().zero_grad(set_to_none)
+        self.held.clear()
+        self._is_reduced = False
+
+    def present(self) -> Iterator[tuple[Group, Tensor]]:
+        """The parameters that the next step moves, each with its group.
+
+        Raises:
+            ValueError: for one with both a held sketch and a gradient.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param in self.held:
+                    raise ValueError(
+                        f"parameter '{self._name(param)}' has a gradient beside the sketch of "
+                        "earlier ones: call accumulate after each backward pass"
+                    )
+                if param.grad is not None or param in self.held:
+                    yield group, param
+
+    @torch.no_grad()
+    def accumulate(self, param: Tensor, share: float = 1.0) -> None:
+        """Turns a projected parameter's gradient into a sketch, adds it to the held one, drops it.
+
+        The gradient is one micro-batch's part of the update's: parts add up, as backward passes
+        add to `grad`. R of their sum is exact. Of A and s the mean over the parts' own values
+        stands in, each part scaled up to a whole gradient by its share. Where P is due to be set
+        anew, it is from the first part of the update.
+
+        Args:
+            param: With a `grad`.
+            share: This part's share of the update, such as its share of the tokens; all of them
+                add up to 1. A part with the share 0 adds nothing.
+
+        Raises:
+            ValueError: for a share outside [0, 1], or if the projector needs the gradient itself
+                when the step is taken (`move_projector="before"`).
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
+        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        check_sketch_suffices(self, group)
+        held = self.held.get(param)
+        if share and held is None and self.is_due(group, param):
+            if self._reduce is not None:
+                param.grad = self._reduce(_gradient(param))
+            if all_finite([_gradient(param)]):
+                self.refresh(group, param)
+            else:  # there may be no P to project with: the step is skipped whatever follows
+                self.held[param] = held = NOT_FINITE
+        if share and held is not NOT_FINITE:
+            sketch = self.project(group, param)
+            scaled = Sketch(sketch.low_rank, *(over(x, share) for x in sketch[1:]))
+            self.held[param] = scaled if held is None else added(held, scaled)
+        param.grad = None
+
+    @torch.no_grad()
+    def reduce_(self) -> None:
+        """Makes what the next step applies the same on every process, if `reduce` is set.
+
+        `step` and `clip_` call it. Gradients of projected parameters become held sketches.
+        """
+        if self._reduce is None or self._is_reduced:
+            return
+        for group, param in self.present():
+            if not is_sketched(self, group):
+                param.grad = self._reduce(_gradient(param))
+            elif param.grad is not None:
+                self.accumulate(param)
+        self._is_reduced = True
+
+    def is_due(self, group: Group, param: Tensor) -> bool:
+        """Whether P is to be set from the next gradient."""
+        return self.projector(group).is_due(int(self.state[param].get("step", 0)))
+
     def refresh(self, group: Group, param: Tensor) -> None:
         """Sets P from the gradient, on the steps when the projector is due to."""
+        if not self.is_due(group, param):
+            return
         projector, state = self.projector(group), self.state[param]
         step = int(state.get("step", 0))
-        if not projector.is_due(step):
-            return
         rank = min(group["rank"], *param.shape)
         dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
         key = f"{group['seed']}/{self._name(param)}/{step}"
         side = self.side(group, param)
         basis = projector.fresh_basis(_gradient(param), side, rank, dtype, key)
         if isinstance(basis, TwoSided):
-            state["basis_output"], state["basis_input"] = basis
+            state["basis_output"] = along_axis(basis.output, param, OUTPUT_AXIS)
+            state["basis_input"] = along_axis(basis.input, param, INPUT_AXIS)
         else:
-            state["basis"] = basis
+            axis = OUTPUT_AXIS if side == "output" else INPUT_AXIS
+            state["basis"] = along_axis(basis, param, axis)
 
     def project(self, group: Group, param: Tensor) -> Sketch:
         """The gradient of one projected parameter -> what the projector needs of it."""
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        return self.projector(group).sketch(basis_of(self.state[param]), matrix)
+        return self.projector(group).sketch(basis_of(self.state[param]), matrix, self._reduce)
 
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
@@ -281,11 +415,13 @@ def add_lifted_(weight: Tensor, basis: Basis, direction: Tensor, alpha: float, b
         left, right = product(basis.output, direction), basis.input.mT
     else:
         left, right = basis, direction
+    weight, left, right = local(weight), local(left), local(right)
     weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
 
 
 def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
     """W <- beta W + alpha D in place, computed in D's dtype and rounded once."""
+    weight, direction = local(weight), local(direction)
     result = weight.to(direction.dtype)  # W itself where the dtypes agree
     if beta != 1:
         result.mul_(beta)
@@ -294,12 +430,70 @@ def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
         weight.copy_(result)
 
 
+@torch.no_grad()
+def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scales what the next step applies to a largest norm, in place.
+
+    The norm is that of the whole vector of R for each projected parameter with a held sketch, and
+    of G for each other parameter. Sketches are held after `accumulate`, and with `reduce` set.
+
+    Args:
+        optimizer: Any; with gradients, or held sketches, in place.
+        max_norm: 0 does not scale.
+
+    Returns:
+        The norm before, 0-dimensional float32 (float64 for float64), the same on every process
+        if gradients are.
+
+    Raises:
+        ValueError: for a negative or infinite `max_norm`.
+    """
+    check_number("max_norm", max_norm)
+    held: dict[Tensor, Sketch] = {}
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.reduce_()
+        held = optimizer.held
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    gradients = [p.grad for p in params if p.grad is not None and p not in held]
+    norm = total_norm([*(sketch.low_rank for sketch in held.values()), *gradients])
+    if max_norm:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in gradients:
+            scale_(gradient, factor)
+        for sketch in held.values():
+            scale_(sketch.low_rank, factor)
+            for x in sketch[1:]:
+                scale_(x, factor.square())
+    return norm
+
+
+def scale_(tensor: Tensor | None, factor: Tensor) -> None:
+    """Multiplies a tensor, if there is one, in place."""
+    if tensor is not None:
+        part = local(tensor)
+        part.mul_(factor.to(part.device))
+
+
+def over(tensor: Tensor | None, share: float) -> Tensor | None:
+    """A tensor divided by a share, if there is one."""
+    return tensor if tensor is None or share == 1 else tensor / share
+
+
+def added(a: Sketch, b: Sketch) -> Sketch:
+    """The sum of two sketches, in the memory of the first."""
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            x.add_(y)
+    return a
+
+
 def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
     """The bases P in an optimizer, by parameter name.
 
     Returns:
         For each projected parameter that has taken a step its P: (m, r) where it acts on the
         output side, (n, r) on the input side, or `TwoSided(output, input)`. Columns are the basis.
+        DTensors where the parameters are.
         The names are those that the optimizer was built with; without names, `group.position`.
     """
     return {
@@ -337,10 +531,7 @@ def count_if_not_finite(optimizer: torch.optim.Optimizer, gradients: Iterable[Te
             f"{type(optimizer).__name__} does not support sparse gradients: use a dense embedding"
             " (sparse=False)"
         )
-    # The largest absolute value cannot overflow, where a sum of squares can.
-    non_empty = [gradient for gradient in gradients if gradient.numel()]
-    largest = torch.nn.utils.get_total_norm(non_empty, norm_type=math.inf)
-    is_finite = bool(torch.isfinite(largest))
+    is_finite = all_finite(gradients)
     total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
     counts = (total, 0) if is_finite else (total + 1, in_a_row + 1)
     optimizer.param_groups[0]["skipped_steps"] = counts
@@ -364,6 +555,21 @@ def check_number(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0."""
     if not isinstance(value, (numbers.Real, Tensor)) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+
+
+def is_sketched(optimizer: SubspaceOptimizer, group: Group) -> bool:
+    """Whether a step of this group can be taken from sketches alone."""
+    return group["rank"] is not None and not optimizer.projector(group).moves_first
+
+
+def check_sketch_suffices(optimizer: SubspaceOptimizer, group: Group) -> None:
+    """Raises ValueError if a step of this group reads more of a gradient than its sketch."""
+    if group["rank"] is not None and not is_sketched(optimizer, group):
+        raise ValueError(
+            "move_projector is 'before', which takes R again from the gradient after P has moved, "
+            "and there only its sketch is kept (micro-batches or clipping, layer by layer): use "
+            "move_projector='after', or one micro-batch and no clipping"
+        )
 
 
 def check_dtype(name: str, param: Tensor) -> None:

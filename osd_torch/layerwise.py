@@ -1,0 +1,184 @@
+"""Updates layer by layer: a gradient lives only until the backward pass has made the next one.
+
+    updates = LayerwiseUpdates(optimizer, micro_batches=K, grad_clipping=1.0)
+    for each update:
+        for each micro-batch:
+            updates.share = its tokens / the update's tokens
+            loss.backward()
+        norm = updates.finish()
+
+With one micro-batch and no clipping, a hook on each parameter takes its step inside the backward
+pass, for any optimizer. Else a step has to wait for the whole update: the hook of a projected
+parameter adds the gradient's sketch to the held one, (p + q) r numbers for p q, and `finish` takes
+the one step. Either way a gradient of a projected parameter is gone when its hook returns.
+Parameters that are not projected have no sketch: where the step waits, their gradients wait with
+it, so that a full-rank optimizer saves nothing there.
+
+What a sum of sketches is and is not: `SubspaceOptimizer.accumulate`. The learning rate must be set
+before the update's first backward pass. A compiled backward pass hands over all gradients of its
+graph at once: compile layer by layer, or the whole model's gradients live together.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from osd_torch.sharding import Reduce, is_distributed
+from osd_torch.subspace import (
+    SubspaceOptimizer,
+    check_number,
+    check_sketch_suffices,
+    clip_,
+    is_sketched,
+)
+
+
+class LayerwiseUpdates:
+    """Hooks that update an optimizer's parameters during the backward pass.
+
+    On several processes every backward pass must reach the same parameters on each, since their
+    hooks reduce over the processes.
+
+    Args:
+        optimizer: Any; its parameters are hooked.
+        micro_batches: Backward passes to an update.
+        grad_clipping: The largest norm of what is applied (`clip_`); 0: none.
+        reduce: The mean over processes, where each has gradients of its own and the model is not in
+            DistributedDataParallel. It becomes a `SubspaceOptimizer`'s `reduce`.
+
+    Attributes:
+        share: The present micro-batch's share of the update, over all processes, such as its share
+            of the tokens; 1 / micro_batches unless it is set, before the backward pass.
+
+    Raises:
+        ValueError: for an argument out of range, parameters that are DTensors, or a projector that
+            needs the gradient itself where the step has to wait.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> model = torch.nn.Sequential()
+        >>> model.add_module("mlp", torch.nn.Linear(24, 16))
+        >>> optimizer = osd_torch.make_optimizer(
+        ...     model.named_parameters(), "galore_adamw", "continuous", lr=0.01, rank=4)
+        >>> with osd_torch.LayerwiseUpdates(optimizer) as updates:
+        ...     model(torch.ones(2, 24)).square().sum().backward()
+        ...     norm = updates.finish()
+        >>> model.mlp.weight.grad is None
+        True
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batches: int = 1,
+        grad_clipping: float = 0.0,
+        reduce: Reduce | None = None,
+    ) -> None:
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ValueError(
+                f"micro_batches is {micro_batches!r}: expected a whole number of at least 1"
+            )
+        check_number("grad_clipping", grad_clipping)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if any(is_distributed(param) for param in params):
+            raise ValueError(
+                "the parameters are DTensors, whose gradients fully_shard makes a whole layer at a "
+                "time: update layer by layer with whole weights, or shard without it"
+            )
+        self.optimizer = optimizer
+        self.grad_clipping = grad_clipping
+        self.waits = micro_batches > 1 or grad_clipping > 0
+        self.share = 1 / micro_batches
+        self._reduce: Reduce | None = None
+        if isinstance(optimizer, SubspaceOptimizer):
+            if self.waits:
+                for group in optimizer.param_groups:
+                    check_sketch_suffices(optimizer, group)
+            optimizer.reduce = reduce or optimizer.reduce
+        else:
+            self._reduce = reduce
+        self._norms: list[Tensor] = []
+        self._skipped_before: tuple[int, int] | None = None
+        self._handles = [
+            param.register_post_accumulate_grad_hook(functools.partial(self._hook, i))
+            for i, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+            if param.requires_grad
+        ]
+
+    def finish(self) -> Tensor:
+        """Ends an update, after its last backward pass: clips, and steps where that had to wait.
+
+        Returns:
+            The norm before clipping, 0-dimensional: of R for projected parameters, of G for others.
+        """
+        if self.waits:
+            self._reduce_gradients()
+            norm = clip_(self.optimizer, self.grad_clipping)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return norm
+        self._count_once()
+        norms, self._norms = self._norms, []
+        if not norms:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> LayerwiseUpdates:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _hook(self, group_index: int, param: Tensor) -> None:
+        group = self.optimizer.param_groups[group_index]
+        if isinstance(self.optimizer, SubspaceOptimizer) and is_sketched(self.optimizer, group):
+            self.optimizer.accumulate(param, self.share if self.waits else 1.0)
+        if self.waits:
+            return
+        if self._skipped_before is None:
+            self._skipped_before = self._counts()
+        self._reduce_gradients()
+        self._norms.append(clip_(self.optimizer, 0))
+        self.optimizer.step()
+        param.grad = None
+
+    def _reduce_gradients(self) -> None:
+        """For an optimizer that does not do it itself."""
+        if self._reduce is None:
+            return
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad = self._reduce(param.grad)
+
+    def _counts(self) -> tuple[int, int]:
+        return self.optimizer.param_groups[0].get("skipped_steps", (0, 0))
+
+    def _count_once(self) -> None:
+        """An update with any number of skipped parameters is one skipped step."""
+        if self._skipped_before is None:
+            return
+        (total, in_a_row), (total_now, _) = self._skipped_before, self._counts()
+        self._skipped_before = None
+        group = self.optimizer.param_groups[0]
+        if "skipped_steps" in group:  # else it does not count
+            group["skipped_steps"] = (total + 1, in_a_row + 1) if total_now > total else (total, 0)

@@ -1,0 +1,285 @@
+"""Several processes: DDP, FSDP2, reduced sketches, and how the optimizer's state follows a weight.
+
+Whole weights (DDP). Every process holds all weights and all state. DDP averages the gradients; or
+nothing does, and `optimizer.reduce = mean_over_processes()` averages sketches in their place:
+R first, then A = G R^T with the averaged R, which is exact. The squared norm of an average is not
+to be had from its parts, and an estimate stands in (`projectors.reduced_sketch`). It scales the
+gradient of P: SGD notices, and a rule that is free of scale only where the estimate is off by
+another factor from one step to the next.
+
+Sharded weights (FSDP2, `fully_shard`). Weights, gradients and state are DTensors, and each process
+works on its part. With M (p, q) the gradient, its projected axis first:
+
+                                        p is sharded     q is sharded
+    P (p, r), and the state of its rule sharded alike    replicated
+    R (r, q), and the moments of W      replicated       sharded alike
+    summed over the processes           R, P^T A, P^T P  A
+
+`fully_shard` divides the rows, the output side. ||G||_F^2 and Adafactor's means are summed as well.
+A gradient is gathered whole only where P is set from its SVD; each process then keeps its part of
+P as the first one found it. Moments in 8 bits are sharded where their blocks of 256 values fit the
+parts, and are else replicated, so that the numbers and a checkpoint's tensors are the same for any
+number of processes.
+
+The functions below do nothing but arithmetic for plain tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.tensor as dtensor
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+Reduce = Callable[[Tensor], Tensor]
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
+    """A function that averages a tensor over the processes of a group.
+
+    Args:
+        group: None: all processes.
+
+    Returns:
+        tensor -> tensor, of the same shape and dtype, equal on every process; it may write into
+        its argument. Every process must call it for the same tensors in the same order.
+
+    Raises:
+        ValueError: if no process group is initialised.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "there is no process group to average over: call torch.distributed.init_process_group"
+        )
+    processes = dist.get_world_size(group)
+
+    def averaged(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=group)
+        return tensor.div_(processes)
+
+    return averaged
+
+
+def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
+    """The model in DistributedDataParallel, whose backward pass averages gradients.
+
+    Its parameters lie on the CPU, or all on this process' GPU.
+    """
+    device = next(model.parameters()).device
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def fully_shard_llama(model: Model, mesh: DeviceMesh | None = None) -> Model:
+    """Shards a Hugging Face LLaMA over the processes, in place: each decoder layer, then the rest.
+
+    Build the optimizer afterwards: the parameters become DTensors. Gradients are averaged in
+    float32.
+
+    Args:
+        model: A `LlamaForCausalLM`, or any model with its decoder layers in `model.model.layers`.
+        mesh: One-dimensional; None: all processes.
+
+    Returns:
+        The model.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    layers: torch.nn.ModuleList = model.get_submodule("model.layers")  # type: ignore[assignment]
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a DTensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered on every process; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def from_parts(
+    part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> Tensor:
+    """The DTensor of a global shape whose part on this process is given; partial sums are summed.
+
+    Args:
+        part: Contiguous.
+        mesh: The processes.
+        placements: One for each dimension of the mesh.
+        shape: The global shape.
+    """
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    whole_shape = torch.Size(shape)
+    return settled(DTensor.from_local(part, mesh, placements, shape=whole_shape, stride=stride))
+
+
+def parted_like(part: Tensor, like: Tensor) -> Tensor:
+    """The DTensor with the shape and placement of another; if that is none, the part itself."""
+    if not isinstance(like, DTensor):
+        return part
+    return from_parts(part.contiguous(), like.device_mesh, like.placements, like.shape)
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """A DTensor with its partial sums summed over the processes; any other tensor as it is."""
+    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
+        return tensor
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor.redistribute(placements=placements)
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor distributed over the processes as another one is; any other tensor as it is."""
+    if not isinstance(tensor, DTensor) or not isinstance(like, DTensor):
+        return tensor
+    return tensor.redistribute(placements=like.placements)
+
+
+def along_axis(tensor: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Distributes a tensor's first axis as `like`, if it is a DTensor, distributes one of its own.
+
+    Args:
+        tensor: The same on every process, or else the first one's counts; its length is that of
+            `like` along `axis`.
+        like: A parameter.
+        axis: Not negative.
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    placements = [Shard(0) if p.is_shard(axis) else Replicate() for p in like.placements]
+    return distribute_tensor(tensor, like.device_mesh, placements)
+
+
+def matmul(a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The matrix product a b, each process multiplying what it holds, summed where it must be.
+
+    Args:
+        a: (p, q).
+        b: (q, r), distributed so that no part need be fetched.
+        multiply: The product of two plain matrices.
+
+    Raises:
+        ValueError: for two DTensors of which one would have to be fetched.
+    """
+    if not isinstance(a, DTensor) or not isinstance(b, DTensor):
+        return multiply(a, b)
+    placements = [
+        _product_placement(*pair) for pair in zip(a.placements, b.placements, strict=True)
+    ]
+    part = multiply(local(a), local(b))
+    return from_parts(part, a.device_mesh, placements, (a.shape[0], b.shape[1]))
+
+
+def _product_placement(a: Placement, b: Placement) -> Placement:
+    if a.is_replicate() and b.is_replicate():
+        return Replicate()
+    if a.is_shard(0) and b.is_replicate():
+        return Shard(0)
+    if a.is_replicate() and b.is_shard(1):
+        return Shard(1)
+    if a.is_shard(1) and b.is_shard(0):
+        return Partial()
+    raise ValueError(f"matrices placed as {a} and {b} have no product without fetching parts")
+
+
+def mean(tensor: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """The mean along an axis, or of all values; right for uneven parts, too."""
+    if not isinstance(tensor, DTensor):
+        return tensor.mean() if dim is None else tensor.mean(dim=dim, keepdim=keepdim)
+    total = tensor.sum() if dim is None else tensor.sum(dim=dim, keepdim=keepdim)
+    return settled(total) / (tensor.numel() if dim is None else tensor.shape[dim])
+
+
+def squared_norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """||M||_F^2 as a plain 0-dimensional tensor, computed in a dtype."""
+    square = torch.linalg.vector_norm(local(tensor), dtype=dtype).square()
+    if not isinstance(tensor, DTensor):
+        return square
+    return _sum_of_parts(square, tensor.device_mesh, tensor.placements)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all values of some tensors, as a plain 0-dimensional float32 tensor.
+
+    float64 for float64. The sums over the processes that share tensors are one reduction.
+    """
+    norms: dict[tuple[DeviceMesh, tuple[Placement, ...]] | None, list[Tensor]] = {}
+    for tensor in tensors:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        layout = None
+        if isinstance(tensor, DTensor):
+            layout = (tensor.device_mesh, tensor.placements)
+        norms.setdefault(layout, []).append(torch.linalg.vector_norm(local(tensor), dtype=wide))
+    if not norms:
+        return torch.zeros(())
+    totals = []
+    for layout, parts in norms.items():
+        norm = torch.linalg.vector_norm(torch.stack([part.to(parts[0].device) for part in parts]))
+        totals.append(norm if layout is None else _sum_of_parts(norm.square(), *layout).sqrt())
+    if len(totals) == 1:
+        return totals[0]
+    return torch.linalg.vector_norm(torch.stack([total.to(totals[0].device) for total in totals]))
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+def first_axis_parts(tensor: Tensor) -> int | None:
+    """The parts that a tensor's first axis is in; None if another one is sharded, too."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sharded = [i for i, p in enumerate(tensor.placements) if p.is_shard()]
+    is_simple = all(tensor.placements[i].is_shard(0) for i in sharded) and len(sharded) < 2
+    return math.prod(tensor.device_mesh.size(i) for i in sharded) if is_simple else None
+
+
+def zeros_placed_as(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype, replicate: bool = False
+) -> Tensor:
+    """Zeros, distributed over the processes as `like` is, or held whole by each."""
+    if not isinstance(like, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    placements = [Replicate()] * like.device_mesh.ndim if replicate else like.placements
+    return dtensor.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every value is finite, on all processes that share a tensor; one device sync."""
+    # The largest absolute value cannot overflow, where a sum of squares can.
+    parts = [local(tensor) for tensor in tensors]
+    largest = torch.nn.utils.get_total_norm([x for x in parts if x.numel()], norm_type=math.inf)
+    bad = ~torch.isfinite(largest)
+    shared = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
+    if shared is not None:
+        everywhere = [Partial()] * shared.device_mesh.ndim
+        flag = bad.to(shared.device, torch.float32)
+        bad = local(from_parts(flag, shared.device_mesh, everywhere, ()))
+    return not bad
+
+
+def _sum_of_parts(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """The sum of a 0-dimensional value over the processes that hold different parts."""
+    summands = [Partial() if p.is_shard() else Replicate() for p in placements]
+    return local(from_parts(value, mesh, summands, ()))

@@ -1,0 +1,562 @@
+"""osd_torch on two processes against one: DDP, FSDP2, reduced sketches, layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import osd_torch
+from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_torch.rules import SGD
+from osd_torch.sharding import whole
+
+transformers = pytest.importorskip("transformers")
+
+WORLD = 2
+HANG = 120  # seconds without an answer after which a test fails
+Run = Callable[..., list[Any]]
+
+
+def serve(rank: int, store: str, connection: Connection) -> None:
+    """One process: runs the functions it is sent, until it is killed."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    while True:
+        function, args = connection.recv()
+        try:
+            connection.send((function(*args), None))
+        except Exception:
+            connection.send((None, traceback.format_exc()))
+
+
+class TwoProcesses:
+    """Runs functions of this module on two processes, which stay for the next function."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.workers: list[tuple[Any, Connection]] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each process returns; a test fails if one raises or hangs."""
+        if not self.workers:
+            self.start()
+        connections = [connection for _, connection in self.workers]
+        for connection in connections:
+            connection.send((function, args))
+        results: dict[Connection, Any] = {}
+        while len(results) < WORLD:
+            waiting = [connection for connection in connections if connection not in results]
+            ready = wait(waiting, timeout=HANG)
+            for connection in ready:
+                results[connection], error = connection.recv()
+                if error:
+                    self.stop()
+                    pytest.fail(error)
+            if not ready:
+                self.stop()
+                pytest.fail(f"no answer from {function.__name__} in {HANG} s")
+        return [results[connection] for connection in connections]
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = tempfile.mktemp(dir=self.directory)
+        for rank in range(WORLD):
+            here, there = context.Pipe()
+            worker = context.Process(target=serve, args=(rank, store, there), daemon=True)
+            worker.start()
+            self.workers.append((worker, here))
+
+    def stop(self) -> None:
+        for worker, _ in self.workers:
+            worker.kill()
+            worker.join()
+        self.workers.clear()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a function of this module on two processes -> what each returns."""
+    processes = TwoProcesses(tmp_path_factory.mktemp("two_processes"))
+    yield processes
+    processes.stop()
+
+
+# A tiny LLaMA, for 20 steps.
+
+STEPS, ROWS, LENGTH, VOCABULARY = 20, 32, 32, 301
+LR = {"galore_lion": 1e-3}
+MODES = ("ddp", "fsdp", "compressed", "layerwise")
+
+
+def make_llama() -> torch.nn.Module:
+    """With 45 rows in the MLP and 301 in the head, neither of which divides by 2."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def batch(step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 40, (ROWS, LENGTH), generator=generator)
+    return tokens.cumsum(1) % VOCABULARY
+
+
+class Outcome(NamedTuple):
+    """What a run leaves: the total batch's losses, the optimizer's count, weights that differ."""
+
+    losses: list[float]
+    skipped: tuple[int, int]
+    moved: list[str]
+
+
+def train_llama(
+    mode: str,
+    optimizer: str,
+    proj_type: str,
+    steps: int = STEPS,
+    nan_steps: tuple[int, ...] = (),
+    with_unused: bool = False,
+    micro_batches: int = 1,
+) -> Outcome:
+    """Trains on one process or on both.
+
+    Args:
+        mode: "one", or one of `MODES`.
+        optimizer: Published name.
+        proj_type: Published name.
+        steps: How many.
+        nan_steps: Those whose gradient is NaN, on the last process only.
+        with_unused: Adds a projected weight that no batch reaches.
+        micro_batches: To an update; more than one go layer by layer, and are clipped.
+    """
+    rank, world = (0, 1) if mode == "one" else (dist.get_rank(), WORLD)
+    model = make_llama()
+    if with_unused:
+        model.model.layers[0].mlp.unused = torch.nn.Linear(32, 24)
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    if mode == "fsdp":
+        osd_torch.fully_shard_llama(model)
+    forward = osd_torch.data_parallel(model) if mode == "ddp" else model
+    built = osd_torch.make_optimizer(
+        model.named_parameters(),
+        optimizer,
+        proj_type,
+        lr=LR.get(optimizer, 0.01),
+        rank=8,
+        update_proj_gap=200 if proj_type.startswith("continuous") else 8,  # a refresh or two
+        weight_decay=0.01,
+    )
+    reduce = None if mode == "one" else osd_torch.mean_over_processes()
+    updates = None
+    if mode == "layerwise" or micro_batches > 1:
+        clipping = 1.0 if micro_batches > 1 else 0.0
+        updates = osd_torch.LayerwiseUpdates(
+            built, micro_batches=micro_batches, grad_clipping=clipping, reduce=reduce
+        )
+    if mode == "compressed":
+        built.reduce = reduce
+    losses = []
+    for step in range(steps):
+        is_nan = step in nan_steps and rank == world - 1
+        loss = torch.zeros(())
+        for rows in batch(step).chunk(micro_batches):
+            tokens = rows[rank::world]
+            part = forward(input_ids=tokens, labels=tokens).loss / micro_batches
+            (part * math.nan if is_nan else part).backward()
+            loss += part.detach()
+        if updates:
+            updates.finish()
+        else:
+            osd_torch.clip_(built, 0)
+            built.step()
+            built.zero_grad()
+        losses.append(reduce(loss) if reduce else loss)
+    moved = [n for n, p in model.named_parameters() if not torch.equal(start[n], whole(p.detach()))]
+    return Outcome(torch.stack(losses).tolist(), osd_torch.skipped_steps(built), moved)
+
+
+one_process = functools.cache(functools.partial(train_llama, "one"))
+
+
+def assert_as_on_one(run: Run, mode: str, *args: Any, tolerance: float = 1e-4) -> None:
+    first, second = run(train_llama, mode, *args)
+    expected = one_process(*args)
+    assert first == second
+    assert first[1:] == expected[1:]
+    assert first.losses == pytest.approx(expected.losses, rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("mode", "optimizer", "proj_type"),
+    [
+        *itertools.product(MODES, ["galore_adamw"], ["std", "continuous"]),
+        ("compressed", "galore_lion", "random"),
+        ("compressed", "galore_adamw8bit", "continuous_adam8bit"),
+        ("layerwise", "galore_adafactor", "std"),
+        ("layerwise", "adamw", "std"),
+        ("fsdp", "galore_lion", "continuous_lion"),
+        ("fsdp", "galore_adafactor", "continuous_adafactor"),
+        ("fsdp", "galore_adamw8bit", "continuous_adam8bit"),
+        ("fsdp", "adamw", "std"),
+    ],
+)
+def test_losses_of_two_processes_are_those_of_one(
+    run: Run, mode: str, optimizer: str, proj_type: str
+) -> None:
+    """At the same total batch of 32 rows, over 20 steps in float32."""
+    assert_as_on_one(run, mode, optimizer, proj_type)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "continuous"])
+def test_micro_batches_layer_by_layer_on_two_processes(run: Run, proj_type: str) -> None:
+    assert_as_on_one(run, "layerwise", "galore_adamw", proj_type, STEPS, (), False, 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_on_one_process_skips_one_step_on_both(run: Run, mode: str) -> None:
+    """At the first step, where there is no P yet, in between, and twice in a row."""
+    args = ("galore_adamw", "continuous", 6, (0, 2, 3))
+    assert one_process(*args).skipped == (3, 0)
+    assert_as_on_one(run, mode, *args)
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "compressed", "layerwise"])
+def test_a_parameter_without_gradient_is_left_alone(run: Run, mode: str) -> None:
+    args = ("galore_adamw", "std", 3, (), True)
+    assert_as_on_one(run, mode, *args)
+    assert not any("unused" in name for name in one_process(*args).moved)
+
+
+# Reduced sketches.
+
+
+def sketch_both_ways(seed: int) -> tuple[Any, Any, Any]:
+    """(the mean's sketch, the sketch made of the parts, this process' own) in float64."""
+    draw = lambda *shape, generator: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    shared, own = (torch.Generator().manual_seed(seed + i) for i in (0, 1 + dist.get_rank()))
+    basis = torch.linalg.qr(draw(12, 3, generator=shared))[0]
+    part = draw(12, 9, generator=shared) + 0.5 * draw(12, 9, generator=own)
+    reduce = osd_torch.mean_over_processes()
+    sketch = osd_torch.online_pca(SGD()).sketch
+    return sketch(basis, reduce(part.clone())), sketch(basis, part, reduce), sketch(basis, part)
+
+
+def test_the_reduced_r_and_a_are_exact_and_the_norm_an_estimate(run: Run) -> None:
+    (exact, reduced, first), (_, other, second) = run(sketch_both_ways, 7)
+    for x, y, z in zip(exact, reduced, other, strict=True):
+        assert torch.equal(y, z)
+        if x.ndim:
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    in_parts = (first.squared_norm + second.squared_norm) / 2
+    ratio = (
+        2 * exact.low_rank.square().sum() / sum(x.low_rank.square().sum() for x in (first, second))
+    )
+    torch.testing.assert_close(reduced.squared_norm, in_parts * ratio)
+    # Noise of half the signal's size makes the parts' mean square 1/8 of it too large.
+    assert abs(reduced.squared_norm / exact.squared_norm - 1) < 0.06
+    assert in_parts / exact.squared_norm - 1 > 0.06
+
+
+# The optimizer alone, on sharded matrices.
+
+
+class Matrices(torch.nn.Module):
+    """Rows that divide by 2 and rows that do not, and one row."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in SHAPES.items():
+            start = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            self.register_parameter(name, torch.nn.Parameter(start))
+
+
+SHAPES = {
+    "attn": (160, 144),
+    "mlp_up": (161, 140),
+    "mlp_down": (93, 166),
+    "mlp_row": (1, 40),
+    "norm": (81,),
+    "head": (90, 64),
+}
+RANK = 64
+
+
+def matrices(is_sharded: bool, dtype: torch.dtype = torch.float32) -> Matrices:
+    module = Matrices(dtype)
+    if is_sharded:
+        fully_shard(module)
+    return module
+
+
+def optimizer_of(module: Matrices, optimizer: str, proj_type: str) -> torch.optim.Optimizer:
+    named = module.named_parameters()
+    options = {"lr": 0.01, "rank": RANK, "update_proj_gap": 3, "weight_decay": 0.1}
+    return osd_torch.make_optimizer(named, optimizer, proj_type, **options)
+
+
+def take_steps(module: Matrices, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        for param in module.parameters():
+            gradient = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            gradient = gradient.to(param.dtype)
+            if isinstance(param, DTensor):
+                gradient = distribute_tensor(gradient, param.device_mesh, param.placements)
+            param.grad = gradient
+        osd_torch.clip_(optimizer, 100.0)
+        optimizer.step()
+
+
+def everything(module: Matrices, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Whole copies of the weights and of all state."""
+    found = {}
+    for name, param in module.named_parameters():
+        found[name] = whole(param.detach()).clone()
+        for key, value in optimizer.state[param].items():
+            found[f"{name}/{key}"] = whole(value).clone()
+    return found
+
+
+def sharded_run(optimizer: str, proj_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    module = matrices(True, dtype)
+    built = optimizer_of(module, optimizer, proj_type)
+    take_steps(module, built, range(7))
+    check_placements(module, built)
+    return everything(module, built)
+
+
+def check_placements(module: Matrices, optimizer: torch.optim.Optimizer) -> None:
+    """P as the axis that it projects, and the state of both rules as `sharding.py` says."""
+    for name, param in module.named_parameters():
+        state = optimizer.state[param]
+        assert not isinstance(state.get("step"), DTensor)
+        assert all(isinstance(x, DTensor) for key, x in state.items() if key != "step")
+        if name == "mlp_row":  # its shapes do not tell the axes apart
+            continue
+        sharded, replicated = (Shard(0),), (Replicate(),)
+        for side, length in zip(("output", "input"), param.shape, strict=False):
+            one_sided = state.get("basis")
+            is_on_side = one_sided is not None and one_sided.shape[0] == length
+            basis = one_sided if is_on_side else state.get(f"basis_{side}")
+            if basis is not None:
+                assert basis.placements == (sharded if side == "output" else replicated), name
+        moment = state.get("exp_avg")
+        if moment is not None and moment.dtype != torch.uint8:
+            follows_rows = moment.shape[0] == param.shape[0]
+            assert moment.placements == (sharded if follows_rows else replicated), name
+
+
+# Each rule of W and of P, and each side. 8-bit codes come from float32 arithmetic: see below.
+FLOAT64_PAIRS = [
+    ("galore_adamw", "std"),
+    ("galore_adamw", "reverse_std"),
+    ("galore_adamw", "continuous"),
+    ("galore_adamw", "continuous_adafactor"),
+    ("galore_lion", "full"),
+    ("galore_lion", "continuous_lion"),
+    ("galore_adafactor", "left"),
+    ("galore_adafactor", "right"),
+    ("galore_adafactor", "full"),
+    ("galore_adafactor", "continuous_sgd"),
+    ("adafactor", "std"),
+    ("adamw", "std"),
+    ("sgd", "std"),
+]
+EVERY_PAIR = [
+    *itertools.product(SUBSPACE_OPTIMIZERS[:3], PROJ_TYPES),
+    *itertools.product(FULL_RANK_OPTIMIZERS, ["std"]),
+]
+OTHER_PAIRS = [x for x in EVERY_PAIR if x not in FLOAT64_PAIRS and "8bit" not in "".join(x)]
+
+
+def run_whole(optimizer: str, proj_type: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    module = matrices(False, dtype)
+    built = optimizer_of(module, optimizer, proj_type)
+    take_steps(module, built, range(7))
+    return everything(module, built)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each tensor's largest value."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        atol = tolerance * value.abs().max().item()
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "proj_type"),
+    [*FLOAT64_PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)],
+)
+def test_sharded_numbers_are_those_of_whole_matrices(
+    run: Run, optimizer: str, proj_type: str
+) -> None:
+    """In float64, where what a sum's order changes stays far below what the method computes."""
+    expected = run_whole(optimizer, proj_type, torch.float64)
+    for found in run(sharded_run, optimizer, proj_type, torch.float64):
+        assert_close(found, expected, 1e-8)
+
+
+def test_sharded_8bit_state_is_that_of_whole_matrices(run: Run) -> None:
+    """`random`, since a singular vector or a step of P makes more of a rounding error.
+
+    161 rows times 64 is not whole blocks to each process, and 160 rows are.
+    """
+    expected = run_whole("galore_adamw8bit", "random", torch.float32)
+    found, _ = run(sharded_run, "galore_adamw8bit", "random", torch.float32)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.dtype == torch.uint8:  # a rounding error may move a value to the next code
+            apart = (found[name].int() - value.int()).abs()
+            assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, name
+        else:
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_sharded_bfloat16_weights_keep_float32_state(run: Run) -> None:
+    """`random`: P does not depend on a rounding error, so that weights are a rounding apart."""
+    expected = run_whole("galore_adamw", "random", torch.bfloat16)
+    found, _ = run(sharded_run, "galore_adamw", "random", torch.bfloat16)
+    assert {x.dtype for name, x in found.items() if "/" in name} == {torch.float32}
+    for name, value in expected.items():
+        tolerance = 1e-5 if "/" in name else torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=1e-6, msg=name)
+
+
+def placements_of_8bit_state() -> dict[str, list[bool]]:
+    """By parameter: whether the codes, and their scales, are sharded."""
+    module = matrices(True)
+    built = optimizer_of(module, "galore_adamw8bit", "continuous_adam8bit")
+    take_steps(module, built, range(2))
+    names = [f"{x}exp_avg{y}" for x in ("", "projector_") for y in ("", "_absmax")]
+    return {
+        name: [built.state[param][key].placements == (Shard(0),) for key in names]
+        for name, param in module.named_parameters()
+        if name in ("attn", "mlp_up", "mlp_down")
+    }
+
+
+def test_8bit_state_is_sharded_where_whole_blocks_fit(run: Run) -> None:
+    """R of `attn` and `mlp_up` is (64, rows), and P of `mlp_down` is (93, 64)."""
+    for found in run(placements_of_8bit_state):
+        assert found["attn"] == [True, True, False, False]
+        assert found["mlp_up"] == [False, False, False, False]
+        assert found["mlp_down"] == [False, False, False, False]
+
+
+# Checkpoints of the optimizer.
+
+
+def save(is_sharded: bool, directory: Path, *args: Any) -> dict[str, Tensor]:
+    """Saves after 4 steps, and goes on to 7."""
+    module = matrices(is_sharded, args[-1])
+    built = optimizer_of(module, *args[:-1])
+    take_steps(module, built, range(4))
+    dcp.save(tensors(module, built), checkpoint_id=directory)
+    take_steps(module, built, range(4, 7))
+    return everything(module, built)
+
+
+def resume(is_sharded: bool, directory: Path, *args: Any) -> dict[str, Tensor]:
+    """Continues from 4 to 7."""
+    module = matrices(is_sharded, args[-1])
+    built = optimizer_of(module, *args[:-1])
+    loaded = tensors(module, built)
+    dcp.load(loaded, checkpoint_id=directory)
+    set_model_state_dict(module, loaded["model"])
+    set_optimizer_state_dict(module, built, loaded["optimizer"])
+    take_steps(module, built, range(4, 7))
+    return everything(module, built)
+
+
+def tensors(module: Matrices, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(module),
+        "optimizer": get_optimizer_state_dict(module, optimizer),
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "proj_type", "dtype", "tolerance"),
+    [
+        ("galore_adamw", "continuous", torch.float64, 1e-8),
+        ("galore_adafactor", "full", torch.float64, 1e-8),
+        ("galore_adamw8bit", "random", torch.float32, 1e-4),
+    ],
+)
+def test_a_checkpoint_goes_on_on_another_number_of_processes(
+    run: Run, tmp_path: Path, optimizer: str, proj_type: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    args = (optimizer, proj_type, dtype)
+    on_two, same = run(save, True, tmp_path / "two", *args)
+    on_one = save(False, tmp_path / "one", *args)
+    resumed, _ = run(resume, True, tmp_path / "two", *args)
+    for name, value in on_two.items():
+        assert torch.equal(value, same[name]) and torch.equal(value, resumed[name]), name
+    codes = lambda found: {k: x for k, x in found.items() if x.dtype != torch.uint8}
+    assert_close(codes(resume(False, tmp_path / "two", *args)), codes(on_one), tolerance)
+    for found in run(resume, True, tmp_path / "one", *args):
+        assert_close(codes(found), codes(on_one), tolerance)
+
+
+# What is refused.
+
+
+def refusals() -> list[str]:
+    module = matrices(True)
+    messages = []
+    for attempt in (
+        lambda: optimizer_of(module, "adam8bit", "std"),
+        lambda: osd_torch.LayerwiseUpdates(optimizer_of(module, "galore_adamw", "std")),
+        lambda: setattr(
+            optimizer_of(module, "galore_adamw", "std"), "reduce", osd_torch.mean_over_processes()
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            attempt()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_sharded_weights_cannot_do_is_refused_with_a_remedy(run: Run) -> None:
+    for messages in run(refusals):
+        assert "galore_adamw8bit" in messages[0]
+        assert "whole weights" in messages[1]
+        assert "leave reduce None" in messages[2]
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        osd_torch.mean_over_processes()
