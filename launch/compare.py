@@ -3,9 +3,9 @@
     python -m launch.compare
 
 trains online PCA, GaLore and full-rank AdamW on the quickstart's shape. A method's learning rate is
-swept over a grid until the best of one seed lies between two worse ones, and that one is trained
-with two seeds more. Finished runs are kept in `runs/compare`, so an interrupted comparison goes on
-where it was. The result is written to `docs/comparison.json`, `.md` and `.png`.
+swept over a grid until the best of one seed lies between two worse ones or at the grid's end, and
+that one is trained with two seeds more. Finished runs are kept in `runs/compare`, so an interrupted
+comparison goes on where it was. The result is written to `docs/comparison.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from launch.options import count, run_cli
+from launch.options import Options, UsageError, count, run_cli
 from launch.run_log import read_metrics, write_atomic
 
 RUN_DIR = Path("runs/compare")
@@ -39,21 +39,29 @@ METHODS: Mapping[str, tuple[str, str, float]] = {
 
 
 def train_once(method: str, lr: float, seed: int, tokens: int) -> float:
-    """Trains a run unless it is done, and returns its final validation loss in nats."""
+    """Trains a run unless it is done, and returns its final validation loss in nats.
+
+    Raises:
+        UsageError: a run of this name was trained with other flags.
+    """
     name = f"{method}-lr{lr:g}-seed{seed}"
-    if not (RUN_DIR / name / "model" / "config.json").is_file():
+    command = f"{SHARED} {METHODS[method][1]} --lr {lr} --seed {seed} --name {name} --resume"
+    flags = [*command.split(), "--max_train_tokens", str(tokens), "--run_dir", str(RUN_DIR)]
+    wanted = Options.parse(flags).check()
+    path = wanted.path / "options.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted.record():
+        raise UsageError(f"{path.parent} was trained with other flags; delete it, or move it away")
+    if not (wanted.path / "model" / "config.json").is_file():
         print(f"training {name}", flush=True)
-        command = f"{SHARED} {METHODS[method][1]} --lr {lr} --seed {seed} --name {name} --resume"
-        subprocess.run(
-            [sys.executable, "-m", "launch.train_jax", *command.split()]
-            + ["--max_train_tokens", str(tokens), "--run_dir", str(RUN_DIR)],
-            check=True,
-        )
-    return next(r["loss"] for r in read_metrics(RUN_DIR / name) if r["kind"] == "final")
+        subprocess.run([sys.executable, "-m", "launch.train_jax", *flags], check=True)
+    return next(r["loss"] for r in read_metrics(wanted.path) if r["kind"] == "final")
 
 
 def sweep(method: str, tokens: int) -> dict[float, float]:
-    """Losses by learning rate, of the first seed, until the best is between two worse ones."""
+    """Losses by learning rate, of the first seed; the best has a worse one on either side.
+
+    Unless it is the grid's first or last.
+    """
     start = LEARNING_RATES.index(METHODS[method][2])
     losses = {i: train_once(method, LEARNING_RATES[i], SEEDS[0], tokens) for i in _around(start)}
     while missing := [i for i in _around(min(losses, key=losses.__getitem__)) if i not in losses]:
@@ -97,7 +105,10 @@ def report(results: Mapping[str, dict], tokens: int) -> str:
     lines += [
         "",
         "This is a small model on little text: it shows that each method trains and where they "
-        "stand in the first minutes, not how they rank at scale.",
+        "stand in the first minutes, not how they rank at scale. One learning rate serves all "
+        "parameters of full-rank AdamW; the other two take projected matrices at "
+        "`--galore_scale` times the rate of embeddings and head, which may be part of what sets "
+        "them apart. Times in the picture compare only where nothing else ran on the machine.",
         "",
         "![Loss of the first seed of each](comparison.png)",
         "",

@@ -20,12 +20,15 @@ from launch.run_log import read_metrics
 _UNITS = ((2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 
 
-def plot(runs: Sequence[Path], out: Path) -> None:
+def plot(runs: Sequence[Path], out: Path) -> Path:
     """Draws the runs into one picture; the suffix of `out` says of which format.
 
     Raises:
         FileNotFoundError: a run has no metrics, or the folder of `out` does not exist.
         ValueError: a run has no loss to draw, or the format is unknown.
+
+    Returns:
+        Where the picture is: `out`, with `.png` where it has no suffix.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -75,11 +78,12 @@ def plot(runs: Sequence[Path], out: Path) -> None:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
 
+    out = out if out.suffix else out.with_suffix(".png")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; make it first")
     temporary = out.with_name(f".{out.name}")
     figure.savefig(temporary)
-    temporary.replace(out)
+    return temporary.replace(out)
 
 
 def _curves(run: Path) -> dict[str, dict[str, np.ndarray[Any, np.dtype[np.float64]]]]:
@@ -130,8 +134,7 @@ def main(argv: Sequence[str]) -> None:
     runs = arguments.runs
     out = arguments.out or (runs[0] / "loss.png" if len(runs) == 1 else Path("loss.png"))
     with user_errors():
-        plot(runs, out)
-    print(out)
+        print(plot(runs, out))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ if [ $# -eq 0 ] && [ -f "runs/$name/model/config.json" ]; then
     echo "    bash launch/quickstart.sh --overwrite"
     exit
 fi
-# --resume starts the run if there is nothing to go on from
-case " $* " in *" --overwrite "*) ;; *) flags+=(--resume) ;; esac
+case " $* " in
+*" --help "* | *" -h "*) exec .venv/bin/python -m launch.train_jax --help ;;
+*" --overwrite "*) ;;
+*) flags+=(--resume) ;; # starts the run if there is nothing to go on from
+esac
 .venv/bin/python -m launch.train_jax --name "$name" "${flags[@]}" "$@"
 
 echo
-echo "The run is in runs/$name; its loss is drawn in runs/$name/loss.png. More to try:"
+echo "The run's loss is drawn in loss.png, in its directory. More to try:"
 echo "    .venv/bin/tensorboard --logdir runs"
 echo "    .venv/bin/python -m launch.train_jax --help"

@@ -69,13 +69,15 @@ class Checkpoints:
           step: Updates done; more than at the newest checkpoint, or nothing is saved.
           state: Any pytree of arrays.
           extra: What JSON holds, such as the place in the data.
+
+        Raises:
+          OSError: if this one, or the one before, cannot be written. Older checkpoints stay.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
         )
+        with self._writing():
+            self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState) -> Restored:
         """Reads a checkpoint back, bit for bit.
@@ -109,12 +111,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
             # Reads that were broken off print pages as they are collected.
             hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
             gc.collect()
             sys.unraisablehook = hook
             path = self.directory / str(step)
-            raise OSError(f"{path} is damaged and cannot be read") from error
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"{path} is damaged and cannot be read: {reason}") from error
 
     def _check_alike(self, step: int, saved: Any, wanted: Any) -> None:
         def arrays(tree: Any) -> dict[str, str]:
@@ -132,21 +137,41 @@ class Checkpoints:
                     "run; use the options that it was trained with"
                 )
 
-    def remove_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, complete or not, so that they can be saved anew.
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps to N.set-aside, so that N can be saved anew.
 
-        For a run that goes back to an earlier checkpoint.
+        For a run that goes back to an earlier checkpoint, or past one that it could not read, which
+        another attempt might.
         """
         if not self.directory.is_dir():
             return
         for path in self.directory.iterdir():
             if path.name.isdigit() and int(path.name) > step:
-                shutil.rmtree(path)
+                aside = path.with_name(f"{path.name}.set-aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when the last save is complete."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is complete.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, of many kinds, into an OSError."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(
+                f"a checkpoint cannot be written to {self.directory}: {reason}; make room there, "
+                "or save elsewhere, and go on from the one before"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

@@ -98,6 +98,10 @@ class LlamaConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}: expected a positive integer")
+            if field.type is float and (type(value) not in (int, float) or value <= 0):
+                raise ValueError(f"{field.name} is {value!r}: expected a positive number")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}: expected true or false")
         if heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
@@ -119,11 +123,12 @@ class LlamaConfig:
             if values.get(key, only) != only:
                 raise ValueError(f"{key} is {values[key]!r}: this model has only {only!r}")
         # transformers 5 writes rope_parameters; older versions rope_theta beside rope_scaling.
-        rope = {
-            "rope_theta": values.get("rope_theta", cls.rope_theta),
-            **(values.get("rope_scaling") or {}),
-            **(values.get("rope_parameters") or {}),
-        }
+        rope = {"rope_theta": values.get("rope_theta") or cls.rope_theta}
+        for key in ("rope_scaling", "rope_parameters"):
+            given = values.get(key) or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{key} is {given!r}: expected an object, or none")
+            rope |= given
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             raise ValueError(f"rope_type is {rope_type!r}: this model has only 'default'")
@@ -134,7 +139,7 @@ class LlamaConfig:
             if values.get(field.name) is not None
             or (field.name in values and field.name.endswith("_token_id"))
         }
-        known["rope_theta"] = float(rope["rope_theta"])
+        known["rope_theta"] = rope["rope_theta"]
         # The published LLaMA configs call the longest sequence by another name.
         if "max_sequence_length" in values:
             known.setdefault("max_position_embeddings", values["max_sequence_length"])

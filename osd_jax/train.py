@@ -54,14 +54,15 @@ def learning_rate_schedule(
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """The learning rate as a part of its peak: (step, from 0) -> factor in [0, 1].
 
-    All rise linearly from 0 over `warmup_steps` and end at `min_lr_ratio`.
+    All rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
+    `min_lr_ratio` and "linear" at 0.
 
     Args:
       scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, dropped to 0 every
         `cycle_length` steps and led back to it linearly over `restart_warmup_steps`.
       num_training_steps: Steps of the run.
       warmup_steps: Steps of the first warmup.
-      min_lr_ratio: The last factor.
+      min_lr_ratio: The last factor of a cosine.
       cycle_length: Steps between restarts; read for "cosine_restarts" only.
       restart_warmup_steps: Steps of warmup after a restart.
 
@@ -82,8 +83,9 @@ def learning_rate_schedule(
     def decay(step: jax.Array) -> jax.Array:
         done = (step - warmup_steps) / max(1, num_training_steps - warmup_steps)
         done = jnp.clip(done, 0, 1)
-        shape = 1 - done if scheduler == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * done))
-        return min_lr_ratio + (1 - min_lr_ratio) * shape
+        if scheduler == "linear":
+            return 1 - done
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
     def factor(count: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(count)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_directory_that_is_not_there_has_no_checkpoints_and_is_not_made(tmp_pa
     for keep in (None, 2):
         checkpoints = Checkpoints(tmp_path / "none", keep)
         assert checkpoints.steps() == []
-        checkpoints.remove_after(0)
+        checkpoints.set_aside_after(0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +197,41 @@ def test_a_damaged_checkpoint_is_an_os_error(part: int, left: float | None, tmp_
     assert_same(reader.restore(1, state).state, state)
 
     writer = Checkpoints(tmp_path, keep=2)
-    writer.remove_after(1)
+    writer.set_aside_after(1)
     with writer:
         writer.save(2, state, {"document": 67890})
     assert Checkpoints(tmp_path).restore(2, state).extra == {"document": 67890}
+    assert (tmp_path / "2.set-aside").is_dir()  # another attempt might read it
+    assert Checkpoints(tmp_path).steps() == [2, 1]
+
+
+def test_what_has_nothing_to_do_with_the_checkpoint_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, ())
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+    with pytest.raises(MemoryError):
+        Checkpoints(tmp_path).restore(1, state)
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
+    state = TrainState(jnp.int32(1), {"w": noise}, ())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            with pytest.raises(OSError, match="a checkpoint cannot be written to .*; make room"):
+                checkpoints.save(2, state, {})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Checkpoints(tmp_path).steps() == [1]

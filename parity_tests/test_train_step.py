@@ -68,8 +68,8 @@ def cosine(step: Any, total: int = 100, warmup: int = 10, least: float = 0.1) ->
 def test_linear_rises_and_falls_on_straight_lines() -> None:
     found = factors("linear")
     np.testing.assert_allclose(found[:11], np.linspace(0, 1, 11), atol=1e-6)
-    np.testing.assert_allclose(found[10:101], np.linspace(1, 0.1, 91), atol=1e-6)
-    np.testing.assert_allclose(found[101:], 0.1, atol=1e-6)
+    np.testing.assert_allclose(found[10:101], np.linspace(1, 0, 91), atol=1e-6)
+    np.testing.assert_allclose(found[101:], 0, atol=1e-6)
 
 
 def test_cosine_ends_at_the_least_factor_and_stays() -> None:

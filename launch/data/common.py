@@ -2,9 +2,14 @@
 
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+_SCRATCH = ".building-"
+_ABANDONED_SECONDS = 24 * 3600
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +29,7 @@ def prepare_once(target: Path, what: str, build: Callable[[Path], None]) -> Path
 
     `build(directory)` fills an empty directory next to `target`, which then gets the name in one
     step: a process that is killed leaves no half-made `target`, and of several processes that
-        build at once the first one wins.
+    build at once the first one wins. What such a process left is deleted a day later.
 
     Args:
         target: the directory to return.
@@ -38,7 +43,10 @@ def prepare_once(target: Path, what: str, build: Callable[[Path], None]) -> Path
         return target
     log.info("Preparing %s once, in %s", what, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+    for left in target.parent.glob(f"{_SCRATCH}*"):
+        if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=_SCRATCH) as scratch:
         made = Path(scratch) / target.name
         made.mkdir()
         build(made)

@@ -1,8 +1,9 @@
 """Names of data sets -> documents with random access.
 
     builtin                  every State of the Union address (`builtin.py`)
-    tfds:NAME                a prepared TFDS data set, such as tfds:c4/en:3.1.0; `c4` is short for
-    that one text:GLOB                .txt and .jsonl files, plain or .gz
+    tfds:NAME                a prepared TFDS data set, such as tfds:c4/en:3.1.0; `c4` stands
+                             for that one
+    text:GLOB                .txt and .jsonl files, plain or .gz
     hf:NAME                  a Hugging Face data set (needs the package `datasets`)
     tokens:PATH              token ids: a one-dimensional .npy of integers, or a raw .bin of uint16
 
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,9 +218,9 @@ def _file_texts(path: Path) -> Iterator[str]:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             yield from _json_texts(file, path) if suffixes[-1] == ".jsonl" else passages(file)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
