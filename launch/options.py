@@ -1,8 +1,8 @@
 """Every flag of a training run, in one frozen dataclass that both trainers share.
 
 Names, meanings and defaults are those of the published commands; what this project adds stands in
-the groups "data", "paper" and "run". Importing this module is cheap, so that a mistake is reported
-before anything heavy is loaded:
+the groups "data", "paper", "run" and "pytorch". Importing this module is cheap, so that a mistake
+is reported before anything heavy is loaded:
 
     options = Options.parse(sys.argv[1:]).check()
 
@@ -16,8 +16,10 @@ import contextlib
 import dataclasses
 import difflib
 import glob
+import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +50,7 @@ GROUPS = {
     "subspace": "How gradients are projected: used by the galore_* optimizers only.",
     "paper": "Where paper and published code differ. The defaults are the published code's.",
     "run": "",
+    "pytorch": "JAX accepts --single_gpu, and refuses the rest with the reason.",
 }
 
 
@@ -95,8 +98,9 @@ class Options:
     """All that describes a run. Build it with `Options.parse` or by keyword, then call `check`.
 
     `check` returns a copy in which everything derived is filled in: `gradient_accumulation`,
-    `total_batch_size`, `num_training_steps` (from `max_train_tokens`), `cycle_length` and
-    `restart_warmup_steps`.
+    `total_batch_size`, `num_training_steps` (from `max_train_tokens`), `cycle_length`,
+    `restart_warmup_steps`, `per_layer` and `tokenizer` (of a model to
+    continue from).
     """
 
     model_config: str = _flag(
@@ -148,8 +152,9 @@ class Options:
         "data",
         None,
         metavar="NAME",
-        help="a Hugging Face tokenizer's directory or name, or byte (default: LLaMA's 32,000 "
-        "pieces where the model has room for them, else one trained on the data)",
+        help="a Hugging Face tokenizer's directory or name, or byte (default: that of "
+        "continue_from's model, else LLaMA's 32,000 pieces where the model has room for them, else "
+        "one trained on the data)",
     )
     max_length: int = _flag("data", 256, low=2, help="tokens in a row")
     pack: bool | None = _flag(
@@ -193,11 +198,12 @@ class Options:
         "cosine",
         choices=get_args(Scheduler),
         type=str.lower,
-        help="how the learning rate falls after the warmup. cosine_restarts: one cosine over the "
-        "whole run that starts again from 0 every cycle_length updates",
+        help="how the learning rate falls after the warmup: linear to 0, cosine to min_lr_ratio. "
+        "cosine_restarts: one cosine over the whole run that starts again from 0 every "
+        "cycle_length updates",
     )
     min_lr_ratio: float = _flag(
-        "optimizer", 0.1, low=0, high=1, help="last learning rate as a part of the peak"
+        "optimizer", 0.1, low=0, high=1, help="cosine: last learning rate as a part of the peak"
     )
     warmup_steps: int = _flag(
         "optimizer", 1000, low=0, help="updates in which the learning rate rises from 0"
@@ -211,7 +217,7 @@ class Options:
     restart_warmup_steps: int | None = _flag(
         "optimizer",
         None,
-        low=0,
+        low=1,
         help="cosine_restarts: updates of warmup after a restart (default: a tenth of a cycle)",
     )
     num_training_steps: int = _flag("optimizer", 10_000, low=1, type=count, help="updates")
@@ -297,7 +303,11 @@ class Options:
         "run", 5000, low=1, help="updates between two evaluations; one more stands at the end"
     )
     eval_tokens: int = _flag(
-        "run", 10_000_000, low=1, type=count, help="held-out tokens in an evaluation (10M, 100K)"
+        "run",
+        10_000_000,
+        low=1,
+        type=count,
+        help="held-out tokens in an evaluation, padding counted (10M, 100K)",
     )
     log_every: int = _flag("run", 1, low=1, help="updates between two lines of the log")
     prompt: str = _flag(
@@ -313,10 +323,33 @@ class Options:
     tags: str | None = _flag(
         "run", None, metavar="TEXT", help="free words, kept with the run's options"
     )
+    wandb: bool = _flag("run", False, help="log to Weights & Biases too, which has to be installed")
+
     single_gpu: bool = _flag(
-        "run",
+        "pytorch",
         False,
-        help="PyTorch: one process without torch.distributed. JAX accepts and ignores it",
+        help="accepted, as in the published commands, and not needed: the number of processes is "
+        "torchrun's --nproc_per_node",
+    )
+    per_layer: bool = _flag(
+        "pytorch",
+        False,
+        help="update each layer inside the backward pass, so that the gradients of projected "
+        "weights never pile up (default: on for the *_per_layer optimizers)",
+    )
+    fsdp: bool = _flag(
+        "pytorch",
+        False,
+        help="share weights, gradients and optimizer state out over the processes (FSDP2)",
+    )
+    compress_gradients: bool = _flag(
+        "pytorch",
+        False,
+        help="reduce the low-rank sketch of a projected gradient over the processes, in place of "
+        "the gradient",
+    )
+    compile: bool = _flag(
+        "pytorch", False, help="compile the layers with torch.compile: slower to start, then faster"
     )
 
     @classmethod
@@ -361,9 +394,9 @@ class Options:
         return any(start.is_relative_to(own.resolve()) for own in (self.path, self.save_path))
 
     @property
-    def per_layer(self) -> bool:
-        """Whether the optimizer's name asks for layer-by-layer updates in the backward pass."""
-        return self.optimizer.endswith("_per_layer")
+    def base_optimizer(self) -> str:
+        """The optimizer's name without `_per_layer`, which says when it steps and not how."""
+        return self.optimizer.removesuffix("_per_layer")
 
     def model(self) -> dict[str, Any]:
         """The model config as it stands in the file.
@@ -403,21 +436,29 @@ class Options:
         for field in dataclasses.fields(self):
             _check_value(field, getattr(self, field.name))
         self._check_combinations()
-        self._check_model()
-        self._check_data()
-        resolved = self._with_batch(processes)._with_steps()
+        given = self._with_home()._with_tokenizer()
+        given._check_model()
+        given._check_data()
+        resolved = given._with_batch(processes)._with_steps()
+        per_layer = self.per_layer or self.optimizer in PER_LAYER
+        resolved = dataclasses.replace(resolved, per_layer=per_layer)
         resolved._check_directories()
         return resolved
 
     def _check_combinations(self) -> None:
         """Refuses what the chosen optimizer or schedule would silently ignore."""
-        continuous = self.optimizer not in FULL_RANK and self.proj_type.startswith("continuous")
+        is_projected = self.optimizer not in FULL_RANK
+        continuous = is_projected and self.proj_type.startswith("continuous")
         takers = {
             "beta1": ("Adafactor", "adafactor" in self.optimizer),
             "lion_sign": ("galore_lion", self.optimizer.startswith("galore_lion")),
             "cycle_length": ("--scheduler cosine_restarts", self.scheduler == "cosine_restarts"),
+            "min_lr_ratio": ("a cosine --scheduler", self.scheduler != "linear"),
+            "compress_gradients": ("a galore_* optimizer", is_projected),
         }
         takers["restart_warmup_steps"] = takers["cycle_length"]
+        for name in ("proj_type", "rank", "update_proj_gap", "galore_scale"):
+            takers[name] = takers["compress_gradients"]
         online_pca = "a galore_* optimizer with a continuous* --proj_type"
         for name in ("penalty", "projector_lr_multiple", "projector_weight_decay"):
             takers[name] = (online_pca, continuous)
@@ -428,6 +469,31 @@ class Options:
                     f"--{name}: only {taker} takes it, and this is --optimizer {self.optimizer} "
                     f"--proj_type {self.proj_type} --scheduler {self.scheduler}; leave it out"
                 )
+        if self.fsdp and self.compress_gradients:
+            raise UsageError(
+                "--compress_gradients: --fsdp reduces gradients itself, whole; use one of the two"
+            )
+        if self.fsdp and (self.per_layer or self.optimizer in PER_LAYER):
+            raise UsageError(
+                "--fsdp: it makes the gradients of a whole layer at a time, which --per_layer and "
+                "the *_per_layer optimizers do not wait for; use one of the two"
+            )
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise UsageError("--wandb: wandb is not installed; pip install wandb, or leave it out")
+
+    def _with_home(self) -> Self:
+        """Spells out a `~`, which a shell leaves alone behind "text:" or "="."""
+        paths = {name: os.path.expanduser(path) for name in _PATHS if (path := getattr(self, name))}
+        kind, colon, where = self.dataset.partition(":")
+        return dataclasses.replace(self, dataset=kind + colon + os.path.expanduser(where), **paths)
+
+    def _with_tokenizer(self) -> Self:
+        """The tokenizer that the weights were trained with, unless another is asked for."""
+        weights = Path(self.continue_from or "")
+        files = (weights / "config.json", weights / "tokenizer.json")
+        if self.tokenizer or not self.continue_from or not all(file.is_file() for file in files):
+            return self
+        return dataclasses.replace(self, tokenizer=str(weights))
 
     def _check_model(self) -> None:
         config, where = self.model(), f"--model_config: {self.model_config}"
@@ -439,6 +505,11 @@ class Options:
             if not isinstance(value, int) or value < 1:
                 raise UsageError(f"{where} has {key} {value!r}, expected a whole number from 1")
         longest = config.get("max_sequence_length", config.get("max_position_embeddings"))
+        if longest is not None and (not isinstance(longest, int) or longest < 1):
+            raise UsageError(
+                f"{where} has {longest!r} positions (max_sequence_length), expected a whole number "
+                "from 1"
+            )
         if longest is not None and self.max_length > longest:
             raise UsageError(
                 f"--max_length: {self.max_length} is more than the {longest} positions of "
@@ -503,7 +574,7 @@ class Options:
         cycle, restart = self.cycle_length, self.restart_warmup_steps
         if self.scheduler == "cosine_restarts":
             cycle = max(1, steps // 4) if cycle is None else cycle
-            restart = cycle // 10 if restart is None else restart
+            restart = max(1, cycle // 10) if restart is None else restart
             warmups = {"warmup_steps": self.warmup_steps, "restart_warmup_steps": restart}
             for name, value in warmups.items():
                 if value > cycle:
@@ -516,14 +587,24 @@ class Options:
         )
 
     def _check_directories(self) -> None:
-        if Path(self.name).name != self.name or self.name == "..":
+        if not self.name or Path(self.name).name != self.name or self.name == "..":
             raise UsageError(f"--name: {self.name!r} is not a plain name; --run_dir says where")
         for path in (self.path, self.save_path):
             nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
             if not nearest.is_dir():
                 raise UsageError(f"--run_dir, --save_dir: {nearest} is a file, not a directory")
-        if self.resume + self.overwrite + (self.continue_from is not None) > 1:
-            raise UsageError("--resume, --overwrite and --continue_from: use one of them at a time")
+        if self.overwrite and (self.resume or self.continue_from is not None):
+            raise UsageError(
+                "--overwrite starts anew, and --resume and --continue_from go on: leave one out"
+            )
+        doomed = [(self.save_path / name).resolve() for name in ("checkpoints", "model")]
+        for name in ("model_config", "tokenizer"):
+            path = Path(getattr(self, name) or "").resolve()
+            if self.overwrite and any(path.is_relative_to(directory) for directory in doomed):
+                raise UsageError(
+                    f"--{name}: {path} is part of what --overwrite deletes; copy it, or use "
+                    "another --name"
+                )
         if self.continue_from is not None and not Path(self.continue_from).is_dir():
             raise UsageError(
                 f"--continue_from: no directory {self.continue_from}; expected a run, one of its "
@@ -535,14 +616,33 @@ class Options:
                 f"--name: {taken} holds a run already; go on with it by --resume, replace it by "
                 "--overwrite, or choose another --name"
             )
-        if taken and not self.overwrite:
-            self._check_unchanged()
+        if taken and not self.overwrite and (kept := self.kept_record()):
+            self.check_same_run(kept, self.path)
 
-    def _check_unchanged(self) -> None:
+    def kept_record(self) -> dict[str, Any] | None:
+        """The `record` of the run that lies where this one is kept; None where there is none.
+
+        Raises:
+            UsageError: its file is damaged.
+        """
         path = self.path / "options.json"
         if not path.exists():
-            return
-        kept = json.loads(path.read_text(encoding="utf-8"))
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"--name: {path} is damaged: {error}; use another --name") from None
+
+    def check_same_run(self, kept: dict[str, Any], where: Path) -> None:
+        """Refuses to go on with other options than fix the state and the order of the data.
+
+        Args:
+            kept: The `record` of the run to go on with.
+            where: It is kept.
+
+        Raises:
+            UsageError: an option of `FIXED`, or the model, is another one.
+        """
         then, now = kept["options"], dataclasses.asdict(self)
         pairs = [(f"--{name}", then.get(name), now[name]) for name in FIXED]
         then, now = kept["model"], self.model()
@@ -552,7 +652,7 @@ class Options:
         for what, old, new in pairs:
             if old != new:
                 raise UsageError(
-                    f"{what}: {self.path} was started with {old}, not {new}; go on with {old}, or "
+                    f"{what}: {where} was started with {old}, not {new}; go on with {old}, or "
                     "start another run with --name"
                 )
 
@@ -561,21 +661,27 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
 _PLACED = ("tfds", "text", "tokens", "hf")
+_PATHS = (
+    "model_config", "continue_from", "data_dir", "cache_dir", "tokenizer", "run_dir", "save_dir",
+)  # fmt: skip
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
 def run_cli(main: Callable[[Sequence[str]], int | None]) -> int:
     """Runs `main` on the command line's arguments and returns the exit code.
 
-    `UsageError` becomes one line on stderr and code 2, an interrupt code 130. Anything else is a
-    fault of the program and keeps its traceback; wrap calls whose ValueError or OSError is the
-    user's in `user_errors`.
+    `UsageError` becomes one line on stderr and code 2, any other OSError (a full disk) one line and
+    code 1, an interrupt code 130. Anything else is a fault of the program and keeps its traceback;
+    wrap calls whose ValueError or OSError is the user's in `user_errors`.
     """
     try:
         return main(sys.argv[1:]) or 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -1,11 +1,11 @@
 """What a run leaves behind and shows: metrics, TensorBoard events, a picture of the loss, progress.
 
 A run's directory holds `options.json`, `metrics.jsonl` (one JSON object a line), TensorBoard's
-event files and, at the end, `loss.png`. Every line of the metrics has `kind` ("train", "eval",
-"final", ...), `step` (updates done) and `tokens` (positions trained on so far). The keys in
-`TIMING` depend on the machine's speed; all else follows from options and data, and is the same
-whether or not the run was interrupted. Numbers read back exactly; one that is not finite is
-written as null.
+event files and, at the end, `loss.png`; with `--wandb` the numbers go to Weights & Biases too.
+Every line of the metrics has `kind` ("train", "eval", "final", ...), `step` (updates done) and
+`tokens` (positions trained on so far). The keys in `TIMING` depend on the machine's speed; all else
+follows from options and data, and is the same whether or not the run was interrupted. Numbers read
+back exactly; one that is not finite is written as null.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class RunLog:
         self._mark_tokens = (resume_step or 0) * options.tokens_per_update
         self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = _Events(self.directory, resume_step)
+        self._wandb = _Wandb(options) if options.wandb else None
         self._bar = tqdm(
             total=self._total,
             initial=resume_step or 0,
@@ -147,7 +148,14 @@ class RunLog:
             self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
             self._metrics.flush()
             self._events.write(record)
+            if self._wandb:
+                self._wandb.write(record)
         return record
+
+    @property
+    def active(self) -> bool:
+        """Whether this process writes and shows."""
+        return self._active
 
     def has(self, kind: str, step: int) -> bool:
         """Whether a line of this kind was written for this step or a later one."""
@@ -166,6 +174,8 @@ class RunLog:
         self._bar.close()
         self._metrics.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.close()
         if "train" in self._last:
             from launch.plot import plot
 
@@ -240,7 +250,7 @@ class _Events:
         values = [
             self._summary.Value(tag=f"{record['kind']}/{name}", simple_value=value)
             for name, value in record.items()
-            if isinstance(value, int | float) and name != "step"
+            if _is_charted(name, value)
         ]
         event = self._event(
             step=record["step"], wall_time=time.time(), summary=self._summary(value=values)
@@ -249,6 +259,33 @@ class _Events:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Wandb:
+    """The same numbers under the same names, sent to Weights & Biases."""
+
+    def __init__(self, options: Options) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="online-subspace-descent",
+            name=options.name,
+            dir=str(options.path),
+            config=options.record(),
+            tags=options.tags.split() if options.tags else None,
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        values = {f"{kind}/{name}": x for name, x in record.items() if _is_charted(name, x)}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _is_charted(name: str, value: Any) -> bool:
+    return isinstance(value, int | float) and name != "step"
 
 
 def _exp(loss: float) -> float:

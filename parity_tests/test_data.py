@@ -188,6 +188,19 @@ def test_each_held_out_row_once(jsonl, byte, cache, pack, processes):
         assert [byte.decode(row) for row in rows] == [text[:LENGTH] for text in held_out]
 
 
+def test_what_is_held_out_does_not_depend_on_the_batch(jsonl, byte, cache):
+    data = open_text(jsonl, byte, cache, pack=True)
+    rows = {}
+    for size in (1, 3, 50):
+        batches = list(data.validation(size, tokens=5 * LENGTH + 7))
+        rows[size] = np.concatenate([batch["tokens"][batch["mask"]] for batch in batches])
+    assert len(rows[1]) == 5 * LENGTH
+    assert np.array_equal(rows[1], rows[3]) and np.array_equal(rows[1], rows[50])
+    assert sum(batch["mask"].any(1).sum() for batch in data.validation(1, tokens=1)) == 1
+    some, whole = data.unigram_perplexity(5 * LENGTH), data.unigram_perplexity()
+    assert some != whole
+
+
 def test_unigram_perplexity(jsonl, byte, cache):
     data = open_text(jsonl, byte, cache)
     counts = np.ones(258)
@@ -210,7 +223,7 @@ def test_text_files_of_all_kinds(tmp_path, cache, byte):
     with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
         file.write(prose.upper())
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
-        file.write('{"text": "one"}\n\n{"text": "  ", "n": 1}\n{"text": "two"}\n')
+        file.write('\ufeff{"text": "one"}\n\n{"text": "  ", "n": 1}\n{"text": "two"}\n')
     corpus = open_corpus(f"text:{tmp_path}/*", cache_dir=cache)
     found = [corpus.train[i] for i in range(len(corpus.train))]
     found += [corpus.validation[i] for i in range(len(corpus.validation))]
@@ -478,6 +491,9 @@ def wrong(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"words": 1}\n')
     (tmp_path / "book.pdf").write_text("pdf")
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"text " * 99)[:20])
+    flipped = bytearray(gzip.compress(os.urandom(5000)))
+    flipped[1000:1100] = bytes(100)
+    (tmp_path / "flipped.txt.gz").write_bytes(flipped)
     (tmp_path / "empty.bin").touch()
     np.array([1, 2, 300] * 50, np.uint16).tofile(tmp_path / "large.bin")
     np.save(tmp_path / "float.npy", np.ones(200))
@@ -501,6 +517,7 @@ def wrong(tmp_path):
         ("text:{}/bad.jsonl", ["bad.jsonl, line 2", '"text"', "words"]),
         ("text:{}/*.pdf", ["book.pdf", ".jsonl.gz"]),
         ("text:{}/torn.txt.gz", ["torn.txt.gz", "cannot read"]),
+        ("text:{}/flipped.txt.gz", ["flipped.txt.gz", "cannot read"]),
         ("tokens:{}/missing.npy", ["missing.npy", "no such file"]),
         ("tokens:{}/one.txt", ["one.txt", ".npy"]),
         ("tokens:{}/empty.bin", ["empty.bin", "empty"]),
@@ -537,6 +554,16 @@ def test_other_mistakes(jsonl, byte, cache, monkeypatch, tmp_path):
         open_data("builtin", byte, cache_dir=tmp_path)
     with pytest.raises(DataError, match="mistral-common"):
         load_tokenizer(None, "builtin", None, tmp_path, 32_000)
+
+
+def test_held_out_text_has_to_be_predictable(byte, monkeypatch):
+    import grain
+
+    documents = grain.MapDataset.source(["", ""])
+    hollow = types.SimpleNamespace(train=documents, validation=documents, identity="hollow")
+    monkeypatch.setattr("launch.data.batches.open_corpus", lambda *_: hollow)
+    with pytest.raises(DataError, match="held-out part of tfds:hollow has no text to predict"):
+        open_data("tfds:hollow", byte, max_length=LENGTH)
 
 
 def test_import_is_cheap():

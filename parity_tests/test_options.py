@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +164,12 @@ def test_cosine_restarts():
         ("--dataset tokens:none.npy", ("none.npy",)),
         ("--data_dir none", ("--data_dir", "none")),
         ("--continue_from none", ("--continue_from", "none")),
-        ("--resume --overwrite", ("--resume", "--overwrite", "one of them")),
+        ("--resume --overwrite", ("--resume", "--overwrite", "leave one out")),
+        ("--name=", ("--name", "''")),
+        ("--rank 16", ("--rank", "galore_*", "adam", "leave it out")),
+        ("--proj_type continuous", ("--proj_type", "galore_*", "adam")),
+        ("--min_lr_ratio 0.2 --scheduler linear", ("--min_lr_ratio", "cosine", "linear")),
+        ("--model_config long.json", ("long.json", "'1024'", "max_sequence_length")),
         ("--name a/b", ("--name", "'a/b'", "--run_dir")),
         ("--run_dir small.json", ("small.json is a file",)),
         ("--model_config none.json", ("none.json", "small.json")),
@@ -176,6 +182,8 @@ def test_mistakes_are_named(line, parts):
     Path("empty.txt").touch()
     Path("gpt.json").write_text('{"model_type": "gpt2"}')
     Path("part.json").write_text('{"model_type": "llama"}')
+    model = json.loads(Path("small.json").read_text())
+    Path("long.json").write_text(json.dumps(model | {"max_sequence_length": "1024"}))
     refused(line, *parts)
 
 
@@ -193,19 +201,52 @@ def start_run(line: str = "") -> None:
 def test_an_earlier_run_is_not_overwritten_by_accident():
     start_run()
     refused("", "--name", "runs/test", "--resume", "--overwrite")
-    for line in ("--resume", "--overwrite", "--name other", "--continue_from runs/test"):
+    for line in ("--resume", "--overwrite", "--name other", "--continue_from runs/test --resume"):
         parse(line).check()
     assert parse("--continue_from runs/test").continues_itself
     assert not parse("--continue_from runs/test --name other").continues_itself
 
 
 def test_a_run_goes_on_only_as_what_it_was():
-    start_run("--rank 16")
-    parse("--rank 16 --resume --lr 0.5").check()
-    refused("--rank 8 --resume", "--rank", "started with 16, not 8")
+    subspace = "--optimizer galore_adamw --rank"
+    start_run(f"{subspace} 16")
+    parse(f"{subspace} 16 --resume --lr 0.5").check()
+    refused(f"{subspace} 8 --resume", "--rank", "started with 16, not 8")
     model = json.loads(Path("small.json").read_text())
     Path("small.json").write_text(json.dumps(model | {"hidden_size": 64}))
-    refused("--rank 16 --resume", "--model_config", "hidden_size", "32", "64")
+    refused(f"{subspace} 16 --resume", "--model_config", "hidden_size", "32", "64")
+    Path("runs/test/options.json").write_text("{")
+    refused(f"{subspace} 16 --resume", "options.json is damaged")
+
+
+def test_overwrite_does_not_delete_what_the_command_reads():
+    start_run()
+    model = Path("runs/test/model")
+    model.mkdir()
+    shutil.copy("small.json", model / "config.json")
+    refused("--overwrite --model_config runs/test/model/config.json", "--model_config", "--overwr")
+    refused("--overwrite --tokenizer runs/test/model", "--tokenizer", "copy it")
+
+
+def test_a_tilde_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path("some.txt").write_text("text")
+    Path("there").mkdir()
+    line = "--dataset text:~/some.txt --data_dir ~/there --model_config ~/small.json"
+    options = parse(line).check()
+    assert options.dataset == f"text:{Path.cwd()}/some.txt"
+    assert options.data_dir == f"{Path.cwd()}/there"
+    assert options.model_config == f"{Path.cwd()}/small.json"
+
+
+def test_weights_bring_their_tokenizer():
+    model = Path("weights")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert parse("--continue_from weights").check().tokenizer is None
+    (model / "tokenizer.json").write_text("{}")
+    assert parse("--continue_from weights").check().tokenizer == "weights"
+    assert parse("--continue_from weights --tokenizer byte").check().tokenizer == "byte"
 
 
 def test_what_is_fixed_exists():

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import train_jax
+from launch import train_jax, training
 from launch.data import TrainBatches, load_tokenizer, open_data
-from launch.options import UsageError
+from launch.options import FULL_RANK, Options, UsageError
 from launch.run_log import TIMING, read_metrics
 from osd_jax import llama
 from osd_jax.checkpoint import Checkpoints
@@ -80,8 +80,10 @@ class Home:
             "sample_tokens": 12,
             "run_dir": self.path / "runs",
             "name": name,
-            **changes,
         }
+        values |= changes
+        if values["optimizer"] in FULL_RANK:
+            values |= dict.fromkeys(("proj_type", "rank", "update_proj_gap", "galore_scale"))
         flags: list[str] = []
         for key, value in values.items():
             if value is not None:
@@ -333,11 +335,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     os.truncate(largest, largest.stat().st_size // 2)
     (run / "checkpoints" / "49" / "extra" / "metadata").unlink()
     (run / "checkpoints" / "57.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
-    with caplog.at_level(logging.WARNING, "launch.train_jax"):
+    with caplog.at_level(logging.WARNING, "launch"):
         assert home.run("damaged", resume=True, keep=20) == 0
     for step in (56, 49):
-        message = f"{run / 'checkpoints' / str(step)} is damaged and cannot be read; passed over"
-        assert message in caplog.messages
+        start = f"{run / 'checkpoints' / str(step)} is damaged and cannot be read: "
+        assert any(m.startswith(start) and m.endswith("; passed over") for m in caplog.messages)
+        assert (run / "checkpoints" / f"{step}.set-aside").is_dir()
     assert_same_end(run, reference)
     assert Checkpoints(run / "checkpoints").steps()[:4] == [60, 56, 49, 42]
 
@@ -365,7 +368,7 @@ def test_signals_stop_with_a_checkpoint_and_resume_goes_on(
         stop = lambda batch, number=number: os.kill(os.getpid(), number)
         with monkeypatch.context() as patch:
             patch.setattr(TrainBatches, "__next__", at_batches(range(batch, batch + 1), stop))
-            assert home.run("stopped", resume=True) == 0
+            assert home.run("stopped", resume=True) == training.STOPPED
         assert Checkpoints(home / "stopped" / "checkpoints").steps()[0] == step
         assert read_metrics(home / "stopped")[-1]["step"] == step
         said = capsys.readouterr().err
@@ -385,6 +388,54 @@ def test_overwrite_starts_anew_and_max_train_tokens_counts_tokens(
     tokens = STEPS * 256 + 255
     assert home.run("anew", overwrite=True, num_training_steps=None, max_train_tokens=tokens) == 0
     assert_same_end(run, reference)
+
+
+def test_overwrite_deletes_only_what_a_run_leaves(reference: Reference, home: Home) -> None:
+    run = copy(reference, home, "shared", newest=7)
+    mine = [run / "checkpoints" / "mine.txt", run / "model" / "mine.txt"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert home.run("shared", overwrite=True) == 0
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
+    mine[1].unlink()
+    assert_same_end(run, reference)
+
+
+def test_resume_comes_before_the_place_that_the_run_continued_from(
+    reference: Reference, home: Home
+) -> None:
+    """So that the command of an interrupted run needs no more than `--resume`."""
+    started = {"continue_from": reference.path / "checkpoints" / "42", "resume": True}
+    stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainBatches, "__next__", at_batches(range(10, 11), stop))
+        assert home.run("20261124", **started) == training.STOPPED
+    assert Checkpoints(home / "20261124" / "checkpoints").steps()[0] == 48
+    assert home.run("20261124", **started) == 0
+    assert_same_end(home / "20261124", reference, after=42)
+    # a run whose name looks like a step
+    assert home.run("after", continue_from=home / "20261124") == 0
+
+
+def test_a_run_belongs_to_one_process(reference: Reference, home: Home) -> None:
+    run = copy(reference, home, "claimed", newest=56)
+    options = Options.parse(home.flags("claimed", resume=True)).check()
+    before = everything(run)
+    with (
+        training.claimed(options),
+        pytest.raises(UsageError, match="another process is writing to"),
+    ):
+        home.run("claimed", resume=True)
+    assert {k: v for k, v in everything(run).items() if not k.endswith(".lock")} == {
+        k: v for k, v in before.items() if not k.endswith(".lock")
+    }
+
+
+def test_a_changed_option_is_told(reference: Reference, home: Home, capsys: Any) -> None:
+    copy(reference, home, "changed", newest=56)
+    assert home.run("changed", resume=True, lr=0.03) == 0
+    assert "changed since it began: --lr 0.02 -> 0.03" in capsys.readouterr().err
 
 
 def test_continue_from_a_model_takes_its_weights_only(reference: Reference, home: Home) -> None:
@@ -410,11 +461,13 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(TrainBatches, "__next__", at_batches(range(20, 99), hide_all))
-        assert home.run("broken", keep=20) == 1
+        assert home.run("broken", keep=20, log_every=3) == 1
     lines = read_metrics(home / "broken")
-    assert [r["step"] for r in lines] == list(range(1, 21))
-    assert [r["skipped"] for r in lines] == [0] * 10 + list(range(1, 11))
-    assert [r["loss"] is None for r in lines] == [False] * 10 + [True] * 10
+    assert [r["step"] for r in lines] == [3, 6, 9, 12, 15, 18, 20]
+    assert [r["skipped"] for r in lines] == [0, 0, 0, 2, 5, 8, 10]
+    assert [r["loss"] is None for r in lines] == [False] * 3 + [True] * 4
+    # Skipped updates leave the schedule where it was.
+    assert {r["learning_rate"] for r in lines[3:]} == {lines[3]["learning_rate"]}
     said = capsys.readouterr().err
     assert "stopped at step 20: the last 10 updates were skipped" in said
     assert "lower --lr, or set --grad_clipping" in said
@@ -429,7 +482,8 @@ def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run(
 
     assert home.run("broken", resume=True) == 0
     later = read_metrics(home / "broken")
-    assert [r["skipped_in_a_row"] for r in later if r["kind"] == "train"][20:] == [0] * 40
+    after = [r for r in later if r["kind"] == "train" and r["step"] > 20]
+    assert [r["skipped_in_a_row"] for r in after] == [0] * 40
     # The ten that were skipped do not count in the schedule.
     assert later[-3]["kind"] == "train" and later[-3]["skipped"] == 10
     at = {r["step"]: r["learning_rate"] for r in later if r["kind"] == "train"}
@@ -507,9 +561,17 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         "other optimizer": ({"continue_from": old, "optimizer": "adamw"}, alike),
         "other rank": ({"continue_from": old, "rank": 5}, rf"{alike}: .*\[2, 4, 32\] there and"),
         "other dtype": ({"continue_from": old, "dtype": "bfloat16"}, rf"{alike}: .*bfloat16"),
-        "other corpus": (
+        "other seed": (
             {"continue_from": old, "seed": 1},
-            r"place in the data was kept with seed 0, and this run has 1",
+            r"--seed: .*checkpoints/60 was started with 0, not 1",
+        ),
+        "other heads": (
+            {"continue_from": old, "model_config": model(home, "eight", num_attention_heads=8)},
+            r"--model_config: num_attention_heads: .*/60 was started with 4, not 8",
+        ),
+        "other batch": (
+            {"continue_from": old, "total_batch_size": 16},
+            r"--total_batch_size: .*/60 was started with 8, not 16",
         ),
         "fewer steps": (
             {"continue_from": old, "num_training_steps": 50},
@@ -529,6 +591,10 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "a run is there": ({"name": "reference"}, r"reference holds a run already; .*--resume"),
         "per layer": ({"optimizer": "galore_adamw_per_layer"}, r"use galore_adamw$"),
+        "what torch alone does": (
+            {"fsdp": True},
+            r"--fsdp: the JAX side runs on one device yet; .*or use launch\.train_torch",
+        ),
     }
 
 
@@ -601,7 +667,7 @@ def test_other_settings(name: str, home: Home) -> None:
 
 def test_token_arrays_have_no_tokenizer_and_no_sample(home: Home) -> None:
     np.save(home.path / "ids.npy", np.random.default_rng(0).integers(0, 300, 4000))
-    changes = {"dataset": f"tokens:{home.path}/ids.npy", "tokenizer": None, "optimizer": "sgd"}
+    changes = {"dataset": f"tokens:{home.path}/ids.npy", "tokenizer": None}
     assert home.run("tokens", **(SHORT | changes | {"sample_tokens": 5})) == 0
     assert read_metrics(home / "tokens")[-1]["sample"] is None
     config = json.loads((home / "tokens" / "model" / "config.json").read_text())

@@ -12,8 +12,17 @@ once under the cache directory, `$OSD_CACHE` or ~/.cache/online_subspace_descent
 at all. A user's mistake raises `DataError`.
 """
 
-from launch.data.batches import Data, TrainBatches, open_data
+from launch.data.batches import Data, TrainBatches, is_exact, open_data, reshard
 from launch.data.common import DataError
 from launch.data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Data", "DataError", "Tokenizer", "TrainBatches", "load_tokenizer", "open_data"]
+__all__ = [
+    "Data",
+    "DataError",
+    "Tokenizer",
+    "TrainBatches",
+    "is_exact",
+    "load_tokenizer",
+    "open_data",
+    "reshard",
+]

@@ -3,8 +3,9 @@
 import math
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def open_data(
         corpus = open_corpus(dataset, data_dir, cache_dir, validation_fraction)
         train = corpus.train.map(tokenizer.encode_document)
         validation = corpus.validation.map(tokenizer.encode_document)
-    return Data(
+    data = Data(
         train,
         validation,
         tokenizer.vocab_size,
@@ -80,6 +81,12 @@ def open_data(
         seed,
         corpus.identity,
     )
+    if not any(batch["mask"][:, 1:].any() for batch in data.validation(1)):
+        raise DataError(
+            f"the held-out part of {dataset} has no text to predict: every document there is "
+            "blank or a single token; give more text, or another validation split"
+        )
+    return data
 
 
 @dataclass(frozen=True)
@@ -122,14 +129,28 @@ class Data:
         return TrainBatches(self, batch_size, process_index, process_count, workers)
 
     def validation(
-        self, batch_size: int, process_index: int = 0, process_count: int = 1
+        self,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        tokens: int | None = None,
     ) -> Iterator[Batch]:
         """This process's share of the held-out rows: over all processes, each row once.
 
         Every process gets the same number of batches of the same shape: rows that are missing at
         the end are padding.
+
+        Args:
+            batch_size: rows in a batch.
+            process_index: of this process.
+            process_count: processes that share the rows out.
+            tokens: as many of the first rows as hold this many tokens, padding counted, and at
+                least one; None: all.
         """
+        rows: Iterator[Any]
         rows = self._packed_rows() if self.pack else iter(range(len(self.validation_documents)))
+        if tokens is not None:
+            rows = islice(rows, max(1, tokens // self.max_length))
         while group := list(islice(rows, batch_size * process_count)):
             mine: list[Any] = group[process_index::process_count]
             if not self.pack:
@@ -146,18 +167,21 @@ class Data:
             mask[index, : len(kept)] = True
         return {"tokens": tokens, "mask": mask}
 
-    def unigram_perplexity(self) -> float:
+    def unigram_perplexity(self, tokens: int | None = None) -> float:
         """Perplexity of a model that knows how often each token occurs, and nothing else.
 
         The frequencies are those of at most `UNIGRAM_DOCUMENTS` training documents, evenly spread,
         with one added to each token's count. The perplexity is that of the held-out tokens that a
         language model predicts: all but the first of each row.
+
+        Args:
+            tokens: of the rows to look at, as for `validation`.
         """
         counts = np.ones(self.vocab_size)
         for document in spread(self.train_documents, UNIGRAM_DOCUMENTS):
             counts += np.bincount(document, minlength=self.vocab_size)
         predicted = np.zeros(self.vocab_size)
-        for batch in self.validation(16):
+        for batch in self.validation(16, tokens=tokens):
             shown = batch["tokens"][:, 1:][batch["mask"][:, 1:]]
             predicted += np.bincount(shown, minlength=self.vocab_size)
         log_frequency = np.log(counts) - math.log(counts.sum())
@@ -288,8 +312,44 @@ class TrainBatches(Iterator[Batch]):
         return iter(documents)
 
 
+def reshard(states: Sequence[dict[str, Any]], process_count: int) -> list[dict[str, Any]]:
+    """The places in the data of P processes -> those of another number of processes.
+
+    Where all processes have taken equally many whole documents, these are the first ones of the
+    sequence, and it goes on right after them: so it is where each row is a document, after any
+    number of whole updates of the same total batch. Else it goes on after the furthest document
+    that any process has begun, and a few documents before that are skipped; nothing comes twice.
+
+    Args:
+        states: Each process's `TrainBatches.get_state()`, in order.
+        process_count: The new number.
+
+    Returns:
+        A state for each of the new processes. See `is_exact` for whether documents are skipped.
+    """
+    if process_count == len(states):
+        return list(states)
+    begun = [state["document"] + (state["offset"] > 0) for state in states]
+    furthest = (
+        max(p + len(states) * (n - 1) for p, n in enumerate(begun) if n) if any(begun) else -1
+    )
+    document = -(-(furthest + 1) // process_count)
+    place = {"document": document, "offset": 0, "process_count": process_count}
+    return [{**states[0], **place} for _ in range(process_count)]
+
+
+def is_exact(states: Sequence[dict[str, Any]], process_count: int) -> bool:
+    """Whether `reshard` skips no document."""
+    if process_count == len(states):
+        return True
+    first = states[0]["document"]
+    alike = all(state["document"] == first and not state["offset"] for state in states)
+    return alike and first * len(states) % process_count == 0
+
+
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
     """Makes a worker process end when its parent is killed, which grain's workers outlive."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,0 +1,399 @@
+"""Trains a LLaMA with Online Subspace Descent in PyTorch, in one process or several.
+
+    python launch/train_torch.py --model_config configs/llama_60m.json --batch_size 32 \
+        --optimizer galore_adamw --proj_type continuous --rank 128 --lr 0.01 --dataset builtin
+
+    torchrun --standalone --nproc_per_node 2 launch/train_torch.py ...
+
+Options are checked before anything is loaded; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# As a script, Python looks for modules beside this file; `launch` is found in the project's root.
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from launch import training
+from launch.options import Options, UsageError, run_cli, user_errors
+
+if TYPE_CHECKING:
+    import torch
+
+SECONDS_TO_BE_STOPPED = 2.0
+"""How long one of several processes waits before it tells of an error.
+
+Most are the same on all, or follow from another process's end. torchrun stops the others as soon as
+one has ended, so that only the first one's message, or the cause, is shown.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns its exit code."""
+    try:
+        options = Options.parse(argv, prog="train_torch.py").check(processes=process_count())
+        training.set_up_logging(shows=process_index() == 0)
+        with processes(options) as device:
+            return train(options, device)
+    except (UsageError, OSError):
+        if process_index():
+            time.sleep(SECONDS_TO_BE_STOPPED)
+        raise
+
+
+def process_count() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_index() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def processes(options: Options) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if there are several; gives this one's device.
+
+    Raises:
+        UsageError: there are more processes than GPUs, or they cannot meet.
+    """
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        index, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= there:
+            raise UsageError(
+                f"--nproc_per_node: process {index + 1} of this machine has no GPU, of which there "
+                f"are {there}; start at most {there}, or show more in CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    else:
+        keep_memory()
+    if process_count() == 1 and not options.fsdp:
+        yield device
+        return
+    # gloo for what lies on the CPU: counts, and what the processes agree on.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone: dict[str, Any] = {}
+    if process_count() == 1:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, **alone)
+        dist.barrier()  # nothing is written before all have checked their options
+    except (RuntimeError, ValueError) as error:  # a port in use, an address that is none
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"the {process_count()} processes cannot meet at {where}: {reason}; start them by "
+            "torchrun --standalone, which finds a free port, or give another --master_port"
+        ) from None
+    try:
+        yield device
+    except UsageError:  # all processes know of it, and the first one tells
+        dist.destroy_process_group()
+        if process_index():
+            raise SystemExit(2) from None
+        raise
+    except Exception:
+        # Still connected, so that the others do not fail of this before it is told.
+        time.sleep(SECONDS_TO_BE_STOPPED)
+        raise
+    dist.destroy_process_group()
+
+
+def keep_memory() -> None:
+    """Makes glibc keep freed memory for the next step instead of giving it back to the system.
+
+    By default it maps large arrays anew each time, and the system has to clear their pages: a third
+    of the time of a step of `llama_9m` on a CPU, of which this spares two thirds. It asks for no
+    more memory than the largest step does. Other C libraries have no such switch, and nothing is
+    done.
+    """
+    m_trim_threshold, m_mmap_threshold, large = -1, -3, 2**30  # the names in malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(m_mmap_threshold, large)
+        mallopt(m_trim_threshold, large)
+
+
+def train(options: Options, device: torch.device) -> int:
+    """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
+    import torch
+
+    import osd_torch
+    from launch.data import is_exact, load_tokenizer, open_data, reshard
+    from launch.run_log import RunLog
+    from osd_torch import llama
+    from osd_torch.checkpoint import Checkpoints
+    from osd_torch.train import (
+        learning_rate_schedule,
+        make_eval_step,
+        make_train_step,
+        sample,
+    )
+
+    rank, world = process_index(), process_count()
+
+    # Data and model. All that can be wrong with them shows here, before anything is built.
+    with together(in_turn=True):
+        config = llama.config_from_dict({"model_type": "llama", **options.model()})
+        weights = training.hugging_face_weights(options)
+        if weights:
+            found = llama.load_config(weights / "config.json")
+            training.check_alike(weights, llama.compared(found), llama.compared(config))
+        tokenizer = load_tokenizer(
+            options.tokenizer,
+            options.dataset,
+            options.data_dir,
+            options.cache_dir,
+            vocab_size=config.vocab_size,
+        )
+        for name, value in training.special_tokens(tokenizer).items():
+            setattr(config, name, value)
+        data = open_data(
+            options.dataset,
+            tokenizer,
+            data_dir=options.data_dir,
+            cache_dir=options.cache_dir,
+            max_length=options.max_length,
+            pack=options.pack,
+            seed=options.seed,
+        )
+    batches = data.train(options.batch_size, rank, world, workers=options.workers)
+
+    # The model: Hugging Face weights, or fresh ones.
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
+    with together():
+        if weights:
+            model = llama.load_hf(weights, config=config, **made)
+        else:
+            model = llama.build(config, seed=options.seed, **made)
+    llama.prepare(
+        model,
+        activation_checkpointing=options.activation_checkpointing,
+        compile_layers=options.compile,
+    )
+    if options.fsdp:
+        osd_torch.fully_shard_llama(model)
+
+    # Optimizer and steps.
+    schedule = learning_rate_schedule(
+        options.scheduler,
+        num_training_steps=options.num_training_steps,
+        warmup_steps=options.warmup_steps,
+        min_lr_ratio=options.min_lr_ratio,
+        cycle_length=options.cycle_length,
+        restart_warmup_steps=options.restart_warmup_steps or 0,
+    )
+    with together():
+        optimizer = osd_torch.make_optimizer(
+            model.named_parameters(),
+            options.base_optimizer,
+            options.proj_type,
+            lr=options.lr,
+            rank=options.rank,
+            update_proj_gap=options.update_proj_gap,
+            scale=options.galore_scale,
+            weight_decay=options.weight_decay,
+            beta1=options.beta1 or None,
+            select=llama.is_projected,
+            seed=options.seed,
+            penalty=options.penalty,
+            projector_lr_multiple=options.projector_lr_multiple,
+            projector_weight_decay=options.projector_weight_decay,
+            lion_sign=options.lion_sign,
+            move_projector=options.move_projector,
+        )
+
+    with together():
+        train_step = make_train_step(
+            model,
+            optimizer,
+            lr=options.lr,
+            schedule=schedule,
+            micro_batches=options.gradient_accumulation,
+            grad_clipping=options.grad_clipping,
+            per_layer=options.per_layer,
+            compress_gradients=options.compress_gradients,
+        )
+    eval_step = make_eval_step(model)
+
+    # The state to start from: a checkpoint, or what was just made.
+    start, note = 0, None
+    with together():
+        source, steps = training.checkpoints_to_read(options, Checkpoints)
+        if steps:
+            start, _, places = training.restore_newest(
+                options,
+                source.directory,
+                steps,
+                lambda step: (None, source.restore(step, model, optimizer)),
+            )
+            batches.set_state(reshard(places, world)[rank])
+            training.check_not_beyond(options, start, source.directory)
+            if not is_exact(places, world):
+                note = (
+                    f"{len(places)} processes trained until here and now {world} do: a few "
+                    "documents are skipped, and none comes twice"
+                )
+    micro_batches = training.stacked(batches, options.gradient_accumulation)
+    done = start
+    with (
+        contextlib.ExitStack() as held,
+        training.StopSignal(shows=rank == 0) as stop,
+    ):
+        checkpoints = Checkpoints(options.save_path / "checkpoints", options.keep)
+        with together(in_turn=True):
+            if rank == 0:
+                held.enter_context(training.claimed(options))
+                # Damaged, or younger than the one that was asked for.
+                checkpoints.set_aside_after(start)
+        about = describe(options, model, device, start)
+        log = RunLog(options, resume_step=start or None, active=rank == 0)
+        held.enter_context(log)
+        log.note(about)
+        if note:
+            log.note(note)
+
+        def update(measure: bool) -> dict[str, float]:
+            nonlocal done
+            metrics = train_step(done, next(micro_batches), measure)
+            done += 1
+            if done == start + 1:  # PyTorch makes the state in the first update
+                log.note(memory(optimizer, device))
+            return metrics
+
+        def save(step: int) -> None:
+            places = gathered(batches.get_state())
+            checkpoints.save(step, model, optimizer, training.extra(options, places))
+
+        def evaluate(step: int) -> float:
+            held_out = data.validation(options.batch_size, rank, world, options.eval_tokens)
+            loss = training.validation_loss(held_out, eval_step)
+            log.eval(step, step * options.tokens_per_update, loss=loss)
+            return loss
+
+        code = training.run_updates(
+            options,
+            log,
+            checkpoints,
+            start=start,
+            schedule=schedule,
+            update=update,
+            evaluate=evaluate,
+            save=save,
+            stop_asked=lambda: stop.asked,
+            any_process=any_process,
+        )
+        if code is not None:
+            return code
+        training.finish(
+            options,
+            data,
+            tokenizer,
+            evaluate(options.num_training_steps),
+            log,
+            sample=lambda prompt, length: sample(model, prompt, length=length, seed=options.seed),
+            save_model=lambda directory: llama.save_hf(directory, model),
+        )
+    return 0
+
+
+@contextlib.contextmanager
+def together(in_turn: bool = False) -> Iterator[None]:
+    """What is the user's mistake in one process ends all of them, with the same message.
+
+    A ValueError or OSError inside becomes a `UsageError`, as in `user_errors`.
+
+    Args:
+        in_turn: The first process goes first; the others wait, and find what it has prepared.
+
+    Raises:
+        UsageError: in this process or in another one.
+    """
+    waits = in_turn and process_index() > 0
+    if waits:
+        raise_together(None)
+    mistake = None
+    try:
+        with user_errors():
+            yield
+    except UsageError as error:
+        mistake = str(error)
+    raise_together(mistake)
+    if in_turn and not waits:
+        raise_together(None)  # for the others
+
+
+def raise_together(mistake: str | None) -> None:
+    """Raises the first mistake of any process, in all."""
+    for message in gathered(mistake):
+        if message is not None:
+            raise UsageError(message)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return flag
+    found = torch.tensor(float(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, on every process."""
+    from osd_torch.checkpoint import gathered
+
+    return gathered(value)
+
+
+def describe(options: Options, model: torch.nn.Module, device: torch.device, step: int) -> str:
+    """What is about to run, in a few lines."""
+    import torch
+
+    from osd_torch.checkpoint import size_in_bytes
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    several = f"{process_count()} x " if process_count() > 1 else ""
+    return training.describe(
+        options,
+        parameters=sum(param.numel() for param in model.parameters()),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        device=several + name,
+        weight_bytes=size_in_bytes(model),
+        step=step,
+    )
+
+
+def memory(optimizer: torch.optim.Optimizer, device: torch.device) -> str:
+    """What the first update has shown of the memory that is needed."""
+    import torch
+
+    from osd_torch.checkpoint import size_in_bytes
+
+    text = training.optimizer_state(size_in_bytes(optimizer))
+    if device.type == "cuda":
+        text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:,.2f} GiB"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,474 @@
+"""What both trainers share: the loop over updates, where a run starts, and how it ends.
+
+Nothing here knows of JAX or PyTorch. A trainer hands in what is its own as functions: one update,
+an evaluation, a save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+from launch.options import FULL_RANK, Options, UsageError, user_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from launch.data import Data, Tokenizer
+    from launch.run_log import RunLog
+
+MAX_SKIPPED_IN_A_ROW = 10
+STOPPED = 130
+"""The exit code of a run that was asked to stop: what follows it in a script must not run."""
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]  # "tokens" int32 and "mask" bool, NumPy
+Metrics = Mapping[str, Any]  # name -> number
+T = TypeVar("T")
+
+
+class Checkpoints(Protocol):
+    """What both libraries' `Checkpoints` offer here."""
+
+    @property
+    def directory(self) -> Path:
+        """Where they are."""
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, newest first."""
+
+    def wait(self) -> None:
+        """Returns when the last save is complete."""
+
+
+C = TypeVar("C", bound=Checkpoints)
+
+
+def set_up_logging(shows: bool = True) -> None:
+    """Shows warnings, and what this package has to say, as bare lines on stderr.
+
+    Args:
+        shows: False for a process whose messages are the first one's, too.
+    """
+    logging.basicConfig(level=logging.WARNING if shows else logging.ERROR, format="%(message)s")
+    logging.getLogger("launch").setLevel(logging.INFO if shows else logging.ERROR)
+
+
+# ------------------------------------------------------------------------------- the loop
+
+
+def run_updates(
+    options: Options,
+    log: RunLog,
+    checkpoints: Checkpoints,
+    *,
+    start: int,
+    schedule: Callable[[int], Any],
+    update: Callable[[bool], Metrics],
+    evaluate: Callable[[int], float],
+    save: Callable[[int], None],
+    stop_asked: Callable[[], bool],
+    any_process: Callable[[bool], bool] = bool,
+) -> int | None:
+    """Runs the updates that are left; logs, evaluates and saves as the options say.
+
+    Args:
+        options: Checked options.
+        log: Of the run.
+        checkpoints: Where `save` writes.
+        start: Updates done before.
+        schedule: The learning rate's factor of an update that counts, from 0.
+        update: Does the next update and returns its metrics. Its argument says whether to measure
+            the subspace.
+        evaluate: Evaluates after so many updates, logs it and returns the loss.
+        save: Saves a checkpoint after so many updates.
+        stop_asked: Whether the run is to end after this update.
+        any_process: Whether any process says yes; what one process decides, all must know.
+
+    Returns:
+        The exit code of a run that ended early, with its reason shown; None when all updates are
+        done and saved.
+    """
+    due = start % options.eval_every == 0 and 0 < start < options.num_training_steps
+    # A stop does not wait for an evaluation.
+    if any_process(due and log.active and not log.has("eval", start)):
+        evaluate(start)
+    failed = stopped = False
+    step = start
+    while step < options.num_training_steps and not (failed or stopped):
+        step += 1
+        is_last = step == options.num_training_steps
+        is_eval = step % options.eval_every == 0 or is_last
+        # P is set at the first step, so there is nothing to measure before the second.
+        metrics = update(is_eval and step > 1)
+        failed = metrics["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
+        if step % options.log_every == 0 or is_eval or failed:
+            # What was not measured is NaN, and left out.
+            known = {k: v for k, v in metrics.items() if k == "loss" or v == v}
+            # Updates that were skipped before this one do not count in the schedule.
+            skipped = metrics["skipped"] - (metrics["skipped_in_a_row"] > 0)
+            rate = options.lr * float(schedule(step - 1 - skipped))
+            log.train(step, step * options.tokens_per_update, **known, learning_rate=rate)
+        stopped = any_process(stop_asked() and not is_last)
+        if is_eval and not (is_last or failed or stopped):
+            evaluate(step)
+        if step % options.save_every == 0 or is_last or failed or stopped:
+            save(step)
+    checkpoints.wait()
+    if failed:
+        log.note(
+            f"stopped at step {step}: the last {metrics['skipped_in_a_row']} updates were "
+            "skipped, since their loss or gradient is not finite. The last good state is "
+            f"saved in {checkpoints.directory}; lower --lr, or set --grad_clipping"
+        )
+        return 1
+    if stopped:
+        log.note(f"stopped at step {step}; go on with the same command and --resume")
+        return STOPPED
+    return None
+
+
+def validation_loss(
+    batches: Iterable[Batch], eval_step: Callable[[Batch], tuple[Any, Any]]
+) -> float:
+    """Mean loss over the held-out tokens, in nats.
+
+    Args:
+        batches: This process's share of the held-out rows.
+        eval_step: Sum of the losses of a batch and their number, over all processes.
+    """
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, tokens = eval_step(batch)
+        total, count = total + float(loss), count + int(tokens)
+    return total / count
+
+
+def stacked(batches: Any, micro_batches: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """Batches (B, S) joined to (K, B, S), the micro-batches of an update."""
+    import numpy as np
+
+    while True:
+        parts = [next(batches) for _ in range(micro_batches)]
+        yield {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+class StopSignal:
+    """Turns SIGTERM and the first SIGINT into a flag, so that the run ends with a checkpoint.
+
+    Args:
+        shows: Whether this process says so.
+    """
+
+    def __init__(self, shows: bool = True) -> None:
+        self._shows = shows
+
+    def __enter__(self) -> Self:
+        self.asked = False
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        is_first, self.asked = not self.asked, True
+        signal.signal(number, signal.default_int_handler)
+        if self._shows and is_first:  # torchrun adds its SIGTERM to a SIGINT
+            print("\nstopping after this update, with a checkpoint", file=sys.stderr)
+
+
+# --------------------------------------------------------------------- where a run starts
+
+
+def hugging_face_weights(options: Options) -> Path | None:
+    """The Hugging Face directory that `--continue_from` names, if it names one.
+
+    Raises:
+        UsageError: it is this run's own model, whose place in the run is gone.
+    """
+    directory = Path(options.continue_from) if options.continue_from else None
+    if directory is None or not (directory / "config.json").is_file():
+        return None
+    if options.continues_itself:
+        raise UsageError(
+            f"--continue_from: {directory} is this run's own model, with weights only; go on with "
+            "the run by --resume, or train the model further under another --name"
+        )
+    return directory
+
+
+def check_alike(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuses weights that are of another model than `--model_config` describes.
+
+    Args:
+        directory: Of the weights.
+        found: Their config, by field.
+        wanted: `--model_config`, by field.
+
+    Raises:
+        UsageError: two configs differ in what the weights or the computation depend on.
+    """
+    for name, new in wanted.items():
+        old = found[name]
+        free = ("max_position_embeddings", "initializer_range")
+        if old != new and name not in free and not name.endswith("_token_id"):
+            raise UsageError(
+                f"--continue_from: {directory} holds another model: its {name} is {old}, and "
+                f"--model_config has {new}; give its own config.json as --model_config"
+            )
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer's ids by the config's names: the published ones are another tokenizer's."""
+    from launch.data.tokenizer import NoTokenizer
+
+    if isinstance(tokenizer, NoTokenizer):
+        return {}
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C, list[int]]:
+    """Where to restore from, and the steps to try in turn; no steps: start from the beginning.
+
+    `--continue_from` names a run, its directory of checkpoints, or one checkpoint; with `--resume`
+    it says where the run started, and the run's own checkpoints come first.
+
+    Args:
+        options: Checked options.
+        open_: Opens a directory of checkpoints, only to read.
+
+    Raises:
+        UsageError: it names nothing of these, nor a Hugging Face model.
+    """
+    own = open_(options.save_path / "checkpoints")
+    if options.overwrite:
+        return own, []
+    if options.resume and own.steps():
+        return own, own.steps()
+    if options.continue_from is None or hugging_face_weights(options):
+        return own, [] if options.continue_from else own.steps()
+    directory = Path(options.continue_from)
+    inside = directory / "checkpoints"
+    if directory.name.isdigit() and not inside.is_dir():
+        source, step = open_(directory.parent), int(directory.name)
+        steps = [step] if step in source.steps() else []
+    else:
+        source = open_(inside if inside.is_dir() else directory)
+        steps = source.steps()
+    if not steps:
+        raise UsageError(
+            f"--continue_from: {directory} has no complete checkpoint, and no config.json of a "
+            "Hugging Face model; give the directory of a run, of a checkpoint or of a model"
+        )
+    return source, steps
+
+
+def restore_newest(
+    options: Options,
+    directory: Path,
+    steps: Sequence[int],
+    restore: Callable[[int], tuple[T, dict[str, Any]]],
+) -> tuple[int, T, Any]:
+    """The first of `steps` that can be read, the state in it, and the place in the data.
+
+    Args:
+        options: Checked options.
+        directory: Of the checkpoints.
+        steps: To try in turn.
+        restore: Reads one of them, the state and what `extra` made; OSError where it is damaged.
+
+    Raises:
+        UsageError: all are damaged, or it is of a run with other options.
+        ValueError: it is of another model or optimizer.
+    """
+    for step in steps:
+        try:
+            state, kept = restore(step)
+        except OSError as error:
+            logger.warning("%s; passed over", error)
+        else:
+            options.check_same_run(kept["run"], directory / str(step))
+            return step, state, kept["data"]
+    raise UsageError(
+        f"no checkpoint in {directory} can be read; start anew with --overwrite or under another "
+        "--name"
+    )
+
+
+def check_not_beyond(options: Options, start: int, directory: Path) -> None:
+    """Refuses to go on from a checkpoint that is beyond the run's end.
+
+    Raises:
+        UsageError: it has done more updates than the run is to have.
+    """
+    if start > options.num_training_steps:
+        raise UsageError(
+            f"--num_training_steps: {options.num_training_steps} is less than the {start} updates "
+            f"that {directory} has done; raise it"
+        )
+
+
+def extra(options: Options, place: Any) -> dict[str, Any]:
+    """What a checkpoint holds beside the state, as JSON: the run's record and place in the data."""
+    return {"run": options.record(), "data": place}
+
+
+@contextlib.contextmanager
+def claimed(options: Options) -> Iterator[None]:
+    """Holds the run's directories for this process alone; with `--overwrite` it empties them.
+
+    Raises:
+        UsageError: another process has one of them, or they cannot be written to.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as files:
+        with user_errors():
+            for directory in {options.path, options.save_path}:
+                directory.mkdir(parents=True, exist_ok=True)
+                lock = files.enter_context((directory / ".lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UsageError(
+                        f"--name: another process is writing to {directory}; wait for its end, or "
+                        "use another --name"
+                    ) from None
+            if options.overwrite:
+                remove_run(options.save_path)
+        yield
+
+
+def remove_run(directory: Path) -> None:
+    """Deletes what an earlier run left: its checkpoints and its model, and no other files."""
+    for path in (directory / "checkpoints").glob("[0-9]*"):
+        shutil.rmtree(path, ignore_errors=True)
+    model = directory / "model"
+    for pattern in ("config.json", "*.safetensors*", "tokenizer*", "special_tokens_map.json"):
+        for path in model.glob(pattern):
+            path.unlink()
+    if model.is_dir() and not any(model.iterdir()):
+        model.rmdir()
+
+
+# ----------------------------------------------------------------------- what a run says
+
+
+def describe(
+    options: Options,
+    *,
+    parameters: int,
+    dtype: str,
+    device: str,
+    weight_bytes: int,
+    state_bytes: int | None = None,
+    step: int,
+) -> str:
+    """What is about to run, in a few lines; `state_bytes` is left out where it is not yet known."""
+    state = "" if state_bytes is None else f"{optimizer_state(state_bytes)}, "
+    start = f"going on from step {step:,}" if step else "from the start"
+    method = f"{options.optimizer}, {options.proj_type}, rank {options.rank}"
+    if options.optimizer in FULL_RANK:
+        method = f"{options.optimizer}, full rank"
+    changed = changed_options(options) if step else []
+    return (
+        f"{Path(options.model_config).stem}: {parameters / 1e6:.1f} M parameters ({dtype}) on "
+        f"{device}, {start}\n"
+        f"{method}: {state}"
+        f"weights {weight_bytes / 2**20:,.1f} MiB\n"
+        f"{options.num_training_steps:,} updates of {options.tokens_per_update:,} tokens; the run "
+        f"is kept in {options.path}"
+    ) + "".join(f"\nchanged since it began: {change}" for change in changed)
+
+
+def changed_options(options: Options) -> list[str]:
+    """What differs from the options that the run was begun with: "--lr 0.01 -> 0.005"."""
+    kept = (options.kept_record() or {}).get("options", {})
+    now = dataclasses.asdict(options)
+    ways = ("resume", "overwrite", "continue_from")  # to start, which say nothing of the run itself
+    return [
+        f"--{name} {old} -> {now[name]}"
+        for name, old in kept.items()
+        if name in now and name not in ways and now[name] != old
+    ]
+
+
+def optimizer_state(size: int) -> str:
+    """How large the optimizer's state is, in words."""
+    return f"optimizer state {size / 2**20:,.1f} MiB"
+
+
+def finish(
+    options: Options,
+    data: Data,
+    tokenizer: Tokenizer,
+    loss: float,
+    log: RunLog,
+    *,
+    sample: Callable[[np.ndarray, int], np.ndarray],
+    save_model: Callable[[Path], None],
+) -> None:
+    """Writes the model, a sample of its text, and how it compares to token frequencies alone.
+
+    Args:
+        options: Checked options.
+        data: What it was trained on.
+        tokenizer: Of the text; saved with the model.
+        loss: The last evaluation's, in nats.
+        log: Of the run. A process whose log is not active takes part, and writes nothing itself.
+        sample: Continues a prompt, int32 (n,), to so many tokens.
+        save_model: Writes the weights and then config.json, which says that the model is complete.
+    """
+    text = sample_of_text(options, tokenizer, sample)
+    directory = options.save_path / "model"
+    if log.active:
+        unigram = data.unigram_perplexity(options.eval_tokens)
+        log.write(
+            "final",
+            options.num_training_steps,
+            options.num_training_steps * options.tokens_per_update,
+            loss=loss,
+            unigram_perplexity=unigram,
+            sample=text,
+        )
+        tokenizer.save(directory)
+    save_model(directory)
+    if not log.active:
+        return
+    log.note(
+        f"\nValidation perplexity {math.exp(loss):,.1f}; from token frequencies alone it would be "
+        f"{unigram:,.1f}."
+    )
+    if text is not None:
+        log.note(f"A sample of its text:\n\n    {text}\n")
+    log.note(f"The model is in {directory}, in Hugging Face's format.")
+
+
+def sample_of_text(
+    options: Options, tokenizer: Tokenizer, sample: Callable[[np.ndarray, int], np.ndarray]
+) -> str | None:
+    """The prompt as the model goes on with it; None where there is nothing to go on with."""
+    from launch.data.tokenizer import NoTokenizer
+
+    if not options.sample_tokens or isinstance(tokenizer, NoTokenizer):
+        return None
+    prompt = tokenizer.encode_batch([options.prompt])[0]
+    if not len(prompt):
+        return None
+    length = min(options.max_length, len(prompt) + options.sample_tokens)
+    return tokenizer.decode(sample(prompt, length))

@@ -1,0 +1,385 @@
+"""Save and restore everything that a run needs to go on as if it had not stopped.
+
+A checkpoint is a directory named by its step:
+
+    model/          config.json and model.safetensors, as transformers reads them
+    optimizer.pt    the optimizer's state by parameter name; `torch.load(weights_only=True)`
+    sharded/        in place of these two where weights are sharded: `torch.distributed.checkpoint`
+    random.pt       PyTorch's random state, of each process
+    state.json      what the caller keeps, such as the place in the data
+    manifest.json   size and checksum of every other file
+
+It is written under another name, flushed to the disk and renamed when it is complete, so a run that
+is killed while saving goes on from the checkpoint before. Where `torch.distributed` is initialised,
+all processes call `save` and `restore` together, and see the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaForCausalLM
+
+from osd_torch import llama
+from osd_torch.subspace import named_parameters
+
+CHUNK = 2**24  # bytes read at a time
+
+
+class Checkpoints:
+    """The checkpoints of a run, in numbered directories.
+
+    Args:
+        directory: Where they are; made when the first is saved.
+        keep: How many of the newest to keep. None: only to read, which changes nothing there.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int | None = None) -> None:
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, newest first. One that was not finished does not count."""
+        if not self.directory.is_dir():
+            return []
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def save(
+        self,
+        step: int,
+        model: LlamaForCausalLM,
+        optimizer: torch.optim.Optimizer,
+        extra: dict[str, Any],
+    ) -> None:
+        """Saves; when this returns the checkpoint is complete and on the disk.
+
+        Args:
+            step: Updates done; if there is a checkpoint of it, nothing is saved.
+            model: The LLaMA, whole or sharded.
+            optimizer: Over its parameters, between two updates.
+            extra: What JSON holds; the first process's is saved.
+
+        Raises:
+            OSError: it cannot be written. What was written is removed; older checkpoints stay.
+        """
+        if step in self.steps():
+            return
+        temporary = self.directory / f"{step}.tmp"
+        random = gathered(_random_state())
+        is_first = llama.is_first_process()
+
+        def begin() -> None:
+            for left in self.directory.glob("*.tmp"):
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+
+        def write() -> None:
+            if isinstance(model, FSDPModule):
+                _save_sharded(temporary / "sharded", model, optimizer)
+            elif is_first:
+                (temporary / "model").mkdir()
+                _write_json(temporary / "model" / "config.json", llama.hf_config(model))
+                llama.write_safetensors(
+                    temporary / "model" / "model.safetensors", llama.hf_tensors(model)
+                )
+                _write_tensors(temporary / "optimizer.pt", optimizer_state(model, optimizer))
+
+        def complete() -> None:
+            _write_tensors(temporary / "random.pt", random)
+            _write_json(
+                temporary / "state.json",
+                {
+                    "step": step,
+                    "skipped_steps": optimizer.param_groups[0].get("skipped_steps", (0, 0)),
+                    "extra": extra,
+                    "made_with": made_with(model, optimizer),
+                },
+            )
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            manifest = {
+                path.relative_to(temporary).as_posix(): {
+                    "bytes": path.stat().st_size,
+                    "crc32": _checksum(path),
+                }
+                for path in files
+            }
+            _write_json(temporary / "manifest.json", manifest)
+            for path in (*temporary.rglob("*"), temporary):
+                _flush(path)
+            temporary.rename(self.directory / str(step))
+            _flush(self.directory)
+            for old in self.steps()[self._keep :]:
+                shutil.rmtree(self.directory / str(old))
+
+        try:
+            _together(begin, only_first=True)
+            _together(write)
+            _together(complete, only_first=True)
+        except OSError as error:
+            size = (size_in_bytes(model) + size_in_bytes(optimizer)) / 2**20
+            if is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {step}, about {size:,.0f} MiB, cannot be written to "
+                f"{self.directory}: {error}; make room there, or save elsewhere"
+            ) from error
+
+    def restore(
+        self, step: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """Reads a checkpoint back into a model and its optimizer, bit for bit, and random state.
+
+        The optimizer's state is restored; its options, such as the weight decay, stay those that it
+        was made with.
+
+        Args:
+            step: Which.
+            model: A model of the same shape and dtype, sharded or not as the one saved was; what
+                was saved sharded goes into a whole model, too.
+            optimizer: Made alike, over its parameters.
+
+        Returns:
+            The `extra` that was saved.
+
+        Raises:
+            ValueError: if the checkpoint is of another model or optimizer. Nothing is changed.
+            OSError: if it is damaged. Nothing is changed.
+        """
+        directory = self.directory / str(step)
+        _together(lambda: _verify(directory), only_first=True)
+        saved = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        _check_alike(directory, saved["made_with"], made_with(model, optimizer))
+        if (directory / "sharded").is_dir():
+            _load_sharded(directory / "sharded", model, optimizer)
+        elif isinstance(model, FSDPModule):
+            raise ValueError(
+                f"{directory} holds whole weights, and this run shards them: go on without --fsdp, "
+                f"or start from the weights in {directory / 'model'}"
+            )
+        else:
+            load_weights(model, load_file(directory / "model" / "model.safetensors"))
+            load_optimizer_state(optimizer, model, _read_tensors(directory / "optimizer.pt"))
+        optimizer.param_groups[0]["skipped_steps"] = tuple(saved["skipped_steps"])
+        random = _read_tensors(directory / "random.pt")
+        if (rank := dist.get_rank() if dist.is_initialized() else 0) < len(random):
+            _set_random_state(random[rank])
+        return saved["extra"]
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps to N.set-aside, so that N can be saved anew.
+
+        For a run that goes back to an earlier checkpoint, or past one that it could not read, which
+        another attempt might.
+        """
+        if not self.directory.is_dir() or not llama.is_first_process():
+            return
+        for path in self.directory.iterdir():
+            if path.name.isdigit() and int(path.name) > step:
+                aside = path.with_name(f"{path.name}.set-aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+    def wait(self) -> None:
+        """Returns when the last save is complete, which it is when `save` returns."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.wait()
+
+
+# -------------------------------------------------------------------------------- the state
+
+
+def optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Any]]:
+    """An optimizer's state by the names of the model's parameters."""
+    state = optimizer.state_dict()["state"]
+    return {name: state[i] for i, name in enumerate(_names(model, optimizer)) if i in state}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, state: dict[str, dict[str, Any]]
+) -> None:
+    """Gives an optimizer the state that `optimizer_state` returned; its options stay."""
+    by_index = {i: state[name] for i, name in enumerate(_names(model, optimizer)) if name in state}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors, by the names of a model's parameters, into these."""
+    for name, param in model.named_parameters():
+        param.copy_(tensors[name])
+
+
+def made_with(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    """What fixes the shapes of weights and state, by name, in words."""
+    found = {"the optimizer": type(optimizer).__name__}
+    for name, param in model.named_parameters():
+        found[name] = f"{str(param.dtype).removeprefix('torch.')}{list(param.shape)}"
+    for group in optimizer.param_groups:
+        if "beta1" in group:
+            found["the first moment"] = "present" if group["beta1"] is not None else "absent"
+        if group.get("rank") is not None:
+            for name, _ in named_parameters(group):
+                found[f"the subspace of {name}"] = f"{group['proj_type']} of rank {group['rank']}"
+    return found
+
+
+def _check_alike(directory: Path, there: dict[str, str], here: dict[str, str]) -> None:
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"{directory} is of another model or optimizer: {name} is "
+                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} in this run; "
+                "use the options that it was trained with"
+            )
+
+
+def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    names = {param: name for name, param in model.named_parameters()}
+    return [names[param] for group in optimizer.param_groups for param in group["params"]]
+
+
+def _save_sharded(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, state = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=directory)
+    except CheckpointException as error:  # of any process, and known to all
+        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+
+
+def _load_sharded(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    options = [dict(group) for group in optimizer.param_groups]
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=directory)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for group, mine in zip(optimizer.param_groups, options, strict=True):
+        group |= {key: value for key, value in mine.items() if key != "params"}
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def size_in_bytes(of: torch.nn.Module | torch.optim.Optimizer) -> int:
+    """Bytes of the weights, or of the optimizer's state."""
+    if isinstance(of, torch.nn.Module):
+        return sum(param.nbytes for param in of.parameters())
+    states = (state.values() for state in of.state.values())
+    return sum(x.nbytes for values in states for x in values if isinstance(x, Tensor))
+
+
+# ------------------------------------------------------------------------- files, processes
+
+
+def _together(work: Callable[[], object], only_first: bool = False) -> None:
+    """Does a piece of work on every process, or on the first; fails on all where one fails.
+
+    Raises:
+        OSError: one could not write or read.
+    """
+    failure = None
+    if llama.is_first_process() or not only_first:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
+            failure = str(error)
+    for found in gathered(failure):
+        if found is not None:
+            raise OSError(found)
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(path: Path, value: Any) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def _read_tensors(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _flush(path: Path) -> None:
+    """Returns when a file or directory is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _verify(directory: Path) -> None:
+    """Raises OSError unless every file is there and as it was written."""
+    damaged = f"{directory} is damaged and cannot be read"
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OSError(damaged) from error
+    for name, wanted in manifest.items():
+        path = directory / name
+        is_there = path.is_file() and path.stat().st_size == wanted["bytes"]
+        if not is_there or _checksum(path) != wanted["crc32"]:
+            raise OSError(f"{damaged}: {name}")

@@ -1,0 +1,376 @@
+"""The train step, the eval step, the learning rate's schedule, and a sample of text.
+
+In one process or several: where `torch.distributed` is initialised, every function here is called
+by all processes, and what it returns is over all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import DynamicCache, LlamaForCausalLM
+
+from osd_torch import llama
+from osd_torch.layerwise import LayerwiseUpdates
+from osd_torch.projectors import TwoSided, accumulator_dtype, low_rank_gradient, to_matrix
+from osd_torch.sharding import data_parallel, mean_over_processes, whole
+from osd_torch.subspace import (
+    SubspaceOptimizer,
+    basis_of,
+    clip_,
+    named_parameters,
+    skipped_steps,
+)
+
+Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy
+Metrics = dict[str, float]
+TrainStep = Callable[[int, Batch, bool], Metrics]
+EvalStep = Callable[[Batch], tuple[float, int]]
+
+
+def learning_rate_schedule(
+    scheduler: str,
+    *,
+    num_training_steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.1,
+    cycle_length: int | None = None,
+    restart_warmup_steps: int = 0,
+) -> Callable[[int], float]:
+    """The learning rate as a part of its peak: (step, from 0) -> factor in [0, 1].
+
+    All rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
+    `min_lr_ratio` and "linear" at 0.
+
+    Args:
+        scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, dropped to 0 every
+            `cycle_length` steps and led back to it linearly over `restart_warmup_steps`.
+        num_training_steps: Steps of the run.
+        warmup_steps: Steps of the first warmup.
+        min_lr_ratio: The last factor of a cosine.
+        cycle_length: Steps between restarts; read for "cosine_restarts" only.
+        restart_warmup_steps: Steps of warmup after a restart.
+
+    Raises:
+        ValueError: for an unknown scheduler, or restarts without a cycle length.
+
+    Example:
+        >>> schedule = learning_rate_schedule("cosine", num_training_steps=100, warmup_steps=10)
+        >>> [round(schedule(step), 3) for step in (0, 5, 10, 55, 100)]
+        [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    if scheduler not in ("linear", "cosine", "cosine_restarts"):
+        raise ValueError(f"scheduler is {scheduler!r}: expected linear, cosine or cosine_restarts")
+    if scheduler == "cosine_restarts" and not cycle_length:
+        raise ValueError(f"cycle_length is {cycle_length!r}: cosine_restarts needs at least 1")
+    cycle = cycle_length or num_training_steps
+
+    def decay(step: int) -> float:
+        done = (step - warmup_steps) / max(1, num_training_steps - warmup_steps)
+        done = min(max(done, 0), 1)
+        if scheduler == "linear":
+            return 1 - done
+        return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def factor(step: int) -> float:
+        into = step % cycle
+        if scheduler == "cosine_restarts" and step >= cycle and into < restart_warmup_steps:
+            return into / restart_warmup_steps * decay(step - into + restart_warmup_steps)
+        return step / warmup_steps if step < warmup_steps else decay(step)
+
+    return factor
+
+
+def make_train_step(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    schedule: Callable[[int], float],
+    micro_batches: int = 1,
+    grad_clipping: float = 0.0,
+    per_layer: bool = False,
+    compress_gradients: bool = False,
+) -> TrainStep:
+    """Builds the train step, for one process or all that `torch.distributed` has.
+
+    Args:
+        model: The LLaMA, whole or sharded by `fully_shard_llama`.
+        optimizer: From `make_optimizer`, over the model's parameters.
+        lr: The peak learning rate.
+        schedule: Its factor at each step that counts, from 0; sets `lr` in the optimizer's groups.
+        micro_batches: K, how many share an update.
+        grad_clipping: Largest norm; 0 does not clip. See "gradient_norm" for what norm.
+        per_layer: Update each layer inside the backward pass; see `LayerwiseUpdates`.
+        compress_gradients: Average sketches over the processes in place of gradients.
+
+    Returns:
+        A function (step, batch, measure) -> metrics, which all processes call alike.
+
+        `step` counts the updates tried before this one, those that were skipped included.
+
+        `batch` is this process's, with "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False
+        where a token is padding. The K micro-batches go through the model one by one; the gradient
+        is that of the mean loss over all their tokens on all processes. It is summed over
+        micro-batches in the weights' dtype, as PyTorch does, and sketches in float32.
+
+        `measure` says whether to measure the subspace, which costs one more product of each
+        gradient.
+
+        Metrics are "loss" (mean over predicted tokens, nats, before the update), "gradient_norm"
+        (before clipping, of the whole gradient; of what is applied, `R = P^T G` for a projected
+        weight, with `per_layer` or `compress_gradients`, where nobody sees the whole), "skipped"
+        and "skipped_in_a_row" (updates whose gradient was not finite) and, of measured steps,
+        "energy/KIND", the part of the gradient's squared norm that P captures, and
+        "orthonormality/KIND", `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind
+        such as "attention/query". With `per_layer` the energy is that of the micro-batches'
+        gradients, and with several processes it is then the mean of theirs.
+
+    Raises:
+        ValueError: for what does not go together, such as sharded weights and `per_layer`.
+    """
+    processes = process_count()
+    device = next(model.parameters()).device
+    local_gradients = per_layer or compress_gradients
+    reduce = mean_over_processes() if processes > 1 and local_gradients else None
+    whole_model = not isinstance(model, FSDPModule)
+    forward: torch.nn.Module = TokenLoss(model)
+    if processes > 1 and whole_model and not reduce:
+        forward = data_parallel(forward)
+    diagnostics = Diagnostics(optimizer, in_backward=per_layer)  # its hooks come before those below
+    updates = None
+    if per_layer:
+        updates = LayerwiseUpdates(
+            optimizer, micro_batches=micro_batches, grad_clipping=grad_clipping, reduce=reduce
+        )
+    elif reduce:
+        assert isinstance(optimizer, SubspaceOptimizer)
+        optimizer.reduce = reduce
+
+    def train_step(step: int, batch: Batch, measure: bool) -> Metrics:
+        factor = schedule(step - skipped_steps(optimizer)[0])
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        tokens, mask = (torch.from_numpy(batch[name]) for name in ("tokens", "mask"))
+        counts = sum_over_processes(mask[..., 1:].sum(dim=(1, 2)))
+        count = int(counts.sum())
+        # Gradients are averaged over the processes, and each has its part of the sum.
+        scale = processes / count if count else math.nan
+        diagnostics.start(measure)
+        total = torch.zeros((), device=device)
+        for k in range(micro_batches):
+            if updates:
+                updates.share = int(counts[k]) / max(count, 1)
+            with _synchronised(forward, k == micro_batches - 1):
+                loss, _ = forward(tokens[k].to(device), mask[k].to(device))
+                # Not finite where the loss is not, so that the optimizer skips the step.
+                (loss * torch.where(loss.isfinite(), scale, math.nan)).backward()
+            total += loss.detach()
+        if updates:
+            norm = updates.finish()
+        else:
+            diagnostics.of_gradients()
+            norm = clip_(optimizer, grad_clipping)
+            optimizer.step()
+            optimizer.zero_grad()
+        skipped, in_a_row = skipped_steps(optimizer)
+        measured = diagnostics.results(mean=local_gradients)
+
+        return {
+            "loss": float(sum_over_processes(total)) / count if count else math.nan,
+            "gradient_norm": float(norm),
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
+            **measured,
+        }
+
+    return train_step
+
+
+class TokenLoss(torch.nn.Module):
+    """`llama.loss` as a module's forward pass, which is what DDP and FSDP act on."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.is_sharded = isinstance(model, FSDPModule)
+        if self.is_sharded:
+            # FSDP gathers weights when a forward method is called, so the loss has to be one.
+            model.token_loss = types.MethodType(llama.loss, model)  # type: ignore[assignment]
+            register_fsdp_forward_method(model, "token_loss")
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and mask, (B, S) -> sum of the losses, and their number."""
+        if self.is_sharded:
+            return self.model.token_loss(tokens, mask)  # type: ignore[operator]
+        return llama.loss(self.model, tokens, mask)
+
+
+@contextlib.contextmanager
+def _synchronised(forward: torch.nn.Module, is_last: bool) -> Iterator[None]:
+    """DDP averages gradients once an update, after the last micro-batch."""
+    waits = isinstance(forward, torch.nn.parallel.DistributedDataParallel) and not is_last
+    with forward.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+        yield
+
+
+class Diagnostics:
+    """Measures P against the gradients that it is about to project, by kind of kernel.
+
+    Args:
+        optimizer: Whose P.
+        in_backward: Whether gradients are gone after the backward pass, and to be measured in it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, in_backward: bool) -> None:
+        self._optimizer = optimizer
+        self._active = False
+        self._sums: dict[str, list[Tensor]] = {}  # by kernel: captured, squared norm, off
+        self._kernels: dict[Tensor, tuple[dict[str, Any], str]] = {}
+        if isinstance(optimizer, SubspaceOptimizer):
+            for group in optimizer.param_groups:
+                if group["rank"] is not None:
+                    self._kernels |= {p: (group, name) for name, p in named_parameters(group)}
+        if in_backward:
+            for param in self._kernels:
+                param.register_post_accumulate_grad_hook(self._add)
+
+    def start(self, measure: bool) -> None:
+        """Begins an update."""
+        self._active = measure
+        self._sums = {}
+
+    def of_gradients(self) -> None:
+        """Measures all gradients as they are."""
+        for param in self._kernels:
+            self._add(param)
+
+    @torch.no_grad()
+    def _add(self, param: Tensor) -> None:
+        state = self._optimizer.state.get(param)
+        if not self._active or not state or param.grad is None:
+            return
+        assert isinstance(self._optimizer, SubspaceOptimizer)
+        group, name = self._kernels[param]
+        gradient = whole(param.grad)
+        basis = basis_of(state)
+        sides = [whole(side) for side in (basis if isinstance(basis, TwoSided) else [basis])]
+        matrix = to_matrix(gradient, self._optimizer.side(group, param))
+        both = len(sides) == 2
+        low_rank = low_rank_gradient(TwoSided(*sides) if both else sides[0], matrix)
+        grams = [side.mT.to(low_rank.dtype) @ side.to(low_rank.dtype) for side in sides]
+        # ||P R||^2 = <R, (P^T P) R>
+        weighted = grams[0] @ low_rank
+        if both:
+            weighted = weighted @ grams[1]
+        off = [torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)) / len(g) ** 0.5 for g in grams]
+        wide = matrix.to(accumulator_dtype(matrix.dtype))
+        found = [(low_rank * weighted).sum(), wide.square().sum(), torch.stack(off).max()]
+        if name in self._sums:
+            found[:2] = [a + b for a, b in zip(self._sums[name], found[:2], strict=False)]
+        self._sums[name] = found
+
+    def results(self, mean: bool) -> Metrics:
+        """What was measured in this update, as numbers; nothing if it was not to be.
+
+        Args:
+            mean: Whether to average over the processes, whose gradients differ.
+        """
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for name, (captured, norm, off) in self._sums.items():
+            kind = llama.kind(name) or name
+            parts[f"energy/{kind}"].append(captured / torch.where(norm > 0, norm, 1))
+            parts[f"orthonormality/{kind}"].append(off)
+        if not parts:
+            return {}
+        names = sorted(parts)
+        values = torch.stack([torch.stack(parts[name]).mean() for name in names])
+        if mean:
+            values = sum_over_processes(values) / process_count()
+        return dict(zip(names, values.tolist(), strict=True))
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes; the tensor itself where there is one."""
+    if process_count() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def make_eval_step(model: LlamaForCausalLM) -> EvalStep:
+    """Builds the eval step.
+
+    Returns:
+        A function of a batch with "tokens" and "mask", both (B, S) -> (sum of the tokens' losses
+        in nats, their number), over all processes.
+    """
+    forward = TokenLoss(model)
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def eval_step(batch: Batch) -> tuple[float, int]:
+        model.eval()
+        tokens, mask = (torch.from_numpy(batch[name]).to(device) for name in ("tokens", "mask"))
+        loss, count = forward(tokens, mask)
+        model.train()
+        both = sum_over_processes(torch.stack([loss.double(), count.double()]))
+        return float(both[0]), int(both[1])
+
+    return eval_step
+
+
+@torch.no_grad()
+def sample(
+    model: LlamaForCausalLM,
+    prompt: np.ndarray,
+    *,
+    length: int,
+    seed: int = 0,
+    temperature: float = 0.8,
+) -> np.ndarray:
+    """Continues a prompt by sampling.
+
+    Args:
+        model: The LLaMA. If it is sharded, all processes call this.
+        prompt: Token ids, at least one.
+        length: Tokens in all, the prompt included.
+        seed: Of the draws.
+        temperature: Divides the logits.
+
+    Returns:
+        int32 (length,), or shorter where the end-of-text token was drawn.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [int(token) for token in prompt[:length]]
+    ends = set(np.ravel(model.config.eos_token_id or []).tolist())
+    cache = DynamicCache(config=model.config)
+    new = tokens
+    while len(tokens) < length:
+        ids = torch.tensor([new], device=device)
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        odds = torch.softmax(logits[0, -1].float().cpu() / temperature, dim=0)
+        new = [int(torch.multinomial(odds, 1, generator=generator))]
+        if new[0] in ends:
+            break
+        tokens += new
+    model.train()
+    return np.asarray(tokens, np.int32)
