@@ -58,7 +58,6 @@ def train(options: Options) -> int:
     import optax
 
     import osd_jax
-    from launch.data import load_tokenizer, open_data
     from launch.run_log import RunLog
     from osd_jax import llama
     from osd_jax.checkpoint import Checkpoints
@@ -79,53 +78,21 @@ def train(options: Options) -> int:
         if weights:
             found = llama.LlamaConfig.load(weights / "config.json")
             training.check_alike(weights, dataclasses.asdict(found), dataclasses.asdict(config))
-        tokenizer = load_tokenizer(
-            options.tokenizer,
-            options.dataset,
-            options.data_dir,
-            options.cache_dir,
-            vocab_size=config.vocab_size,
-        )
+        tokenizer, data = training.open_text(options, config.vocab_size)
         config = dataclasses.replace(config, **training.special_tokens(tokenizer))
-        data = open_data(
-            options.dataset,
-            tokenizer,
-            data_dir=options.data_dir,
-            cache_dir=options.cache_dir,
-            max_length=options.max_length,
-            pack=options.pack,
-            seed=options.seed,
-        )
     batches = data.train(options.batch_size, workers=options.workers)
 
     # Optimizer and steps.
-    schedule = learning_rate_schedule(
-        options.scheduler,
-        num_training_steps=options.num_training_steps,
-        warmup_steps=options.warmup_steps,
-        min_lr_ratio=options.min_lr_ratio,
-        cycle_length=options.cycle_length,
-        restart_warmup_steps=options.restart_warmup_steps or 0,
-    )
+    schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
     with user_errors():
         tx = osd_jax.make_optimizer(
             options.optimizer,
             options.proj_type,
             learning_rate=options.lr,
             schedule=schedule,
-            rank=options.rank,
-            update_proj_gap=options.update_proj_gap,
-            scale=options.galore_scale,
-            weight_decay=options.weight_decay,
-            beta1=options.beta1 or None,
             select=llama.is_projected,
             dimension_numbers=llama.dimension_numbers,
-            seed=options.seed,
-            penalty=options.penalty,
-            projector_lr_multiple=options.projector_lr_multiple,
-            projector_weight_decay=options.projector_weight_decay,
-            lion_sign=options.lion_sign,
-            move_projector=options.move_projector,
+            **training.optimizer_options(options),
         )
     train_step = make_train_step(
         config,
@@ -173,40 +140,18 @@ def train(options: Options) -> int:
         def save(step: int) -> None:
             checkpoints.save(step, state, training.extra(options, batches.get_state()))
 
-        def evaluate(step: int) -> float:
-            loss = training.validation_loss(
-                data.validation(options.batch_size, tokens=options.eval_tokens),
-                lambda batch: eval_step(state.params, batch),
-            )
-            log.eval(step, step * options.tokens_per_update, loss=loss)
-            return loss
-
-        with checkpoints:
-            code = training.run_updates(
-                options,
-                log,
-                checkpoints,
-                start=start,
-                schedule=schedule,
-                update=update,
-                evaluate=evaluate,
-                save=save,
-                stop_asked=lambda: stop.asked,
-            )
-        if code is not None:
-            return code
-        training.finish(
-            options,
-            data,
-            tokenizer,
-            evaluate(options.num_training_steps),
-            log,
+        trainer = training.Trainer(
+            update=update,
+            eval_step=lambda batch: eval_step(state.params, batch),
+            save=save,
             sample=lambda prompt, length: sample(
                 state.params, config, prompt, length=length, seed=options.seed
             ),
             save_model=lambda directory: llama.save_hf(directory, config, state.params),
         )
-    return 0
+        run = (options, data, tokenizer, log, checkpoints, trainer)
+        with checkpoints:
+            return training.train(*run, start=start, schedule=schedule, stop=stop)
 
 
 def describe(options: Options, config: Any, state: Any, step: int) -> str:

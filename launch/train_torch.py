@@ -134,7 +134,7 @@ def train(options: Options, device: torch.device) -> int:
     import torch
 
     import osd_torch
-    from launch.data import is_exact, load_tokenizer, open_data, reshard
+    from launch.data import is_exact, reshard
     from launch.run_log import RunLog
     from osd_torch import llama
     from osd_torch.checkpoint import Checkpoints
@@ -154,24 +154,9 @@ def train(options: Options, device: torch.device) -> int:
         if weights:
             found = llama.load_config(weights / "config.json")
             training.check_alike(weights, llama.compared(found), llama.compared(config))
-        tokenizer = load_tokenizer(
-            options.tokenizer,
-            options.dataset,
-            options.data_dir,
-            options.cache_dir,
-            vocab_size=config.vocab_size,
-        )
+        tokenizer, data = training.open_text(options, config.vocab_size)
         for name, value in training.special_tokens(tokenizer).items():
             setattr(config, name, value)
-        data = open_data(
-            options.dataset,
-            tokenizer,
-            data_dir=options.data_dir,
-            cache_dir=options.cache_dir,
-            max_length=options.max_length,
-            pack=options.pack,
-            seed=options.seed,
-        )
     batches = data.train(options.batch_size, rank, world, workers=options.workers)
 
     # The model: Hugging Face weights, or fresh ones.
@@ -191,32 +176,15 @@ def train(options: Options, device: torch.device) -> int:
         osd_torch.fully_shard_llama(model)
 
     # Optimizer and steps.
-    schedule = learning_rate_schedule(
-        options.scheduler,
-        num_training_steps=options.num_training_steps,
-        warmup_steps=options.warmup_steps,
-        min_lr_ratio=options.min_lr_ratio,
-        cycle_length=options.cycle_length,
-        restart_warmup_steps=options.restart_warmup_steps or 0,
-    )
+    schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
     with together():
         optimizer = osd_torch.make_optimizer(
             model.named_parameters(),
             options.base_optimizer,
             options.proj_type,
             lr=options.lr,
-            rank=options.rank,
-            update_proj_gap=options.update_proj_gap,
-            scale=options.galore_scale,
-            weight_decay=options.weight_decay,
-            beta1=options.beta1 or None,
             select=llama.is_projected,
-            seed=options.seed,
-            penalty=options.penalty,
-            projector_lr_multiple=options.projector_lr_multiple,
-            projector_weight_decay=options.projector_weight_decay,
-            lion_sign=options.lion_sign,
-            move_projector=options.move_projector,
+            **training.optimizer_options(options),
         )
 
     with together():
@@ -230,7 +198,6 @@ def train(options: Options, device: torch.device) -> int:
             per_layer=options.per_layer,
             compress_gradients=options.compress_gradients,
         )
-    eval_step = make_eval_step(model)
 
     # The state to start from: a checkpoint, or what was just made.
     start, note = 0, None
@@ -281,36 +248,17 @@ def train(options: Options, device: torch.device) -> int:
             places = gathered(batches.get_state())
             checkpoints.save(step, model, optimizer, training.extra(options, places))
 
-        def evaluate(step: int) -> float:
-            held_out = data.validation(options.batch_size, rank, world, options.eval_tokens)
-            loss = training.validation_loss(held_out, eval_step)
-            log.eval(step, step * options.tokens_per_update, loss=loss)
-            return loss
-
-        code = training.run_updates(
-            options,
-            log,
-            checkpoints,
-            start=start,
-            schedule=schedule,
+        trainer = training.Trainer(
             update=update,
-            evaluate=evaluate,
+            eval_step=make_eval_step(model),
             save=save,
-            stop_asked=lambda: stop.asked,
-            any_process=any_process,
-        )
-        if code is not None:
-            return code
-        training.finish(
-            options,
-            data,
-            tokenizer,
-            evaluate(options.num_training_steps),
-            log,
             sample=lambda prompt, length: sample(model, prompt, length=length, seed=options.seed),
             save_model=lambda directory: llama.save_hf(directory, model),
+            process=(rank, world),
+            any_process=any_process,
         )
-    return 0
+        run = (options, data, tokenizer, log, checkpoints, trainer)
+        return training.train(*run, start=start, schedule=schedule, stop=stop)
 
 
 @contextlib.contextmanager
@@ -360,7 +308,7 @@ def any_process(flag: bool) -> bool:
 
 def gathered(value: Any) -> list[Any]:
     """What each process has, on every process."""
-    from osd_torch.checkpoint import gathered
+    from osd_torch.sharding import gathered
 
     return gathered(value)
 

@@ -50,6 +50,30 @@ class Checkpoints(Protocol):
         """Returns when the last save is complete."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What is a framework's own in a run.
+
+    Attributes:
+        update: Does the next update and returns its metrics. Its argument says whether to measure
+            the subspace.
+        eval_step: A batch -> the sum of its tokens' losses and their number, over all processes.
+        save: Saves a checkpoint after so many updates.
+        sample: Continues a prompt, int32 (n,), to so many tokens.
+        save_model: Writes the weights and then config.json, which says that the model is complete.
+        process: The number of this process, from 0, and how many there are.
+        any_process: Whether any process says yes; what one process decides, all must know.
+    """
+
+    update: Callable[[bool], Metrics]
+    eval_step: Callable[[Batch], tuple[Any, Any]]
+    save: Callable[[int], None]
+    sample: Callable[[np.ndarray, int], np.ndarray]
+    save_model: Callable[[Path], None]
+    process: tuple[int, int] = (0, 1)
+    any_process: Callable[[bool], bool] = bool
+
+
 C = TypeVar("C", bound=Checkpoints)
 
 
@@ -66,41 +90,44 @@ def set_up_logging(shows: bool = True) -> None:
 # ------------------------------------------------------------------------------- the loop
 
 
-def run_updates(
+def train(
     options: Options,
+    data: Data,
+    tokenizer: Tokenizer,
     log: RunLog,
     checkpoints: Checkpoints,
+    trainer: Trainer,
     *,
     start: int,
     schedule: Callable[[int], Any],
-    update: Callable[[bool], Metrics],
-    evaluate: Callable[[int], float],
-    save: Callable[[int], None],
-    stop_asked: Callable[[], bool],
-    any_process: Callable[[bool], bool] = bool,
-) -> int | None:
+    stop: StopSignal,
+) -> int:
     """Runs the updates that are left; logs, evaluates and saves as the options say.
 
     Args:
         options: Checked options.
-        log: Of the run.
-        checkpoints: Where `save` writes.
+        data: What to train on.
+        tokenizer: Of the text.
+        log: Of the run. A process whose log is not active takes part, and writes nothing itself.
+        checkpoints: Where the trainer saves.
+        trainer: What is the framework's own.
         start: Updates done before.
         schedule: The learning rate's factor of an update that counts, from 0.
-        update: Does the next update and returns its metrics. Its argument says whether to measure
-            the subspace.
-        evaluate: Evaluates after so many updates, logs it and returns the loss.
-        save: Saves a checkpoint after so many updates.
-        stop_asked: Whether the run is to end after this update.
-        any_process: Whether any process says yes; what one process decides, all must know.
+        stop: Says whether the run is to end after this update.
 
     Returns:
-        The exit code of a run that ended early, with its reason shown; None when all updates are
-        done and saved.
+        The exit code; that of a run that ended early is not 0, and its reason is shown.
     """
+
+    def evaluate(step: int) -> float:
+        held_out = data.validation(options.batch_size, *trainer.process, options.eval_tokens)
+        loss = validation_loss(held_out, trainer.eval_step)
+        log.eval(step, step * options.tokens_per_update, loss=loss)
+        return loss
+
     due = start % options.eval_every == 0 and 0 < start < options.num_training_steps
     # A stop does not wait for an evaluation.
-    if any_process(due and log.active and not log.has("eval", start)):
+    if trainer.any_process(due and log.active and not log.has("eval", start)):
         evaluate(start)
     failed = stopped = False
     step = start
@@ -109,7 +136,7 @@ def run_updates(
         is_last = step == options.num_training_steps
         is_eval = step % options.eval_every == 0 or is_last
         # P is set at the first step, so there is nothing to measure before the second.
-        metrics = update(is_eval and step > 1)
+        metrics = trainer.update(is_eval and step > 1)
         failed = metrics["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
         if step % options.log_every == 0 or is_eval or failed:
             # What was not measured is NaN, and left out.
@@ -118,11 +145,11 @@ def run_updates(
             skipped = metrics["skipped"] - (metrics["skipped_in_a_row"] > 0)
             rate = options.lr * float(schedule(step - 1 - skipped))
             log.train(step, step * options.tokens_per_update, **known, learning_rate=rate)
-        stopped = any_process(stop_asked() and not is_last)
+        stopped = trainer.any_process(stop.asked and not is_last)
         if is_eval and not (is_last or failed or stopped):
             evaluate(step)
         if step % options.save_every == 0 or is_last or failed or stopped:
-            save(step)
+            trainer.save(step)
     checkpoints.wait()
     if failed:
         log.note(
@@ -134,7 +161,8 @@ def run_updates(
     if stopped:
         log.note(f"stopped at step {step}; go on with the same command and --resume")
         return STOPPED
-    return None
+    finish(options, data, tokenizer, evaluate(step), log, trainer)
+    return 0
 
 
 def validation_loss(
@@ -189,6 +217,59 @@ class StopSignal:
 
 
 # --------------------------------------------------------------------- where a run starts
+
+
+def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
+    """The tokenizer and the data that the options name.
+
+    Args:
+        options: Checked options.
+        vocab_size: Of the model.
+
+    Raises:
+        DataError: they are missing, unsuitable, or do not fit the model.
+    """
+    from launch.data import load_tokenizer, open_data
+
+    places: dict[str, Any] = {"data_dir": options.data_dir, "cache_dir": options.cache_dir}
+    tokenizer = load_tokenizer(options.tokenizer, options.dataset, **places, vocab_size=vocab_size)
+    data = open_data(
+        options.dataset,
+        tokenizer,
+        **places,
+        max_length=options.max_length,
+        pack=options.pack,
+        seed=options.seed,
+    )
+    return tokenizer, data
+
+
+def schedule_options(options: Options) -> dict[str, Any]:
+    """The keywords of either library's `learning_rate_schedule`."""
+    return {
+        "num_training_steps": options.num_training_steps,
+        "warmup_steps": options.warmup_steps,
+        "min_lr_ratio": options.min_lr_ratio,
+        "cycle_length": options.cycle_length,
+        "restart_warmup_steps": options.restart_warmup_steps or 0,
+    }
+
+
+def optimizer_options(options: Options) -> dict[str, Any]:
+    """The keywords that either library's `make_optimizer` takes, but the learning rate."""
+    return {
+        "rank": options.rank,
+        "update_proj_gap": options.update_proj_gap,
+        "scale": options.galore_scale,
+        "weight_decay": options.weight_decay,
+        "beta1": options.beta1 or None,
+        "seed": options.seed,
+        "penalty": options.penalty,
+        "projector_lr_multiple": options.projector_lr_multiple,
+        "projector_weight_decay": options.projector_weight_decay,
+        "lion_sign": options.lion_sign,
+        "move_projector": options.move_projector,
+    }
 
 
 def hugging_face_weights(options: Options) -> Path | None:
@@ -414,14 +495,7 @@ def optimizer_state(size: int) -> str:
 
 
 def finish(
-    options: Options,
-    data: Data,
-    tokenizer: Tokenizer,
-    loss: float,
-    log: RunLog,
-    *,
-    sample: Callable[[np.ndarray, int], np.ndarray],
-    save_model: Callable[[Path], None],
+    options: Options, data: Data, tokenizer: Tokenizer, loss: float, log: RunLog, trainer: Trainer
 ) -> None:
     """Writes the model, a sample of its text, and how it compares to token frequencies alone.
 
@@ -430,11 +504,10 @@ def finish(
         data: What it was trained on.
         tokenizer: Of the text; saved with the model.
         loss: The last evaluation's, in nats.
-        log: Of the run. A process whose log is not active takes part, and writes nothing itself.
-        sample: Continues a prompt, int32 (n,), to so many tokens.
-        save_model: Writes the weights and then config.json, which says that the model is complete.
+        log: Of the run.
+        trainer: What samples and saves.
     """
-    text = sample_of_text(options, tokenizer, sample)
+    text = sample_of_text(options, tokenizer, trainer.sample)
     directory = options.save_path / "model"
     if log.active:
         unigram = data.unigram_perplexity(options.eval_tokens)
@@ -447,7 +520,7 @@ def finish(
             sample=text,
         )
         tokenizer.save(directory)
-    save_model(directory)
+    trainer.save_model(directory)
     if not log.active:
         return
     log.note(

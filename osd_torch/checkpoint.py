@@ -22,17 +22,16 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 from osd_torch import llama
+from osd_torch.sharding import gathered, is_first_process, process_index
 from osd_torch.subspace import named_parameters
 
 CHUNK = 2**24  # bytes read at a time
@@ -79,7 +78,7 @@ class Checkpoints:
             return
         temporary = self.directory / f"{step}.tmp"
         random = gathered(_random_state())
-        is_first = llama.is_first_process()
+        is_first = is_first_process()
 
         def begin() -> None:
             for left in self.directory.glob("*.tmp"):
@@ -174,7 +173,7 @@ class Checkpoints:
             load_optimizer_state(optimizer, model, _read_tensors(directory / "optimizer.pt"))
         optimizer.param_groups[0]["skipped_steps"] = tuple(saved["skipped_steps"])
         random = _read_tensors(directory / "random.pt")
-        if (rank := dist.get_rank() if dist.is_initialized() else 0) < len(random):
+        if (rank := process_index()) < len(random):
             _set_random_state(random[rank])
         return saved["extra"]
 
@@ -184,7 +183,7 @@ class Checkpoints:
         For a run that goes back to an earlier checkpoint, or past one that it could not read, which
         another attempt might.
         """
-        if not self.directory.is_dir() or not llama.is_first_process():
+        if not self.directory.is_dir() or not is_first_process():
             return
         for path in self.directory.iterdir():
             if path.name.isdigit() and int(path.name) > step:
@@ -198,12 +197,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.wait()
 
 
@@ -322,7 +316,7 @@ def _together(work: Callable[[], object], only_first: bool = False) -> None:
         OSError: one could not write or read.
     """
     failure = None
-    if llama.is_first_process() or not only_first:
+    if is_first_process() or not only_first:
         try:
             work()
         except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
@@ -330,15 +324,6 @@ def _together(work: Callable[[], object], only_first: bool = False) -> None:
     for found in gathered(failure):
         if found is not None:
             raise OSError(found)
-
-
-def gathered(value: Any) -> list[Any]:
-    """What each process has, on every process."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,6 @@ graph at once: compile layer by layer, or the whole model's gradients live toget
 from __future__ import annotations
 
 import functools
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -139,12 +138,7 @@ class LayerwiseUpdates:
         """Nothing more to do."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from osd_torch.sharding import whole
+from osd_torch.sharding import is_first_process, whole
 
 LOGITS_BYTES = 256 * 2**20
 """Float32 logits that `loss` holds at once, in bytes, by default.
@@ -247,12 +247,6 @@ def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
     _replace(folder / "model.safetensors", lambda to: write_safetensors(to, tensors))
     text = json.dumps(hf_config(model), indent=2) + "\n"
     _replace(folder / "config.json", lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes and shows, of several or the only one."""
-    distributed = torch.distributed
-    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:

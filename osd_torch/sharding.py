@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 Reduce = Callable[[Tensor], Tensor]
 Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the processes; the tensor itself where there is one."""
+    if process_count() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and shows, of several or the only one."""
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """The number of this process among those that train together, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process has, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:

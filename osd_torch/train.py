@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import DynamicCache, LlamaForCausalLM
@@ -23,7 +22,13 @@ from transformers import DynamicCache, LlamaForCausalLM
 from osd_torch import llama
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.projectors import TwoSided, accumulator_dtype, low_rank_gradient, to_matrix
-from osd_torch.sharding import data_parallel, mean_over_processes, whole
+from osd_torch.sharding import (
+    data_parallel,
+    mean_over_processes,
+    process_count,
+    sum_over_processes,
+    whole,
+)
 from osd_torch.subspace import (
     SubspaceOptimizer,
     basis_of,
@@ -298,20 +303,6 @@ class Diagnostics:
         if mean:
             values = sum_over_processes(values) / process_count()
         return dict(zip(names, values.tolist(), strict=True))
-
-
-def process_count() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the processes; the tensor itself where there is one."""
-    if process_count() == 1:
-        return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total
 
 
 def make_eval_step(model: LlamaForCausalLM) -> EvalStep:

@@ -9,14 +9,30 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
+class Published:
+    """What a published run's options share."""
+
+    rank: int
+    update_proj_gap: int
+    scale: float
+    weight_decay: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords that either library's `make_optimizer` takes, but the learning rate."""
+        names = ("rank", "update_proj_gap", "scale", "weight_decay")
+        return {name: getattr(self, name) for name in names}
+
+
 @dataclass(frozen=True)
-class GoldenCase:
+class GoldenCase(Published):
     """One matrix, trained for a few steps.
 
     Attributes:
@@ -71,7 +87,7 @@ class GoldenCase:
 
 
 @dataclass(frozen=True)
-class GoldenRun:
+class GoldenRun(Published):
     """One training run of the tiny LLaMA; see `TINY_LLAMA`.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from trainer_runs import largest_file
 
 import osd_jax
 from osd_jax.checkpoint import Checkpoints
@@ -223,15 +223,11 @@ def test_what_has_nothing_to_do_with_the_checkpoint_is_not_taken_for_damage(
 def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)), jnp.float32)
     state = TrainState(jnp.int32(1), {"w": noise}, ())
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        try:
-            with pytest.raises(OSError, match="a checkpoint cannot be written to .*; make room"):
-                checkpoints.save(2, state, {})
-                checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        full = pytest.raises(OSError, match="a checkpoint cannot be written to .*; make room")
+        with largest_file(50_000), full:
+            checkpoints.save(2, state, {})
+            checkpoints.wait()
     assert Checkpoints(tmp_path).steps() == [1]

@@ -120,10 +120,7 @@ def compiled_llama_run(run: GoldenRun) -> Callable[[int | None], np.ndarray]:
         run.proj_type,
         learning_rate=run.lr,
         schedule=lambda step: lr_ratio[step],
-        rank=run.rank,
-        update_proj_gap=run.update_proj_gap,
-        scale=run.scale,
-        weight_decay=run.weight_decay,
+        **run.options,
         select=llama.is_projected,
         dimension_numbers=llama.dimension_numbers,
     )

@@ -1,16 +1,14 @@
 """PyTorch checkpoints: everything comes back bit for bit, or an error says what is wrong."""
 
-import contextlib
 import functools
 import json
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trainer_runs import largest_file
 
 import osd_torch
 from osd_torch import llama
@@ -241,17 +239,6 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in (1, 2):
             checkpoints.save(step, *run, {"document": step})
     return directory
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writes beyond this size fail, as they do on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [100, 5_000, 150_000, 400_000])

@@ -20,10 +20,7 @@ def test_a_matrix_follows_the_release(case: GoldenCase) -> None:
         case.optimizer,
         case.proj_type,
         lr=case.lr,
-        rank=case.rank,
-        update_proj_gap=case.update_proj_gap,
-        scale=case.scale,
-        weight_decay=case.weight_decay,
+        **case.options,
         beta1=case.beta1,
     )
     bases = []
@@ -51,10 +48,7 @@ def train_tiny_llama(run: GoldenRun, noise_seed: int | None = None) -> np.ndarra
         run.optimizer,
         run.proj_type,
         lr=run.lr,
-        rank=run.rank,
-        update_proj_gap=run.update_proj_gap,
-        scale=run.scale,
-        weight_decay=run.weight_decay,
+        **run.options,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: run.lr_ratio[min(step, len(run.lr_ratio) - 1)]
