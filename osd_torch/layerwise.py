@@ -22,6 +22,7 @@ graph at once: compile layer by layer, or the whole model's gradients live toget
 from __future__ import annotations
 
 import functools
+import weakref
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from osd_torch.subspace import (
     clip_,
     is_sketched,
 )
+
+# A second set of hooks would look for gradients that the first has taken.
+_UPDATED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class LayerwiseUpdates:
@@ -54,8 +58,9 @@ class LayerwiseUpdates:
             of the tokens; 1 / micro_batches unless it is set, before the backward pass.
 
     Raises:
-        ValueError: for an argument out of range, parameters that are DTensors, or a projector that
-            needs the gradient itself where the step has to wait.
+        ValueError: for an argument out of range, parameters that are DTensors, a projector that
+            needs the gradient itself where the step has to wait, or an optimizer that another
+            `LayerwiseUpdates` updates.
 
     Example:
         >>> import torch, osd_torch
@@ -89,6 +94,11 @@ class LayerwiseUpdates:
                 "the parameters are DTensors, whose gradients fully_shard makes a whole layer at a "
                 "time: update layer by layer with whole weights, or shard without it"
             )
+        if optimizer in _UPDATED:
+            raise ValueError(
+                "the optimizer is updated layer by layer already: close() the LayerwiseUpdates "
+                "that does so, and then make another"
+            )
         self.optimizer = optimizer
         self.grad_clipping = grad_clipping
         self.waits = micro_batches > 1 or grad_clipping > 0
@@ -109,6 +119,7 @@ class LayerwiseUpdates:
             for param in group["params"]
             if param.requires_grad
         ]
+        _UPDATED.add(optimizer)
 
     def finish(self) -> Tensor:
         """Ends an update, after its last backward pass: clips, and steps where that had to wait.
@@ -129,7 +140,8 @@ class LayerwiseUpdates:
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def close(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks. An update that was begun is dropped by `optimizer.zero_grad()`."""
+        _UPDATED.discard(self.optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

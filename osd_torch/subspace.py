@@ -217,7 +217,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if param.grad is not None and param in self.held:
                     raise ValueError(
                         f"parameter '{self._name(param)}' has a gradient beside the sketch of "
-                        "earlier ones: call accumulate after each backward pass"
+                        "earlier ones: call accumulate after each backward pass, or zero_grad() to "
+                        "begin the update anew"
                     )
                 if param.grad is not None or param in self.held:
                     yield group, param

@@ -407,3 +407,24 @@ def test_close_removes_the_hooks() -> None:
         pass
     loss_of(net, micro_batches(0)[0], 16).backward()
     assert net.attn.weight.grad is not None
+
+
+def test_one_set_of_hooks_at_a_time() -> None:
+    net = Net()
+    optimizer = build(net, "galore_adamw", "std")
+    with pytest.raises(ValueError, match="grad_clipping"):
+        osd_torch.LayerwiseUpdates(optimizer, grad_clipping=-1)
+    updates = osd_torch.LayerwiseUpdates(optimizer, micro_batches=2)
+    with pytest.raises(ValueError, match=r"layer by layer already: close\(\)"):
+        osd_torch.LayerwiseUpdates(optimizer)
+    # Leaving in the midst of an update: what is held has to be dropped, and the message says how.
+    micro = micro_batches(0)[0]
+    loss_of(net, micro, 5).backward()
+    updates.close()
+    loss_of(net, micro, 5).backward()
+    with pytest.raises(ValueError, match=r"zero_grad\(\) to begin the update anew"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with osd_torch.LayerwiseUpdates(optimizer) as updates:
+        loss_of(net, micro, 5).backward()
+        assert updates.finish() > 0
