@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.blockwise import quantize_state
-from osd_jax.projectors import Projector, check_number, known_zero, online_pca, random, svd
+from osd_jax.projectors import (
+    PROJECTOR_INITS,
+    Projector,
+    check_number,
+    known_zero,
+    online_pca,
+    random,
+    svd,
+)
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
@@ -31,10 +39,12 @@ from osd_jax.rules import (
 from osd_jax.subspace import (
     DimensionNumbers,
     Side,
+    SubspaceTransformation,
     check_basis_dtype,
     check_dtype,
     check_rank,
     dimension_numbers_by_name,
+    in_parts,
     path_name,
     scale_by_subspace,
 )
@@ -81,7 +91,8 @@ def make_optimizer(
     lion_sign: str = "lifted",
     move_projector: str = "after",
     basis_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    projector_init: str = "svd",
+) -> SubspaceTransformation:
     """Builds an optimizer by its published name.
 
     The defaults are the release's; the paper's (arXiv 2408.12857) are named options: `penalty=0.1`,
@@ -114,11 +125,14 @@ def make_optimizer(
       lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
       move_projector: Whether P moves after W's step or before it.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+      projector_init: How online PCA finds its first P: by "svd", or by "qr", for TPUs, where an SVD
+        compiles for minutes.
 
     Returns:
       An Optax transformation whose updates are added to the parameters. It needs `params` in
       `update`. A step with any non-finite gradient changes nothing and is counted
-      (`skipped_steps`).
+      (`skipped_steps`). Its parts `refresh`, `project` and `apply` take the whole trees of
+      gradients, states and sketches; a gradient that is not projected is its own sketch.
 
     Raises:
       ValueError: for an unknown name, an argument out of range, or one that the optimizer and
@@ -139,6 +153,7 @@ def make_optimizer(
     _check_choice("proj_type", proj_type, PROJ_TYPES)
     _check_choice("lion_sign", lion_sign, LION_SIGNS)
     _check_choice("move_projector", move_projector, MOVE_PROJECTOR)
+    _check_choice("projector_init", projector_init, PROJECTOR_INITS)
     check_rank(rank)
     if type(update_proj_gap) is not int or update_proj_gap < 1:
         raise ValueError(
@@ -170,6 +185,7 @@ def make_optimizer(
         ("projector_lr_multiple", projector_lr_multiple, None),
         ("projector_weight_decay", projector_weight_decay, None),
         ("move_projector", move_projector, "after"),
+        ("projector_init", projector_init, "svd"),
     ):
         _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
 
@@ -179,7 +195,7 @@ def make_optimizer(
 
     if optimizer in FULL_RANK_OPTIMIZERS:
         tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices)
-        return _guarded(in_float32(tx))
+        return in_parts(_guarded(in_float32(tx)), None)
 
     rule = _subspace_rule(optimizer, lr, beta1, lion_sign)
     projector = _projector(
@@ -194,6 +210,7 @@ def make_optimizer(
         weight_decay=projector_weight_decay,
         penalty=penalty,
         moves_first=move_projector == "before",
+        init=projector_init,
     )
     subspace = scale_by_subspace(
         rule.low_rank,
@@ -209,7 +226,8 @@ def make_optimizer(
     labels = _labels(select or is_attention_or_mlp, dimension_numbers)
     full_rank = as_matrices(rule.low_rank) if rule.reads_matrices else rule.low_rank
     transforms = {"subspace": subspace, "full": in_float32(full_rank)}
-    return _guarded(optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay)))
+    tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
+    return in_parts(_guarded(tx), subspace)
 
 
 class _Rule(NamedTuple):
@@ -277,6 +295,7 @@ def _projector(
     weight_decay: float | None,
     penalty: float,
     moves_first: bool,
+    init: str,
 ) -> Projector:
     if not proj_type.startswith("continuous"):
         return random(every) if proj_type == "random" else svd(every)
@@ -297,7 +316,7 @@ def _projector(
         optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
-    return online_pca(optimizer, penalty=penalty, moves_first=moves_first)
+    return online_pca(optimizer, penalty=penalty, init=init, moves_first=moves_first)
 
 
 def is_attention_or_mlp(path: str, array: jax.Array) -> bool:

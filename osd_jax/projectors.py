@@ -44,6 +44,9 @@ class TwoSided(NamedTuple):
 Basis = jax.Array | TwoSided
 ResolvedSide = Literal["input", "output", "both"]
 FreshBasis = Callable[[jax.Array, jax.Array, Basis, ResolvedSide], Basis]
+PROJECTOR_INITS = ("svd", "qr")
+Reduce = Callable[[jax.Array], jax.Array]
+MakeSketch = Callable[[Basis, jax.Array, Reduce | None], Sketch]
 
 
 class ProjectorState(NamedTuple):
@@ -59,7 +62,8 @@ class Projector(NamedTuple):
     Attributes:
       is_due: (count) -> whether P is set anew from the gradient at this step, before projecting.
       fresh_basis: (key, M (..., p, q), old P, the side p is) -> P, of the same shape and dtype.
-      sketch: (P, M) -> Sketch.
+      sketch: (P, M, reduce) -> Sketch; `reduce` is None, or the mean over devices of which each
+        has a part of M.
       init: (bases) -> the state of P's optimizer.
       move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), after W's step.
       two_sided: Whether it serves side="both".
@@ -68,7 +72,7 @@ class Projector(NamedTuple):
 
     is_due: Callable[[jax.Array], jax.Array]
     fresh_basis: FreshBasis
-    sketch: Callable[[Basis, jax.Array], Sketch]
+    sketch: MakeSketch
     init: Callable[[Any], optax.OptState]
     move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]]
     two_sided: bool = False
@@ -102,8 +106,8 @@ def online_pca(
       ValueError: for a negative penalty or an unknown `init`.
     """
     check_number("penalty", penalty)
-    if init not in ("svd", "qr"):
-        raise ValueError(f"init is {init!r}: expected 'svd' or 'qr'")
+    if init not in PROJECTOR_INITS:
+        raise ValueError(f"init is {init!r}: expected one of {', '.join(PROJECTOR_INITS)}")
 
     def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
         assert not isinstance(old, TwoSided)
@@ -111,16 +115,12 @@ def online_pca(
             return leading_singular_vectors(matrix, old, side)
         return random_range(key, matrix, old)
 
-    def sketch(basis: Basis, matrix: jax.Array) -> Sketch:
+    def sketch(basis: Basis, matrix: jax.Array, reduce: Reduce | None = None) -> Sketch:
         assert not isinstance(basis, TwoSided)
         low_rank = low_rank_gradient(basis, matrix)
-        return Sketch(
-            low_rank=low_rank,
-            correlation=contract("pq,rq->pr", matrix, low_rank),
-            squared_norm=jnp.sum(
-                jnp.square(matrix.astype(accumulator_dtype(matrix.dtype))), axis=(-2, -1)
-            ),
-        )
+        if reduce is not None:
+            return reduced_sketch(matrix, low_rank, reduce)
+        return Sketch(low_rank, correlation(matrix, low_rank), squared_norm(matrix))
 
     def init_state(bases: Any) -> optax.OptState:
         return optimizer.init(jax.tree.map(_float32_or_more, bases))
@@ -150,6 +150,26 @@ def online_pca(
         move=move,
         moves_first=moves_first,
     )
+
+
+def reduced_sketch(matrix: jax.Array, low_rank: jax.Array, reduce: Reduce) -> Sketch:
+    """The sketch of the mean M of the devices' parts M_i, which themselves are not reduced.
+
+    R is the mean of the parts' R_i = P^T M_i, and A the mean of M_i R^T: both exact. ||M||_F^2 is
+    not to be had from the parts. If the mean is shorter than its parts by as much outside the
+    subspace as inside it, then it is `mean ||M_i||_F^2 * ||R||_F^2 / mean ||R_i||_F^2`.
+
+    Args:
+      matrix: M_i, (..., p, q).
+      low_rank: R_i, (..., r, q).
+      reduce: The mean over devices.
+    """
+    squares = reduce(jnp.stack([squared_norm(matrix), squared_norm(low_rank)]))
+    low_rank = reduce(low_rank)
+    usable = has_direction(squares[1])
+    ratio = squared_norm(low_rank) / jnp.where(usable, squares[1], 1)
+    norm = squares[0] * jnp.where(usable, ratio, 1)
+    return Sketch(low_rank, reduce(correlation(matrix, low_rank)), norm)
 
 
 def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) -> jax.Array:
@@ -217,10 +237,15 @@ def random(every: int) -> Projector:
 
 def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
+
+    def sketch(basis: Basis, matrix: jax.Array, reduce: Reduce | None = None) -> Sketch:
+        low_rank = low_rank_gradient(basis, matrix)
+        return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
+
     return Projector(
         is_due=lambda count: count % every == 0,
         fresh_basis=fresh_basis,
-        sketch=lambda basis, matrix: Sketch(low_rank_gradient(basis, matrix), None, None),
+        sketch=sketch,
         init=lambda bases: optax.EmptyState(),
         move=lambda bases, sketches, state, count: (bases, state),
         two_sided=True,
@@ -302,6 +327,16 @@ def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
         half = contract("pq,qs->ps", matrix, basis.output)
         return contract("pr,ps->rs", basis.input, half)
     return contract("pr,pq->rq", basis, matrix)
+
+
+def correlation(matrix: jax.Array, low_rank: jax.Array) -> jax.Array:
+    """A = M R^T: (..., p, q), (..., r, q) -> (..., p, r), in float32 or float64."""
+    return contract("pq,rq->pr", matrix, low_rank)
+
+
+def squared_norm(matrix: jax.Array) -> jax.Array:
+    """||M||_F^2: (..., p, q) -> (...,), in float32 or float64."""
+    return jnp.sum(jnp.square(_float32_or_more(matrix)), axis=(-2, -1))
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> Any:

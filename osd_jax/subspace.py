@@ -17,6 +17,7 @@ then the other one. P has shape (..., p, r), and its columns are the basis.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from osd_jax.projectors import (
     Basis,
     Projector,
     ProjectorState,
+    Reduce,
     ResolvedSide,
     Sketch,
     TwoSided,
@@ -77,16 +79,29 @@ class SubspaceState(NamedTuple):
 
 
 class SubspaceTransformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation whose update also comes in its three parts."""
+    """An Optax transformation whose update also comes in its three parts.
 
-    refresh: Callable[[optax.Updates, SubspaceState], SubspaceState]
-    project: Callable[[optax.Updates, SubspaceState], Any]
-    apply: Callable[..., tuple[optax.Updates, SubspaceState]]
+    Attributes:
+      refresh: (grads, state) -> state. Sets P from the gradients, on the steps that do so.
+      project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
+        for each that is projected. `reduce` is the mean over devices, such as
+        `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
+        R is reduced first, and A taken with the reduced R.
+      apply: (sketches, state, params) -> (updates, state).
+      sketch_suffices: Whether a step reads no more of a gradient than its sketch. Where it does
+        not, `scale_by_subspace`'s `apply` needs `grads=` too.
+    """
 
-    def __new__(cls, init, update, refresh, project, apply):  # type: ignore[no-untyped-def]
+    refresh: Callable[[optax.Updates, Any], Any]
+    project: Callable[..., Any]
+    apply: Callable[..., tuple[optax.Updates, Any]]
+    sketch_suffices: bool
+
+    def __new__(cls, init, update, refresh, project, apply, sketch_suffices):  # type: ignore[no-untyped-def]
         """Stays the pair that `optax.chain` unpacks; the parts are attributes."""
         self = super().__new__(cls, init, update)
         self.refresh, self.project, self.apply = refresh, project, apply
+        self.sketch_suffices = sketch_suffices
         return self
 
 
@@ -308,7 +323,10 @@ def scale_by_subspace(
 
             def one(layout: MatrixLayout, grad: jax.Array, basis: Basis) -> Basis:
                 name_key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
-                return projector.fresh_basis(name_key, layout.to_matrix(grad), basis, layout.side)
+                new = projector.fresh_basis(name_key, layout.to_matrix(grad), basis, layout.side)
+                # The step is skipped where it is not; whoever takes the parts has set P by then.
+                finite = jnp.all(jnp.isfinite(grad))
+                return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, basis)
 
             return jax.tree.map(one, layouts(grads), grads, bases)
 
@@ -317,10 +335,10 @@ def scale_by_subspace(
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
-    def project(grads: optax.Updates, state: SubspaceState) -> Any:
+    def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
         return jax.tree.map(
-            lambda layout, g, basis: projector.sketch(basis, layout.to_matrix(g)),
+            lambda layout, g, basis: projector.sketch(basis, layout.to_matrix(g), reduce),
             layouts(grads),
             grads,
             state.projector.basis,
@@ -371,13 +389,90 @@ def scale_by_subspace(
         grads: optax.Updates,
         state: SubspaceState,
         params: optax.Params | None = None,
+        *,
+        sketches: Mapping[str, Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceState]:
+        """With `sketches`, by parameter path, the gradients are read for shapes and dtypes only."""
         del params  # the gradients have the same shapes and dtypes
+        if sketches is not None:
+            own = jax.tree_util.tree_map_with_path(lambda path, g: sketches[path_name(path)], grads)
+            return apply(own, state, grads, **extra_args)
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 
-    return SubspaceTransformation(init, update, refresh, project, apply)
+    parts = (refresh, project, apply, not projector.moves_first)
+    return SubspaceTransformation(init, update, *parts)
+
+
+def in_parts(
+    tx: optax.GradientTransformation, subspace: SubspaceTransformation | None
+) -> SubspaceTransformation:
+    """`tx` with the parts of the subspace transformation that it is built around.
+
+    Args:
+      tx: Any composition, with the extra arguments of Optax passed down to `subspace`.
+      subspace: None: nothing is projected, and gradients are their own sketches.
+    """
+    tx = optax.with_extra_args_support(tx)
+    is_sketch = lambda x: isinstance(x, Sketch)
+
+    def own_state(state: optax.OptState) -> SubspaceState | None:
+        return next(iter(subspace_states(state)), None)
+
+    def own_part(tree: Any, state: SubspaceState) -> Any:
+        """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
+        names = projectors(state)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if path_name(path) in names else optax.MaskedNode(), tree
+        )
+
+    def refresh(grads: optax.Updates, state: optax.OptState) -> optax.OptState:
+        if subspace is None or (own := own_state(state)) is None:
+            return state
+        new = subspace.refresh(own_part(grads, own), own)
+        is_own = lambda x: isinstance(x, SubspaceState)
+        return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
+
+    def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
+        own = None if subspace is None else own_state(state)
+        found = {}
+        if subspace is not None and own is not None:
+            sketches = subspace.project(own_part(grads, own), own, reduce)
+            found = by_name(sketches, is_leaf=is_sketch)
+        rest = reduce or (lambda x: x)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, g: found[path_name(path)] if path_name(path) in found else rest(g), grads
+        )
+
+    def apply(
+        sketches: Any,
+        state: optax.OptState,
+        params: optax.Params,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        # What stands around the subspace sees no gradient of a projected parameter, only whether
+        # it was finite, which is what it asks of one.
+        def stand_in(sketch: Any, param: jax.Array) -> jax.Array:
+            if not is_sketch(sketch):
+                return sketch.astype(param.dtype)
+            finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sketch)]
+            fill = jnp.where(functools.reduce(jnp.logical_and, finite), 0, jnp.nan)
+            return jnp.broadcast_to(fill.astype(param.dtype), param.shape)
+
+        updates = jax.tree.map(stand_in, sketches, params, is_leaf=is_sketch)
+        if subspace is not None:
+            extra_args["sketches"] = by_name(sketches, is_leaf=is_sketch)
+        return tx.update(updates, state, params, **extra_args)
+
+    suffices = subspace is None or subspace.sketch_suffices
+    return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, suffices)
+
+
+def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def lift(basis: Basis, direction: jax.Array) -> jax.Array:

@@ -194,7 +194,7 @@ def test_make_optimizer_names_the_argument_and_the_choices(
         (lambda: osd_jax.online_pca(optax.adam(0.1), penalty=-1), "penalty is -1: expected"),
         (
             lambda: osd_jax.online_pca(optax.adam(0.1), init="eigh"),
-            "'eigh': expected 'svd' or 'qr'",
+            "'eigh': expected one of svd, qr",
         ),
         (
             lambda: scale_by_subspace(optax.identity(), osd_jax.svd(1), rank=0),
