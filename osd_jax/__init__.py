@@ -4,7 +4,9 @@ Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Sub
 arXiv 2408.12857.
 """
 
+from osd_jax.accumulation import accumulate_sketches
 from osd_jax.blockwise import quantize_state
+from osd_jax.layerwise import make_layerwise_train_step
 from osd_jax.optimizers import make_optimizer, skipped_steps
 from osd_jax.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
 from osd_jax.subspace import (
@@ -20,6 +22,8 @@ __all__ = [
     "SubspaceDimensionNumbers",
     "SubspaceState",
     "TwoSided",
+    "accumulate_sketches",
+    "make_layerwise_train_step",
     "make_optimizer",
     "online_pca",
     "projectors",

@@ -360,12 +360,9 @@ class Llama(nnx.Module):
         dtype: DTypeLike | None = None,
         remat: bool = False,
     ) -> jax.Array:
-        """Normed output of the last layer, (B, S, H) in `dtype`; arguments as in `forward`."""
-        config = self.config
-        embedding = self.embedding[...]
-        x = embedding[tokens].astype(dtype or embedding.dtype)
-        angles = rotary_angles(tokens.shape[1], config.head_dim, config.rope_theta)
-        bias = causal_bias(tokens.shape[1], mask)
+        """Output of the last layer, (B, S, H) in `dtype`; arguments as in `forward`."""
+        x = embed(self.embedding[...], tokens, dtype)
+        angles, bias = positions(self.config, tokens.shape[1], mask)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
@@ -376,8 +373,7 @@ class Llama(nnx.Module):
         # A scan's body needs no barrier against common subexpressions.
         kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(layer, prevent_cse=False, policy=kept)
-        x, _ = jax.lax.scan(body, x, stacked)
-        return rms_norm(x, self.norm[...], config.rms_norm_eps)
+        return jax.lax.scan(body, x, stacked)[0]
 
     def head_kernel(self) -> jax.Array:
         """Kernel of the output layer, (H, V)."""
@@ -393,7 +389,7 @@ class Llama(nnx.Module):
     ) -> jax.Array:
         """Logits, float32 (B, S, V); arguments as in `forward`."""
         x = self.hidden(tokens, mask, dtype=dtype, remat=remat)
-        return _logits(x, self.head_kernel())
+        return _logits(rms_norm(x, self.norm[...], self.config.rms_norm_eps), self.head_kernel())
 
 
 def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
@@ -412,6 +408,12 @@ def _abstract(config: LlamaConfig) -> tuple[nnx.GraphDef[Llama], Params]:
     """Structure of the module, and `params` as shapes."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
+
+
+@functools.cache
+def _abstract_layer(config: LlamaConfig) -> nnx.GraphDef[Block]:
+    """Structure of one layer."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
 
 
 def _module(params: Params, config: LlamaConfig) -> Llama:
@@ -480,22 +482,82 @@ def loss(
     Returns:
         The sum, float32, and how many tokens it is over, int32.
     """
-    model = _module(params, config)
-    x = model.hidden(tokens, mask, dtype=dtype, remat=remat)
+    x = _module(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
+    return loss_of_output(params, config, x, tokens, loss_mask, logits_bytes=logits_bytes)
+
+
+def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
+    """The first layer's input: (V, H), (B, S) -> (B, S, H), in `dtype` or the embedding's."""
+    return embedding[tokens].astype(dtype or embedding.dtype)
+
+
+def positions(
+    config: LlamaConfig, length: int, mask: Tokens | None = None
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """What every layer knows of the positions: `rotary_angles` and `causal_bias`."""
+    angles = rotary_angles(length, config.head_dim, config.rope_theta)
+    return angles, causal_bias(length, mask)
+
+
+def layer(
+    weights: Params,
+    config: LlamaConfig,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    bias: jax.Array,
+) -> jax.Array:
+    """One layer: (B, S, H) -> (B, S, H).
+
+    Args:
+        weights: its part of `params["layers"]`, without the axis of the layers.
+        config: the model's shape.
+        x: the layer's input.
+        angles: from `positions`.
+        bias: from `positions`.
+    """
+    return nnx.merge(_abstract_layer(config), weights)(x, angles, bias)
+
+
+def loss_of_output(
+    params: Params,
+    config: LlamaConfig,
+    x: jax.Array,
+    tokens: Tokens,
+    loss_mask: Tokens | None = None,
+    *,
+    logits_bytes: int = LOGITS_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """`loss` from the last layer's output on: the final norm, the head and the softmax.
+
+    Args:
+        params: the weights; only those of norm and head are read, or of norm and embedding where
+            the embedding is tied.
+        config: their shape.
+        x: (B, S, H).
+        tokens: as in `loss`.
+        loss_mask: as in `loss`.
+        logits_bytes: as in `loss`.
+    """
+    x = rms_norm(x, params["norm"], config.rms_norm_eps)
+    head = params["embedding"].T if config.tie_word_embeddings else params["head"]
     # The last position predicts nothing: it keeps its place, with no weight, so that the arrays
     # keep their even shape.
     labels = jnp.roll(tokens, -1, axis=1)
-    weights = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask.astype(bool)
-    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(False)
     columns = max(MIN_VOCABULARY_SLICE, logits_bytes // (4 * tokens.size))
     losses = _token_losses(
         x.reshape(-1, config.hidden_size),
-        model.head_kernel(),
+        head,
         labels.reshape(-1),
         slices=-(-config.vocab_size // columns),
     )
-    weights = weights.reshape(-1)
+    weights = is_predicted(tokens, loss_mask).reshape(-1)
     return jnp.sum(losses, where=weights), jnp.sum(weights, dtype=jnp.int32)
+
+
+def is_predicted(tokens: Tokens, loss_mask: Tokens | None = None) -> jax.Array:
+    """Booleans (..., B, S): whether the next token's loss at a position counts; see `loss`."""
+    weights = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask.astype(bool)
+    return jnp.roll(weights, -1, axis=-1).at[..., -1].set(False)
 
 
 def _token_losses(x: jax.Array, head: jax.Array, labels: jax.Array, slices: int) -> jax.Array:

@@ -40,12 +40,14 @@ from osd_jax.subspace import (
     DimensionNumbers,
     Side,
     SubspaceTransformation,
+    by_name,
     check_basis_dtype,
     check_dtype,
     check_rank,
     dimension_numbers_by_name,
     in_parts,
     path_name,
+    projectors,
     scale_by_subspace,
 )
 
@@ -195,7 +197,7 @@ def make_optimizer(
 
     if optimizer in FULL_RANK_OPTIMIZERS:
         tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices)
-        return in_parts(_guarded(in_float32(tx)), None)
+        return in_parts(_guarded(in_float32(tx), projects=False), None)
 
     rule = _subspace_rule(optimizer, lr, beta1, lion_sign)
     projector = _projector(
@@ -227,7 +229,7 @@ def make_optimizer(
     full_rank = as_matrices(rule.low_rank) if rule.reads_matrices else rule.low_rank
     transforms = {"subspace": subspace, "full": in_float32(full_rank)}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
-    return in_parts(_guarded(tx), subspace)
+    return in_parts(_guarded(tx, projects=True), subspace)
 
 
 class _Rule(NamedTuple):
@@ -353,27 +355,34 @@ def _labels(
                 return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
             return "subspace"
 
-        found = jax.tree_util.tree_map_with_path(label, params)
-        if set(jax.tree.leaves(found)) == {"full"}:
-            names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return labels
+
+
+def _guarded(
+    tx: optax.GradientTransformation, projects: bool
+) -> optax.GradientTransformationExtraArgs:
+    """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
+
+    Args:
+      tx: The optimizer.
+      projects: Whether to warn if none of its parameters is projected.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.OptState:
+        jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
+        state = tx.init(params)
+        if projects and not projectors(state):
+            names = list(by_name(params))
             warnings.warn(
                 f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
                 "is trained at full rank. select= says which to project, dimension_numbers= what "
                 "the matrices are of those that are not 2-D",
                 stacklevel=2,
             )
-        return found
-
-    return labels
-
-
-def _guarded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients."""
-    tx = optax.with_extra_args_support(tx)
-
-    def init(params: optax.Params) -> optax.OptState:
-        jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
-        return tx.init(params)
+        return state
 
     def update(
         grads: optax.Updates,

@@ -17,7 +17,6 @@ then the other one. P has shape (..., p, r), and its columns are the basis.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -82,7 +81,8 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation whose update also comes in its three parts.
 
     Attributes:
-      refresh: (grads, state) -> state. Sets P from the gradients, on the steps that do so.
+      refresh: (grads, state, when=True) -> state. Sets P from the gradients, on the steps that do
+        so, if `when`.
       project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
         for each that is projected. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
@@ -92,7 +92,7 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         not, `scale_by_subspace`'s `apply` needs `grads=` too.
     """
 
-    refresh: Callable[[optax.Updates, Any], Any]
+    refresh: Callable[..., Any]
     project: Callable[..., Any]
     apply: Callable[..., tuple[optax.Updates, Any]]
     sketch_suffices: bool
@@ -315,7 +315,9 @@ def scale_by_subspace(
             inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
         )
 
-    def refresh(grads: optax.Updates, state: SubspaceState) -> SubspaceState:
+    def refresh(
+        grads: optax.Updates, state: SubspaceState, when: jax.typing.ArrayLike = True
+    ) -> SubspaceState:
         """Sets P from the gradient (..., p, q), on the steps when the projector is due to."""
 
         def fresh(count: jax.Array, grads: optax.Updates, bases: Any) -> Any:
@@ -331,7 +333,7 @@ def scale_by_subspace(
             return jax.tree.map(one, layouts(grads), grads, bases)
 
         bases = _cond_once(
-            fresh, projector.is_due(state.count), state.count, grads, state.projector.basis
+            fresh, projector.is_due(state.count) & when, state.count, grads, state.projector.basis
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
@@ -427,10 +429,12 @@ def in_parts(
             lambda path, x: x if path_name(path) in names else optax.MaskedNode(), tree
         )
 
-    def refresh(grads: optax.Updates, state: optax.OptState) -> optax.OptState:
+    def refresh(
+        grads: optax.Updates, state: optax.OptState, when: jax.typing.ArrayLike = True
+    ) -> optax.OptState:
         if subspace is None or (own := own_state(state)) is None:
             return state
-        new = subspace.refresh(own_part(grads, own), own)
+        new = subspace.refresh(own_part(grads, own), own, when)
         is_own = lambda x: isinstance(x, SubspaceState)
         return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
 
@@ -456,8 +460,7 @@ def in_parts(
         def stand_in(sketch: Any, param: jax.Array) -> jax.Array:
             if not is_sketch(sketch):
                 return sketch.astype(param.dtype)
-            finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sketch)]
-            fill = jnp.where(functools.reduce(jnp.logical_and, finite), 0, jnp.nan)
+            fill = jnp.where(all_finite(sketch), 0, jnp.nan)
             return jnp.broadcast_to(fill.astype(param.dtype), param.shape)
 
         updates = jax.tree.map(stand_in, sketches, params, is_leaf=is_sketch)
@@ -467,6 +470,11 @@ def in_parts(
 
     suffices = subspace is None or subspace.sketch_suffices
     return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, suffices)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of a tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

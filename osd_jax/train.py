@@ -168,8 +168,7 @@ def make_train_step(
         # One factor a gradient: the mean, clipped; not finite where the loss is not, so that the
         # optimizer skips the step.
         factor = jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan)
-        if grad_clipping:
-            factor *= jnp.minimum(1, grad_clipping / jnp.maximum(norm, 1e-30))
+        factor *= clipping_factor(norm, grad_clipping)
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -180,18 +179,25 @@ def make_train_step(
             "gradient_norm": norm,
             "skipped": skipped,
             "skipped_in_a_row": in_a_row,
-            **_measured(measure, grads, state.opt_state, side),
+            **measured(measure, grads, state.opt_state, side),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
 
 
+def clipping_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    """What to multiply a gradient by so that its norm is at most `max_norm`; 0 does not clip."""
+    if not max_norm:
+        return jnp.ones_like(norm)
+    return jnp.minimum(1, max_norm / jnp.maximum(norm, 1e-30))
+
+
 def _wide(array: jax.Array) -> jax.Array:
     return array.astype(accumulator_dtype(array.dtype))
 
 
-def _measured(
+def measured(
     measure: jax.Array,
     grads: optax.Updates,
     opt_state: optax.OptState,

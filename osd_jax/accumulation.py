@@ -1,0 +1,161 @@
+"""Gradient accumulation in sketches: (p + q) r numbers a matrix, in place of its p q.
+
+The parts of an update are its micro-batches. What is held is the mean of their sketches, weighted
+by their shares of the update. R of it is exact, since P does not change within an update. Of A and
+of the squared norm the mean of the parts' own stands in: the same expected second moment, not the
+same value. Gradients that are not projected are held whole, and are exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.projectors import Sketch, accumulator_dtype
+from osd_jax.subspace import SubspaceTransformation
+
+Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
+
+
+def _is_sketch(x: Any) -> bool:
+    return isinstance(x, Sketch)
+
+
+def check_sketch_suffices(tx: SubspaceTransformation) -> None:
+    """Raises ValueError if a step of `tx` reads more of a gradient than its sketch."""
+    if not tx.sketch_suffices:
+        raise ValueError(
+            "move_projector is 'before', which takes R again from the gradient after P has moved, "
+            "and there only its sketch is kept (accumulated sketches, or layer by layer with "
+            "micro-batches or clipping): use move_projector='after', or keep whole gradients"
+        )
+
+
+def nothing_held(tx: SubspaceTransformation, grads: optax.Updates, state: optax.OptState) -> Held:
+    """Zeros to hold the first part in.
+
+    Args:
+      tx: The optimizer.
+      grads: Gradients, parameters, or their shapes.
+      state: Of the optimizer, or its shapes.
+    """
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(x.shape, accumulator_dtype(x.dtype))
+
+    return jax.tree.map(zeros, jax.eval_shape(tx.project, grads, state))
+
+
+def hold(held: Held, sketches: Held, share: jax.typing.ArrayLike) -> Held:
+    """Adds one part.
+
+    Args:
+      held: So far.
+      sketches: From `tx.project`, of the part's own mean gradient.
+      share: The part's share of the update, such as its share of the tokens; all add up to 1.
+    """
+    return jax.tree.map(lambda total, x: total + share * x, held, sketches)
+
+
+def squared_norm_held(held: Held) -> jax.Array:
+    """What is applied, squared and summed: R where a gradient is projected, the gradient elsewhere.
+
+    The gradient's own norm is not to be had from its parts.
+    """
+    applied = [
+        x.low_rank if _is_sketch(x) else x for x in jax.tree.leaves(held, is_leaf=_is_sketch)
+    ]
+    return sum((jnp.sum(jnp.square(x)) for x in applied), jnp.float32(0))
+
+
+def scaled(held: Held, factor: jax.typing.ArrayLike) -> Held:
+    """The sketches of the gradients times a factor."""
+
+    def one(x: Any) -> Any:
+        if not _is_sketch(x):
+            return x * factor
+        return Sketch(
+            x.low_rank * factor,
+            *(None if part is None else part * factor**2 for part in x[1:]),
+        )
+
+    return jax.tree.map(one, held, is_leaf=_is_sketch)
+
+
+class AccumulationState(NamedTuple):
+    """State of `accumulate_sketches`.
+
+    Attributes:
+      mini_step: int32 scalar, the parts held.
+      held: The mean of their sketches, so far.
+      inner: State of the optimizer.
+    """
+
+    mini_step: jax.Array
+    held: Held
+    inner: optax.OptState
+
+
+def accumulate_sketches(
+    tx: SubspaceTransformation, every_k: int
+) -> optax.GradientTransformationExtraArgs:
+    """One update of `tx` every `every_k` calls, of the mean of their gradients; zeros between.
+
+    What `optax.MultiSteps` does, holding sketches where it holds gradients. Where P is due to be
+    set anew, it is from the first of the `every_k` gradients.
+
+    Args:
+      tx: From `make_optimizer` or `scale_by_subspace`.
+      every_k: Calls an update.
+
+    Raises:
+      ValueError: for `every_k` below 1, or an optimizer that needs the gradient itself.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> params = {"mlp": jnp.ones((16, 24))}
+      >>> tx = osd_jax.accumulate_sketches(osd_jax.make_optimizer(
+      ...     "galore_adamw", "continuous", learning_rate=0.01, rank=4), every_k=2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)  # held: nothing moves
+      >>> bool(jnp.any(updates["mlp"]))
+      False
+      >>> updates, state = tx.update(params, state, params)
+      >>> bool(jnp.all(updates["mlp"] < 0))
+      True
+    """
+    if type(every_k) is not int or every_k < 1:
+        raise ValueError(f"every_k is {every_k!r}: expected a whole number of at least 1")
+    check_sketch_suffices(tx)
+
+    def init(params: optax.Params) -> AccumulationState:
+        inner = tx.init(params)
+        return AccumulationState(jnp.zeros([], jnp.int32), nothing_held(tx, params, inner), inner)
+
+    def update(
+        grads: optax.Updates,
+        state: AccumulationState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccumulationState]:
+        inner = tx.refresh(grads, state.inner, when=state.mini_step == 0)
+        held = hold(state.held, tx.project(grads, inner), 1 / every_k)
+
+        def step(held: Held, inner: optax.OptState) -> Any:
+            updates, inner = tx.apply(
+                held, inner, grads if params is None else params, **extra_args
+            )
+            return updates, optax.tree.zeros_like(held), inner
+
+        def wait(held: Held, inner: optax.OptState) -> Any:
+            return optax.tree.zeros_like(grads), held, inner
+
+        is_last = state.mini_step == every_k - 1
+        updates, held, inner = jax.lax.cond(is_last, step, wait, held, inner)
+        mini_step = jnp.where(is_last, 0, state.mini_step + 1)
+        return updates, AccumulationState(mini_step, held, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
