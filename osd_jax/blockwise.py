@@ -75,23 +75,30 @@ def quantize(
       block: Values that share a scale.
       rounding: "table" is bitsandbytes' on a CPU, a table of 65,536 entries whose coarse grid never
         maps a small value to zero; "nearest" is the nearest code, the lower of two as near, as on
-        CUDA (where bitsandbytes also keeps a small negative value from becoming zero).
+        CUDA (where bitsandbytes also keeps a small negative value from becoming zero). On a TPU,
+        which looks values up in a table very slowly, always the nearest, calculated.
     """
     blocks = _to_blocks(array.astype(jnp.float32), block)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     unit = blocks / jnp.where(scales > 0, scales, 1)[..., None]
-    if rounding == "table":
+
+    def looked_up(unit: jax.Array) -> jax.Array:
+        if rounding == "nearest":
+            return _count_below(_midpoints(signed), unit)
         index = ((unit + 1) / 2 * 65535 + 0.5).astype(jnp.int32)
-        codes = _look_up(_rounding_table(signed), index)
-    else:
-        codes = _count_below(_midpoints(signed), unit)
+        return _look_up(_rounding_table(signed), index)
+
+    calculated = functools.partial(nearest_codes, signed=signed)
+    codes = jax.lax.platform_dependent(unit, tpu=calculated, default=looked_up)
     codes = jnp.where(scales[..., None] > 0, codes, jnp.uint8(0))
     return Quantized(like_sharding(_from_blocks(codes, array.shape), array), scales)
 
 
 def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
     """`Quantized` -> float32 (..., n)."""
-    values = _look_up(code_book(signed), quantized.codes)
+    looked_up = functools.partial(_look_up, code_book(signed))
+    calculated = functools.partial(values_of_codes, signed=signed)
+    values = jax.lax.platform_dependent(quantized.codes, tpu=calculated, default=looked_up)
     blocks = _to_blocks(values, block) * quantized.scales[..., None]
     return like_sharding(_from_blocks(blocks, values.shape), values)
 
@@ -108,6 +115,43 @@ def _count_below(sorted_255: np.ndarray, values: jax.Array) -> jax.Array:
         last = _look_up(sorted_255, count + jnp.uint8(step - 1))
         count += jnp.where(last < values, jnp.uint8(step), jnp.uint8(0))
     return count
+
+
+# The code book in closed form. Its positive numbers come in seven groups of 1, 2, 4, ... 64 (twice
+# as many without a sign), each evenly spaced over a power of ten: the n-th from 1 is, with k the
+# whole part of log2 n, 10^(k - 6) (0.9 (n + 1/2) / 2^k - 0.8); without a sign, k - 7 and n from 2.
+# Above them stands 1, below them 0. Lists here go by the group.
+
+
+def _groups(signed: bool) -> list[tuple[int, float]]:
+    """(first n, power of ten) of each group."""
+    return [(2 ** (k if signed else k + 1), 10.0 ** (k - 6)) for k in range(7)]
+
+
+def values_of_codes(codes: jax.Array, *, signed: bool) -> jax.Array:
+    """What codes stand for, calculated: uint8 (...) -> float32 (...), to 1e-6 of each value."""
+    code = codes.astype(jnp.float32)
+    n = jnp.abs(code - 127) if signed else code + 1
+    value = jnp.zeros_like(n)
+    for first, power in _groups(signed):
+        value = jnp.where(n >= first, power * (0.9 / first * (n + 0.5) - 0.8), value)
+    value = jnp.where(n >= 2 * first, 1.0, value)
+    return jnp.where(code < 127, -value, value) if signed else value
+
+
+def nearest_codes(unit: jax.Array, *, signed: bool) -> jax.Array:
+    """The codes nearest to float32 values in [-1, 1], calculated: uint8 (...)."""
+    book, size = code_book(signed), jnp.abs(unit)
+    positive = book[book > 0].astype(np.float64)
+    n = jnp.zeros_like(size) if signed else jnp.ones_like(size)
+    for first, power in _groups(signed):
+        # From halfway between the last number of the group before and the first of this.
+        index = np.searchsorted(positive, power * 0.1)
+        start = (positive[index] + (positive[index - 1] if index else 0)) / 2
+        nearest = jnp.round((size / power + 0.8) * (first / 0.9) - 0.5)
+        n = jnp.where(size > start, jnp.clip(nearest, first, 2 * first - 1), n)
+    code = jnp.where(unit < 0, 127 - n, 127 + n) if signed else n - 1
+    return jnp.where(unit > (positive[-1] + positive[-2]) / 2, 255, code).astype(jnp.uint8)
 
 
 def _to_blocks(array: jax.Array, block: int) -> jax.Array:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osd_jax import llama
 from osd_jax.accumulation import (
@@ -38,14 +39,17 @@ from osd_jax.projectors import accumulator_dtype
 from osd_jax.subspace import Side, SubspaceTransformation, all_finite, in_parts
 from osd_jax.train import Batch, Metrics, TrainState, TrainStep, clipping_factor, measured
 
-Visit = Callable[["_Layers", jax.Array, optax.Params], tuple["_Layers", Any]]
+Key = tuple[str, ...]  # the keys of one parameter, from the root
+Visit = Callable[["_Layers", jax.Array, dict[Key, jax.Array]], tuple["_Layers", Any]]
 
 
 # ----------------------------------------------------------------- an optimizer's state in parts
 
 
-def _by_path(tree: Any) -> dict[Any, Any]:
-    return dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of an optimizer's state by their places in it, which end in the parameter's."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _state_shapes(tx: optax.GradientTransformation, params: optax.Params) -> Any:
@@ -68,16 +72,15 @@ def state_of_part(
     Raises:
       ValueError: if the state is not kept parameter by parameter.
     """
-    leaves, whole = [], _by_path(state)
-    like, tree = jax.tree_util.tree_flatten_with_path(_state_shapes(tx, part))
-    for path, shape in like:
-        if path not in whole or whole[path].ndim != shape.ndim:
+    whole, like = _named(state), _state_shapes(tx, part)
+    for name, shape in _named(like).items():
+        if name not in whole or whole[name].ndim != shape.ndim:
             raise ValueError(
-                f"the optimizer's state has {jax.tree_util.keystr(path)} for a part of the "
-                "parameters and not for all of them: it cannot be updated layer by layer"
+                f"the optimizer's state has {name} for a part of the parameters and not for all of "
+                "them: it cannot be updated layer by layer"
             )
-        leaves.append(whole[path])
-    return jax.tree_util.tree_unflatten(tree, leaves)
+    leaves = [whole[name] for name in _named(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _combined(values: list[jax.Array]) -> jax.Array:
@@ -92,17 +95,25 @@ def _combined(values: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.logical_and if first.dtype == bool else jnp.maximum, values)
 
 
-def state_of_parts(state: optax.OptState, parts: Sequence[optax.OptState]) -> optax.OptState:
-    """The optimizer's state for all parameters, out of the new states of all parts.
+def _neutral(x: jax.Array) -> jax.Array:
+    """What `_combined` passes over."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return x
+    if x.dtype == bool:
+        return jnp.ones_like(x)
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.full_like(x, -jnp.inf if is_float else jnp.iinfo(x.dtype).min)
 
-    Args:
-      state: In its structure.
-      parts: As `state_of_part` gives them. What they share is combined: a step counts if any part
-        has taken it, a skipped one if any part has skipped it.
-    """
-    new = [_by_path(part) for part in parts]
+
+def state_of_parts(state: optax.OptState, parts: Sequence[dict[str, Any]]) -> optax.OptState:
+    """The optimizer's state for all parameters, out of the new leaves of all parts, by name."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _combined([part[path] for part in new if path in part] or [x]), state
+        lambda path, x: (
+            _combined([part[name] for part in parts if name in part])
+            if any((name := jax.tree_util.keystr(path)) in part for part in parts)
+            else x
+        ),
+        state,
     )
 
 
@@ -110,16 +121,16 @@ class _Layers(NamedTuple):
     """The layers' weights and optimizer state, between the updates of two layers.
 
     Attributes:
-      weights: {"layers": ...}, stacked.
-      stacked: The leaves of their state that have an axis of layers, by path.
+      weights: By key; stacked.
+      stacked: The leaves of their state that have an axis of layers, by name.
       shared: The other leaves, such as counts, as the layers updated so far have left them.
-      held: The layers' sketches, stacked, where the step waits.
+      held: The layers' sketches by key, stacked, where the step waits.
     """
 
-    weights: optax.Params
+    weights: dict[Key, jax.Array]
     stacked: dict[str, jax.Array]
     shared: dict[str, jax.Array]
-    held: Held = ()
+    held: dict[Key, Held]
 
 
 def _take(tree: Any, index: jax.typing.ArrayLike) -> Any:
@@ -134,12 +145,8 @@ def _put(tree: Any, layer: Any, index: jax.typing.ArrayLike) -> Any:
     return jax.tree.map(one, tree, layer)
 
 
-def _first(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], tree)
-
-
 class _LayerOptimizer:
-    """One update of an optimizer, taken a layer at a time.
+    """One update of an optimizer, taken a parameter of a layer at a time.
 
     Args:
       tx: The optimizer.
@@ -153,54 +160,50 @@ class _LayerOptimizer:
     def __init__(
         self, tx: optax.GradientTransformation, params: optax.Params, state: optax.OptState
     ) -> None:
-        weights = {"layers": params["layers"]}
-        leaves = jax.tree.leaves(state_of_part(tx, weights, state))
-        shapes = _state_shapes(tx, jax.eval_shape(lambda: _take(weights, 0)))
-        like, self._tree = jax.tree_util.tree_flatten_with_path(shapes)
-        self._names = [jax.tree_util.keystr(path) for path, _ in like]
-        stacked, self._before = {}, {}
-        for name, (_, one), leaf in zip(self._names, like, leaves, strict=True):
-            if leaf.shape == one.shape:
-                self._before[name] = leaf
-            elif one.shape[:1] == (1,) and leaf.shape[1:] == one.shape[1:]:
-                stacked[name] = leaf
-            else:
-                raise ValueError(
-                    f"the optimizer's state has {name} of shape {leaf.shape} for all layers and "
-                    f"{one.shape} for one: it cannot be updated layer by layer"
-                )
-        self.start = _Layers(weights, stacked, {k: _neutral(v) for k, v in self._before.items()})
+        weights = flatten_dict({"layers": params["layers"]})
+        self._like: dict[Key, Any] = {}
+        self._before: dict[str, jax.Array] = {}
+        stacked = {}
+        for key, array in weights.items():
+            leaves = _named(state_of_part(tx, unflatten_dict({key: array}), state))
+            one = jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
+            self._like[key] = _state_shapes(tx, unflatten_dict({key: one}))
+            for name, shape in _named(self._like[key]).items():
+                leaf = leaves[name]
+                if leaf.shape == shape.shape:
+                    self._before[name] = leaf
+                elif shape.shape[:1] == (1,) and leaf.shape[1:] == shape.shape[1:]:
+                    stacked[name] = leaf
+                else:
+                    raise ValueError(
+                        f"the optimizer's state has {name} of shape {leaf.shape} for all layers "
+                        f"and {shape.shape} for one: it cannot be updated layer by layer"
+                    )
+        shared = {name: _neutral(x) for name, x in self._before.items()}
+        self.start = _Layers(weights, stacked, shared, {})
 
-    def state(self, layers: _Layers, index: jax.typing.ArrayLike) -> optax.OptState:
-        """Of one layer: its own slices, and what is shared as it was before the update."""
-        return self._unflatten(self._before | _take(layers.stacked, index))
+    def state(self, layers: _Layers, index: jax.typing.ArrayLike, key: Key) -> optax.OptState:
+        """Of one parameter of a layer: its slices, and what is shared as before the update."""
+        like = self._like[key]
+        leaves = [
+            _take(layers.stacked[name], index) if name in layers.stacked else self._before[name]
+            for name in _named(like)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def store(
         self, layers: _Layers, index: jax.typing.ArrayLike, old: optax.OptState, new: optax.OptState
     ) -> _Layers:
-        """Puts a layer's new state in its place; what is as it was in `old` is not written."""
-        leaves = zip(self._names, jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-        changed = {name: after for name, before, after in leaves if after is not before}
-        stacked = {k: _put(v, changed[k], index) for k, v in layers.stacked.items() if k in changed}
-        shared = {k: _combined([v, changed[k]]) for k, v in layers.shared.items() if k in changed}
+        """Puts a new state in its place; what is as it was in `old` is not written."""
+        before = _named(old)
+        changed = {name: x for name, x in _named(new).items() if x is not before[name]}
+        stacked = {
+            k: _put(layers.stacked[k], x, index) for k, x in changed.items() if k in layers.stacked
+        }
+        shared = {
+            k: _combined([layers.shared[k], x]) for k, x in changed.items() if k in layers.shared
+        }
         return layers._replace(stacked=layers.stacked | stacked, shared=layers.shared | shared)
-
-    def finish(self, layers: _Layers) -> optax.OptState:
-        """The state of all layers."""
-        return self._unflatten(layers.shared | layers.stacked)
-
-    def _unflatten(self, leaves: dict[str, jax.Array]) -> optax.OptState:
-        return jax.tree_util.tree_unflatten(self._tree, [leaves[name] for name in self._names])
-
-
-def _neutral(x: jax.Array) -> jax.Array:
-    """What `_combined` passes over."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
-        return x
-    if x.dtype == bool:
-        return jnp.ones_like(x)
-    is_float = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.full_like(x, -jnp.inf if is_float else jnp.iinfo(x.dtype).min)
 
 
 # ------------------------------------------------------------------------------- the train step
@@ -250,11 +253,11 @@ def make_layerwise_train_step(
       4.2
     """
     parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
+    after_layers = ("norm", "embedding" if config.tie_word_embeddings else "head")
 
     def forward(params: optax.Params, micro: Batch) -> Forward:
         """The layers' inputs, and the gradients of all that follows them, for the mean loss."""
         tokens, mask = micro["tokens"], micro["mask"]
-        count = jnp.maximum(_count(micro), 1)
         place = llama.positions(config, tokens.shape[1])
 
         def layer(x: jax.Array, weights: optax.Params) -> tuple[jax.Array, jax.Array]:
@@ -264,29 +267,40 @@ def make_layerwise_train_step(
             return llama.loss_of_output(params, config, x, tokens, mask)[0]
 
         x, inputs = jax.lax.scan(layer, llama.embed(params["embedding"], tokens), params["layers"])
-        outer = {name: x for name, x in params.items() if name != "layers"}
-        loss, pullback = jax.vjp(top, outer, x)
-        return Forward(loss, inputs, *pullback(_inverse(loss, count)))
+        after = {name: params[name] for name in after_layers}
+        loss, pullback = jax.vjp(top, after, x)
+        count = jnp.maximum(_count(micro), 1)
+        # Not finite where the loss is not, so that the optimizer skips the step.
+        scale = jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan).astype(loss.dtype)
+        return Forward(loss, inputs, *pullback(scale))
 
     def backward(layers: _Layers, run: Forward, tokens: jax.Array, visit: Visit) -> Any:
-        """Gives each layer's gradient to `visit`, and adds that of the embedding to `run`'s."""
+        """Gives each layer's gradients to `visit`.
+
+        Returns:
+          What `visit` made of `layers`, the gradients of all other parameters, what it found.
+        """
         place = llama.positions(config, tokens.shape[1])
 
         def one(carry: Any, index_and_input: Any) -> Any:
             (layers, gradient), (index, x) = carry, index_and_input
-            weights = _first(_take(layers.weights["layers"], index))
+            weights = {key: _take(w, index)[0] for key, w in layers.weights.items()}
+            weights = unflatten_dict(weights)["layers"]
             pullback = jax.vjp(lambda w, x: llama.layer(w, config, x, *place), weights, x)[1]
             grads, gradient = pullback(gradient)
-            layers, found = visit(layers, index, {"layers": jax.tree.map(lambda g: g[None], grads)})
+            grads = flatten_dict({"layers": jax.tree.map(lambda g: g[None], grads)})
+            layers, found = visit(layers, index, grads)
             return (layers, gradient), found
 
         indices = jnp.arange(config.num_hidden_layers)
         (layers, gradient), found = jax.lax.scan(
             one, (layers, run.gradient), (indices, run.inputs), reverse=True
         )
-        embedding = run.outer["embedding"]
-        embedding += jnp.zeros_like(embedding).at[tokens].add(gradient.astype(embedding.dtype))
-        return layers, run.outer | {"embedding": embedding}, found
+        embedding = run.after_layers.get("embedding")
+        if embedding is None:
+            embedding = jnp.zeros((config.vocab_size, config.hidden_size), gradient.dtype)
+        embedding = embedding.at[tokens].add(gradient)
+        return layers, run.after_layers | {"embedding": embedding}, found
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch, not clipped: each layer moves within the backward pass."""
@@ -296,28 +310,35 @@ def make_layerwise_train_step(
             updates, part_state = tx.update(grads, part_state, part)
             return optax.apply_updates(part, updates), part_state
 
-        def visit(layers: _Layers, index: jax.Array, grads: optax.Params) -> Any:
-            old, weights = optimizer.state(layers, index), _take(layers.weights, index)
-            weights, new = step(weights, grads, old)
-            layers = optimizer.store(layers, index, old, new)
-            layers = layers._replace(weights=_put(layers.weights, weights, index))
-            return layers, (_squared_norm(grads), measured(measure, grads, old, side))
+        def visit(layers: _Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
+            found: Metrics = {}
+            squares = _squared_norm(grads)
+            for key, g in grads.items():
+                old = optimizer.state(layers, index, key)
+                part = unflatten_dict({key: _take(layers.weights[key], index)})
+                g = unflatten_dict({key: g})
+                found |= measured(measure, g, old, side)
+                part, new = step(part, g, old)
+                layers = optimizer.store(layers, index, old, new)
+                new_weights = _put(layers.weights[key], flatten_dict(part)[key], index)
+                layers = layers._replace(weights=layers.weights | {key: new_weights})
+            return layers, (squares, found)
 
         run = forward(state.params, micro)
         layers, outer_grads, (squares, found) = backward(
             optimizer.start, run, micro["tokens"], visit
         )
-        parts = [optimizer.finish(layers)]
+        parts = [layers.shared | layers.stacked]
         outer: optax.Params = {}
-        for name, grads in outer_grads.items():
+        for name, g in outer_grads.items():
             part = {name: state.params[name]}
-            part_state = state_of_part(tx, part, state.opt_state)
-            part, part_state = step(part, {name: grads}, part_state)
-            parts.append(part_state)
+            part, new = step(part, {name: g}, state_of_part(tx, part, state.opt_state))
+            parts.append(_named(new))
             outer |= part
+        params = unflatten_dict(layers.weights) | outer
         opt_state = state_of_parts(state.opt_state, parts)
         norm = jnp.sqrt(jnp.sum(squares) + _squared_norm(outer_grads))
-        return layers.weights | outer, opt_state, run.loss / _count(micro), norm, found
+        return params, opt_state, run.loss / _count(micro), norm, found
 
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: sketches are held, and the layers move when all is known."""
@@ -325,54 +346,65 @@ def make_layerwise_train_step(
         optimizer = _LayerOptimizer(parted, state.params, state.opt_state)
         outer = {name: x for name, x in state.params.items() if name != "layers"}
         outer_state = state_of_part(parted, outer, state.opt_state)
-        stacked = optimizer.start.weights
+        held = nothing_held(parted, state.params, state.opt_state)
+        outer_held = {name: held[name] for name in outer}
+        is_leaf = lambda keys, x: not isinstance(x, dict)
         layers = optimizer.start._replace(
-            held=nothing_held(parted, stacked, state_of_part(parted, stacked, state.opt_state))
+            held=flatten_dict({"layers": held["layers"]}, is_leaf=is_leaf)
         )
         total = _count(batch)
 
         def one(carry: Any, number_and_micro: Any) -> Any:
-            layers, outer_held, outer_state = carry
-            number, micro = number_and_micro
-            is_first, count = number == 0, _count(micro)
+            (layers, outer_held, outer_state), (number, micro) = carry, number_and_micro
+            is_first, share = number == 0, _count(micro) / total
 
-            def visit(layers: _Layers, index: jax.Array, grads: optax.Params) -> Any:
-                old = optimizer.state(layers, index)
-                new = parted.refresh(grads, old, is_first)
-                layers = optimizer.store(layers, index, old, new)
-                held = _take(layers.held, index)
-                held = hold(held, parted.project(grads, new), count / total)
-                layers = layers._replace(held=_put(layers.held, held, index))
-                return layers, (_squared_norm(grads), measured(measure, grads, old, side))
+            def visit(layers: _Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
+                found: Metrics = {}
+                squares = _squared_norm(grads)
+                for key, g in grads.items():
+                    old, g = optimizer.state(layers, index, key), unflatten_dict({key: g})
+                    found |= measured(measure, g, old, side)
+                    new = parted.refresh(g, old, is_first)
+                    layers = optimizer.store(layers, index, old, new)
+                    sketch = _only(parted.project(g, new), key)
+                    held = hold(_take(layers.held[key], index), sketch, share)
+                    held = _put(layers.held[key], held, index)
+                    layers = layers._replace(held=layers.held | {key: held})
+                return layers, (squares, found)
 
             run = forward(state.params, micro)
             layers, grads, (squares, found) = backward(layers, run, micro["tokens"], visit)
             outer_state = parted.refresh(grads, outer_state, is_first)
-            outer_held = hold(outer_held, parted.project(grads, outer_state), count / total)
+            outer_held = hold(outer_held, parted.project(grads, outer_state), share)
             squares = jnp.sum(squares) + _squared_norm(grads)
             return (layers, outer_held, outer_state), (run.loss, squares, found)
 
-        outer_held = nothing_held(parted, outer, outer_state)
         micro_batches = batch["tokens"].shape[0]
         (layers, outer_held, outer_state), (losses, squares, found) = jax.lax.scan(
             one, (layers, outer_held, outer_state), (jnp.arange(micro_batches), batch)
         )
         held = (layers.held, outer_held)
         norm = jnp.sqrt(squares[0] if micro_batches == 1 else squared_norm_held(held))
-        factor = jnp.where(all_finite(held), clipping_factor(norm, grad_clipping), jnp.nan)
+        factor = clipping_factor(norm, grad_clipping)
+        factor = jnp.where(all_finite(held), factor, jnp.nan)
 
         def apply(layers: _Layers, index: jax.Array) -> tuple[_Layers, None]:
-            old, weights = optimizer.state(layers, index), _take(layers.weights, index)
-            held = scaled(_take(layers.held, index), factor)
-            updates, new = parted.apply(held, old, weights)
-            weights = optax.apply_updates(weights, updates)
-            layers = optimizer.store(layers, index, old, new)
-            return layers._replace(weights=_put(layers.weights, weights, index)), None
+            for key, stacked in layers.weights.items():
+                old = optimizer.state(layers, index, key)
+                part = unflatten_dict({key: _take(stacked, index)})
+                held = unflatten_dict({key: scaled(_take(layers.held[key], index), factor)})
+                updates, new = parted.apply(held, old, part)
+                part = optax.apply_updates(part, updates)
+                layers = optimizer.store(layers, index, old, new)
+                new_weights = _put(stacked, flatten_dict(part)[key], index)
+                layers = layers._replace(weights=layers.weights | {key: new_weights})
+            return layers, None
 
         layers, _ = jax.lax.scan(apply, layers, jnp.arange(config.num_hidden_layers))
         updates, outer_state = parted.apply(scaled(outer_held, factor), outer_state, outer)
-        params = layers.weights | optax.apply_updates(outer, updates)
-        opt_state = state_of_parts(state.opt_state, [optimizer.finish(layers), outer_state])
+        params = unflatten_dict(layers.weights) | optax.apply_updates(outer, updates)
+        parts = [layers.shared | layers.stacked, _named(outer_state)]
+        opt_state = state_of_parts(state.opt_state, parts)
         return params, opt_state, jnp.sum(losses) / total, norm, found
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -403,14 +435,14 @@ class Forward(NamedTuple):
     Attributes:
       loss: The sum of the tokens' losses.
       inputs: Of each layer, (L, B, S, H).
-      outer: The gradients of all parameters that are not the layers'; of the embedding, only what
-        a tied head has.
+      after_layers: The gradients of the parameters that follow the layers: of the final norm, and
+        of the head or the embedding that is tied to it.
       gradient: Of the last layer's output, (B, S, H).
     """
 
     loss: jax.Array
     inputs: jax.Array
-    outer: optax.Params
+    after_layers: optax.Params
     gradient: jax.Array
 
 
@@ -418,9 +450,9 @@ def _count(batch: Batch) -> jax.Array:
     return jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
 
 
-def _inverse(loss: jax.Array, count: jax.Array) -> jax.Array:
-    """1 / count, and not finite where the loss is not, so that the optimizer skips the step."""
-    return jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan).astype(loss.dtype)
+def _only(tree: Any, key: Key) -> Any:
+    """The value at a key of nested dicts."""
+    return functools.reduce(lambda inner, name: inner[name], key, tree)
 
 
 def _squared_norm(grads: optax.Params) -> jax.Array:

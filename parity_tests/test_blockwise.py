@@ -12,7 +12,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from osd_jax import make_optimizer, quantize_state
-from osd_jax.blockwise import Quantized, code_book, dequantize, quantize
+from osd_jax.blockwise import (
+    Quantized,
+    code_book,
+    dequantize,
+    nearest_codes,
+    quantize,
+    values_of_codes,
+)
 
 is_quantized = lambda x: isinstance(x, Quantized)
 
@@ -276,3 +283,17 @@ def test_shards_that_end_inside_a_block(columns: int, rounding: Any) -> None:
 def test_errors_name_the_value(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize_state(optax.scale_by_adam(), **arguments)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_what_a_tpu_calculates_is_the_code_book(signed: bool) -> None:
+    book = code_book(signed)
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    values = values_of_codes(codes, signed=signed)
+    np.testing.assert_allclose(values, book, rtol=1e-6, atol=0)
+    assert jnp.array_equal(nearest_codes(jnp.asarray(book), signed=signed), codes)
+    # halfway between two numbers either may come; a little to each side it is the nearer
+    middle = (book[1:].astype(np.float64) + book[:-1]) / 2
+    for nudge, wanted in ((-1e-4, codes[:-1]), (1e-4, codes[1:])):
+        unit = middle + nudge * np.diff(book)
+        assert jnp.array_equal(nearest_codes(jnp.asarray(unit, jnp.float32), signed=signed), wanted)
