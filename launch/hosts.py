@@ -325,7 +325,7 @@ def make_mesh(options: Options, processes: Processes) -> Mesh | None:
     if mesh.size == 1:
         return None
     readers: dict[Any, set[int]] = {}  # part of the batch -> processes that hold it
-    layout = sharding.batch_sharding(mesh).devices_indices_map((1, shards, 1))
+    layout: dict[Any, Any] = dict(sharding.batch_sharding(mesh).devices_indices_map((1, shards, 1)))
     for device, (_, rows, _) in layout.items():
         readers.setdefault(rows.start or 0, set()).add(device.process_index)
     if any(len(of) > 1 for of in readers.values()) or shards % processes.count:

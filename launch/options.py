@@ -1,8 +1,8 @@
 """Every flag of a training run, in one frozen dataclass that both trainers share.
 
 Names, meanings and defaults are those of the published commands; what this project adds stands in
-the groups "data", "paper", "run", "several devices", "jax" and "pytorch". Importing this module is cheap, so that a mistake
-is reported before anything heavy is loaded:
+the groups "data", "paper", "run", "memory and devices", "jax" and "pytorch". Importing this module
+is cheap, so that a mistake is reported before anything heavy is loaded:
 
     options = Options.parse(sys.argv[1:]).check()
 

@@ -3,14 +3,14 @@
     python -m launch.train_jax --model_config configs/llama_60m.json --batch_size 32 \
         --optimizer galore_adamw --proj_type continuous --rank 128 --lr 0.01 --dataset builtin
 
-`--mesh` says how the devices share the work, and `launch/hosts.py` how processes meet. Options are checked before anything is loaded; `--help` lists them.
+`--mesh` says how the devices share the work, and `launch/hosts.py` how processes meet. Options are
+checked before anything is loaded; `--help` lists them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -76,7 +76,6 @@ def train(options: Options, processes: hosts.Processes) -> int:
     from osd_jax.optimizers import SIDES_BY_PROJ_TYPE
     from osd_jax.sharding import on, train_state_sharding
     from osd_jax.train import (
-        TrainState,
         init_state,
         learning_rate_schedule,
         make_eval_step,
@@ -127,6 +126,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def fresh(params: optax.Params) -> TrainState:
+        """The state before the first update."""
         return init_state(jax.tree.map(lambda x: x.astype(dtype), params), tx, mesh)
 
     like = jax.eval_shape(lambda: fresh(llama.init(config, options.seed)))
@@ -136,13 +136,13 @@ def train(options: Options, processes: hosts.Processes) -> int:
         like = jax.tree.map(
             lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, layout
         )
-    start, state, note = 0, None, None
+    start, note = 0, None
     with processes.together():
         source, steps = training.checkpoints_to_read(options, Checkpoints)
         if steps:
 
             def restore(step: int) -> Restored:
-                return read_together(processes, functools.partial(source.restore, step, like))
+                return read_together(processes, lambda: source.restore(step, like))
 
             start, state, places = training.restore_newest(
                 options, source.directory, steps, restore
@@ -151,13 +151,11 @@ def train(options: Options, processes: hosts.Processes) -> int:
             training.check_not_beyond(options, start, source.directory)
             if not is_exact(places, processes.count):
                 note = training.skipped_documents(len(places), processes.count)
-        params = None
-        if weights and not steps:
-            params = llama.load_hf(weights, layout and layout.params)[1]
-    if state is None:
-        make = jax.jit(llama.init, static_argnums=0, out_shardings=layout and layout.params)
-        state = fresh(params or make(config, options.seed))
-        params = None
+        elif weights:
+            state = fresh(llama.load_hf(weights, layout and layout.params)[1])
+    if not (steps or weights):
+        init = jax.jit(llama.init, static_argnums=0, out_shardings=layout and layout.params)
+        state = fresh(init(config, options.seed))
     micro_batches = training.stacked(batches, options.gradient_accumulation)
     with (
         contextlib.ExitStack() as held,

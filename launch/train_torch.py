@@ -24,7 +24,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch import training
-from launch.options import Options, UsageError, run_cli, user_errors
+from launch.options import Options, UsageError, run_cli
 
 if TYPE_CHECKING:
     import torch

@@ -220,8 +220,8 @@ def gathered(tree: Any) -> Any:
     def whole(array: jax.Array) -> np.ndarray | None:
         if array.is_fully_addressable:
             return np.asarray(array) if is_first else None
-        mesh = array.sharding.mesh
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)
+        everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         if array.ndim < 3:
             copy = jax.jit(lambda x: x, out_shardings=everywhere)(array)
             return np.asarray(copy) if is_first else None

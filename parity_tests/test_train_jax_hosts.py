@@ -223,7 +223,7 @@ def test_a_coordinator_that_cannot_be(home: Home, monkeypatch: pytest.MonkeyPatc
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         meet = {"coordinator_address": address, "num_processes": 2, "process_id": 0}
-        with pytest.raises(UsageError, match=r"port \d+ of this machine cannot be listened on: .*us"):
+        with pytest.raises(UsageError, match=r"port \d+ of this machine cannot be .*: .*in use"):
             train_jax.main(flags(home, "mistaken", **meet))
     with pytest.raises(UsageError, match=rf"nobody answers at {address} within 0.5 s: .*refused"):
         train_jax.main(flags(home, "mistaken", **{**meet, "process_id": 1}))
@@ -238,7 +238,8 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
     for variables in (
         {},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"},  # in a job, and not started by srun
-        {"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"},
+        {"SLURM_NTASKS": "1"},
+        {"SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -357,4 +358,3 @@ def test_a_mistake_is_told_once_and_ends_both(home: Home) -> None:
         assert last_lines(said[0]).startswith("error: ") and message in last_lines(said[0])
         assert "error:" not in said[1]
         assert not pair.path.exists()
-
