@@ -182,7 +182,7 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
     import jax
 
     if not jax.distributed.is_initialized():
-        last_words = _LastWords(
+        _at_abort.say(
             f"error: the processes cannot meet at {where}: not all came within "
             f"{SECONDS_TO_MEET} s, or two have the same number; start each of them once",
             code=2,
@@ -202,7 +202,7 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
             raise UsageError(f"the processes cannot meet at {where}: {reason}") from None
         # JAX takes SIGTERM for notices of preemption; until the run minds it, it is to end this.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        last_words.text, last_words.code = LOST, 1
+        _at_abort.say(LOST, code=1)
     return Processes(jax.process_index(), jax.process_count())
 
 
@@ -237,25 +237,32 @@ def _check_coordinator(address: str, is_here: bool) -> None:
             time.sleep(0.2)
 
 
-class _LastWords:
-    """What this process says and returns instead where JAX ends it by abort().
+class _AtAbort:
+    """What this process says and returns where JAX ends it by abort().
 
     JAX has no other answer to processes that do not meet, or that are lost: a page of addresses in
     C++, and SIGABRT; what it would call in Python instead ends in std::bad_cast, in 0.10. A signal
     handler of Python's own would run too late.
     """
 
-    def __init__(self, text: str, code: int) -> None:
-        self.text, self.code = text, code
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._say)  # must not be collected
+    def __init__(self) -> None:
+        self._words = (b"", 1)
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._answer)
+
+    def say(self, text: str, code: int) -> None:
+        self._words = (f"{text}\n".encode(), code)
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal.restype = ctypes.c_void_p
         libc.signal(signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
 
-    def _say(self, number: int) -> None:
-        os.write(2, f"{self.text}\n".encode())
-        os._exit(self.code)
+    def _answer(self, number: int) -> None:
+        text, code = self._words
+        os.write(2, text)
+        os._exit(code)
+
+
+_at_abort = _AtAbort()  # one, and for good: C keeps a pointer to its handler
 
 
 def _end_at_once(error: BaseException) -> NoReturn:
