@@ -94,6 +94,30 @@ class Processes:
         return training.together(self.gathered, self.is_first, in_turn)
 
 
+def check_same(options: Options, processes: Processes) -> None:
+    """Refuses different flags in different processes, which would wait for each other for good.
+
+    Args:
+        options: Checked options.
+        processes: Of the run. All of them call this.
+
+    Raises:
+        UsageError: in all of them.
+    """
+    own = ("process_id", "data_dir", "cache_dir")
+    record = options.record()
+    mine = {f"--{name}": x for name, x in record["options"].items() if name not in own}
+    mine |= {f"--model_config: {name}": x for name, x in record["model"].items()}
+    first, *others = processes.gathered(mine)
+    for index, other in enumerate(others, start=1):
+        for name in {**first, **other}:
+            if first.get(name) != other.get(name):
+                raise UsageError(
+                    f"{name}: process 0 has {first.get(name)} and process {index} "
+                    f"{other.get(name)}; give all of them the same"
+                )
+
+
 # ---------------------------------------------------------------------------- meeting, and ending
 
 

@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         with processes.together():
             options = options.check(processes=processes.count)
             refuse_torch_only(options)
+        hosts.check_same(options, processes)
         training.set_up_logging(shows=processes.is_first)
         # Orbax tells of every file it misses; what matters comes as an exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

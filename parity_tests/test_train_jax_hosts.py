@@ -6,6 +6,7 @@ life.
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -303,8 +304,10 @@ def test_two_processes_equal_one(settings: dict[str, Any], home: Home) -> None:
     name = str(settings)
     alone = run(home, f"{name} by one", **{**settings, "batch_size": 8})
     both = two(home, f"{name} by two", **settings)
-    assert_same_losses(both, alone)
-    assert_same_weights(both, alone)
+    # Where a sum lies between two codes of 8 bits, the order of its terms decides.
+    tolerance = 1e-3 if "8bit" in name else 1e-5
+    assert_same_losses(both, alone, tolerance)
+    assert_same_weights(both, alone, tolerance)
 
 
 @pytest.mark.slow
@@ -351,6 +354,10 @@ def test_a_mistake_is_told_once_and_ends_both(home: Home) -> None:
     for own, message in (
         ({0: {"model_config": odd}, 1: {"model_config": odd}}, "not a multiple of num_attention_h"),
         ({1: {"dataset": "text:none/*.txt"}}, "no file matches none"),
+        (
+            {1: {"save_every": 2}},
+            "--save_every: process 0 has 3 and process 1 2; give all of them the same",
+        ),
     ):
         pair = Pair(home, "mistaken", per_process=own)
         assert pair.ends() == [2, 2], pair.said()
@@ -358,3 +365,16 @@ def test_a_mistake_is_told_once_and_ends_both(home: Home) -> None:
         assert last_lines(said[0]).startswith("error: ") and message in last_lines(said[0])
         assert "error:" not in said[1]
         assert not pair.path.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_one_ends_both(home: Home) -> None:
+    """The one that cannot write says so, and the other one that it is gone."""
+    pair = Pair(home, "full", num_training_steps=4000)
+    pair.until(lambda: lines_in(pair.path) >= 8)
+    limit = (pair.path / "metrics.jsonl").stat().st_size + 20_000
+    resource.prlimit(pair.processes[0].pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert pair.ends(within=90) == [1, 1], pair.said()
+    said = [last_lines(text) for text in pair.said()]
+    assert said[0].startswith("error: ") and "File too large" in said[0], said
+    assert said[1] == hosts.LOST
