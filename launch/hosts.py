@@ -6,7 +6,8 @@ other by --coordinator_address, --num_processes and --process_id; or JAX finds o
 
 Mistakes that all of them make are told by the first one. When one ends in the midst, of whatever
 cause, the others end too, at once or after `SECONDS_OF_SILENCE`, and say so: no process can train
-on alone, and what is saved is whole.
+on alone, and what is saved is whole. Only where one cannot write its part of a checkpoint do they
+wait longer: Orbax gives it ten minutes.
 """
 
 from __future__ import annotations
