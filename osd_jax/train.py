@@ -16,11 +16,19 @@ import numpy as np
 import optax
 
 from osd_jax import llama
+from osd_jax.accumulation import (
+    check_sketch_suffices,
+    hold,
+    nothing_held,
+    scaled,
+    squared_norm_held,
+)
 from osd_jax.optimizers import skipped_steps
 from osd_jax.projectors import accumulator_dtype
-from osd_jax.subspace import Side, subspace_diagnostics
+from osd_jax.subspace import Side, SubspaceTransformation, in_parts, subspace_diagnostics
 
 Metrics = dict[str, jax.Array]
+ACCUMULATE = ("gradients", "sketches")
 
 
 class TrainState(NamedTuple):
@@ -112,6 +120,7 @@ def make_train_step(
     side: Side = "shorter",
     grad_clipping: float = 0.0,
     remat: bool = False,
+    accumulate: str = "gradients",
 ) -> TrainStep:
     """Builds the jitted train step. It takes its state's memory over for the new state.
 
@@ -121,6 +130,12 @@ def make_train_step(
       side: The side that its projectors act on.
       grad_clipping: Largest norm of the whole gradient; 0 does not clip.
       remat: Keep only each layer's input for the backward pass.
+      accumulate: What micro-batches add up to: "gradients", exactly, or "sketches" of those that
+        are projected, which take (p + q) r numbers a matrix in place of p q; see
+        `osd_jax.accumulation`. Where there are several, what is clipped is then what is applied.
+
+    Raises:
+      ValueError: for an unknown `accumulate`, or an optimizer whose sketches do not suffice.
 
     Returns:
       A function (state, batch, measure) -> (state, metrics).
@@ -138,6 +153,11 @@ def make_train_step(
       gradient's squared norm that P captures, and "orthonormality/KIND",
       `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind such as "attention/query".
     """
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"accumulate is {accumulate!r}: expected one of {', '.join(ACCUMULATE)}")
+    parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
+    if accumulate == "sketches":
+        check_sketch_suffices(parted)
 
     def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
@@ -158,10 +178,43 @@ def make_train_step(
         zeros = (jnp.float32(0), jnp.int32(0), zero_grads)
         return jax.lax.scan(add, zeros, batch)[0]
 
+    def of_sketches(
+        state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """The update from the mean of the micro-batches' sketches."""
+        params = state.params
+        tokens = jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
+
+        def add(carry: Any, number_and_micro: Any) -> Any:
+            (held, opt_state), (number, micro) = carry, number_and_micro
+            loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
+            factor = jnp.where(jnp.isfinite(loss), 1 / jnp.maximum(count, 1), jnp.nan)
+            grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
+            opt_state = parted.refresh(grads, opt_state, number == 0)
+            held = hold(held, parted.project(grads, opt_state), count / tokens)
+            return (held, opt_state), (loss, measured(measure, grads, opt_state, side))
+
+        start = (nothing_held(parted, params, state.opt_state), state.opt_state)
+        numbers = jnp.arange(batch["tokens"].shape[0])
+        (held, opt_state), (losses, found) = jax.lax.scan(add, start, (numbers, batch))
+        norm = jnp.sqrt(squared_norm_held(held))
+        held = scaled(held, clipping_factor(norm, grad_clipping))
+        updates, opt_state = parted.apply(held, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics = {
+            "loss": jnp.sum(losses) / tokens,
+            "gradient_norm": norm,
+            **skipped_metrics(opt_state),
+            **jax.tree.map(jnp.mean, found),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        if accumulate == "sketches" and batch["tokens"].shape[0] > 1:
+            return of_sketches(state, batch, measure)
         total, count, grads = accumulated(state.params, batch)
         loss = total / count
         norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
@@ -173,17 +226,21 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
-        skipped, in_a_row = skipped_steps(opt_state)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
-            "skipped": skipped,
-            "skipped_in_a_row": in_a_row,
+            **skipped_metrics(opt_state),
             **measured(measure, grads, state.opt_state, side),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def skipped_metrics(opt_state: optax.OptState) -> Metrics:
+    """The train step's "skipped" and "skipped_in_a_row"."""
+    total, in_a_row = skipped_steps(opt_state)
+    return {"skipped": total, "skipped_in_a_row": in_a_row}
 
 
 def clipping_factor(norm: jax.Array, max_norm: float) -> jax.Array:
