@@ -393,8 +393,8 @@ def _guarded(
     def init(params: optax.Params) -> optax.OptState:
         jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
         state = tx.init(params)
-        if projects and not projectors(state):
-            names = list(by_name(params))
+        names = list(by_name(params))
+        if projects and names and not projectors(state):
             warnings.warn(
                 f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
                 "is trained at full rank. select= says which to project, dimension_numbers= what "
