@@ -35,6 +35,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from osd_jax.sharding import look_up, split_batch
 from osd_jax.subspace import SubspaceDimensionNumbers
 
 Params = dict[str, Any]
@@ -331,7 +332,7 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """(B, S, H) -> (B, S, H), arguments as in `Attention`."""
         x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), angles, bias)
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+        return split_batch(x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)))
 
 
 class Llama(nnx.Module):
@@ -488,7 +489,7 @@ def loss(
 
 def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
     """The first layer's input: (V, H), (B, S) -> (B, S, H), in `dtype` or the embedding's."""
-    return embedding[tokens].astype(dtype or embedding.dtype)
+    return look_up(embedding, tokens).astype(dtype or embedding.dtype)
 
 
 def positions(

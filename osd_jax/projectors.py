@@ -6,6 +6,7 @@ PCA needs three small things of a gradient, its `Sketch`, and no SVD after the f
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -223,9 +224,8 @@ def random(every: int) -> Projector:
 
     def one(key: jax.Array, old: jax.Array) -> jax.Array:
         gaussian = jax.random.normal(key, old.shape, accumulator_dtype(old.dtype))
-        return like_sharding(
-            jnp.linalg.svd(gaussian, full_matrices=False)[0].astype(old.dtype), old
-        )
+        left = each_matrix(lambda x: jnp.linalg.svd(x, full_matrices=False)[0], gaussian)
+        return like_sharding(left.astype(old.dtype), old)
 
     def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
         if isinstance(old, TwoSided):
@@ -274,6 +274,17 @@ def known_zero(value: jax.typing.ArrayLike) -> bool:
     return isinstance(value, numbers.Real) and value == 0
 
 
+def each_matrix(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+    """`function` on the last two axes of (..., m, n), one matrix after the other.
+
+    One is gathered from a mesh at a time, not the stack. And on a CPU, LAPACK's batches wait for
+    threads of the pool that runs the devices: 8 virtual devices wait for each other for good.
+    """
+    if stack.ndim == 2:
+        return function(stack)
+    return jax.lax.map(functools.partial(each_matrix, function), stack)
+
+
 def leading_singular_vectors(matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
     """The leading singular vectors of a gradient on one side or both, of `old`'s shape and dtype.
 
@@ -283,7 +294,7 @@ def leading_singular_vectors(matrix: jax.Array, old: Basis, side: ResolvedSide) 
       side: What p is.
     """
     wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
-    left, right = signed_svd(wide if side == "output" else wide.mT)
+    left, right = each_matrix(signed_svd, wide if side == "output" else wide.mT)
 
     def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
         return like_sharding(vectors[..., : old.shape[-1]].astype(old.dtype), old)
@@ -317,7 +328,8 @@ def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array) -> jax.Array
     """An orthonormal basis of M @ Gaussian (q, r), by QR: the range of M without an SVD."""
     wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)
-    return like_sharding(jnp.linalg.qr(wide @ gaussian)[0].astype(old.dtype), old)
+    basis = each_matrix(lambda x: jnp.linalg.qr(x @ gaussian)[0], wide)
+    return like_sharding(basis.astype(old.dtype), old)
 
 
 def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:

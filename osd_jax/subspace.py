@@ -81,8 +81,8 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation whose update also comes in its three parts.
 
     Attributes:
-      refresh: (grads, state, when=True) -> state. Sets P from the gradients, on the steps that do
-        so, if `when`.
+      refresh: (grads, state, when=True, reduce=None) -> state. Sets P from the gradients, on the
+        steps that do so, if `when`. `reduce` is as in `project`; on other steps it is not called.
       project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
         for each that is projected. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
@@ -316,11 +316,15 @@ def scale_by_subspace(
         )
 
     def refresh(
-        grads: optax.Updates, state: SubspaceState, when: jax.typing.ArrayLike = True
+        grads: optax.Updates,
+        state: SubspaceState,
+        when: jax.typing.ArrayLike = True,
+        reduce: Reduce | None = None,
     ) -> SubspaceState:
         """Sets P from the gradient (..., p, q), on the steps when the projector is due to."""
 
         def fresh(count: jax.Array, grads: optax.Updates, bases: Any) -> Any:
+            grads = grads if reduce is None else jax.tree.map(reduce, grads)
             key = jax.random.fold_in(jax.random.key(seed), count)
 
             def one(layout: MatrixLayout, grad: jax.Array, basis: Basis) -> Basis:
@@ -430,11 +434,14 @@ def in_parts(
         )
 
     def refresh(
-        grads: optax.Updates, state: optax.OptState, when: jax.typing.ArrayLike = True
+        grads: optax.Updates,
+        state: optax.OptState,
+        when: jax.typing.ArrayLike = True,
+        reduce: Reduce | None = None,
     ) -> optax.OptState:
         if subspace is None or (own := own_state(state)) is None:
             return state
-        new = subspace.refresh(own_part(grads, own), own, when)
+        new = subspace.refresh(own_part(grads, own), own, when, reduce)
         is_own = lambda x: isinstance(x, SubspaceState)
         return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from osd_jax import llama
 from osd_jax.accumulation import (
@@ -24,7 +25,8 @@ from osd_jax.accumulation import (
     squared_norm_held,
 )
 from osd_jax.optimizers import skipped_steps
-from osd_jax.projectors import accumulator_dtype
+from osd_jax.projectors import Reduce, accumulator_dtype
+from osd_jax.sharding import on, train_state_sharding
 from osd_jax.subspace import Side, SubspaceTransformation, in_parts, subspace_diagnostics
 
 Metrics = dict[str, jax.Array]
@@ -108,9 +110,25 @@ def learning_rate_schedule(
     return factor
 
 
-def init_state(params: optax.Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, with the optimizer's arrays made by one compiled call."""
-    return TrainState(jnp.zeros([], jnp.int32), params, jax.jit(tx.init)(params))
+def init_state(
+    params: optax.Params, tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """The state before the first step, with the optimizer's arrays made by one compiled call.
+
+    Args:
+      params: The weights.
+      tx: The optimizer.
+      mesh: Where to lay all of it out, as `train_state_sharding` says; None: where the weights are.
+    """
+    layout = None if mesh is None else train_state_sharding(tx, params, mesh)
+    if layout is not None:
+        params = jax.device_put(params, layout.params)
+    init = jax.jit(
+        lambda params: (jnp.zeros([], jnp.int32), tx.init(params)),
+        out_shardings=None if layout is None else (layout.step, layout.opt_state),
+    )
+    step, opt_state = init(params)
+    return TrainState(step, params, opt_state)
 
 
 def make_train_step(
@@ -121,6 +139,8 @@ def make_train_step(
     grad_clipping: float = 0.0,
     remat: bool = False,
     accumulate: str = "gradients",
+    mesh: Mesh | None = None,
+    compress_gradients: bool = False,
 ) -> TrainStep:
     """Builds the jitted train step. It takes its state's memory over for the new state.
 
@@ -133,9 +153,18 @@ def make_train_step(
       accumulate: What micro-batches add up to: "gradients", exactly, or "sketches" of those that
         are projected, which take (p + q) r numbers a matrix in place of p q; see
         `osd_jax.accumulation`. Where there are several, what is clipped is then what is applied.
+      mesh: From `make_mesh`, for a state laid out by `train_state_sharding`, which the new state is
+        too, and batches by `batch_sharding`.
+      compress_gradients: Gradients of projected weights stay on the members of the mesh's `data`
+        axis, and their sketches are reduced over it: R, then A, exactly. `||G||^2` is estimated
+        (`reduced_sketch`), which P's step size reads, and whole gradients are reduced only on the
+        steps that set P from them, or measure it. The norm that is clipped, "gradient_norm", is
+        that of what is reduced: R of a projected weight, the gradient of any other. Without effect
+        where the `data` axis has one member.
 
     Raises:
-      ValueError: for an unknown `accumulate`, or an optimizer whose sketches do not suffice.
+      ValueError: for an unknown `accumulate`, an optimizer whose sketches do not suffice, or
+        `compress_gradients` without a mesh or with accumulated sketches.
 
     Returns:
       A function (state, batch, measure) -> (state, metrics).
@@ -156,8 +185,13 @@ def make_train_step(
     if accumulate not in ACCUMULATE:
         raise ValueError(f"accumulate is {accumulate!r}: expected one of {', '.join(ACCUMULATE)}")
     parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
-    if accumulate == "sketches":
+    if accumulate == "sketches" or compress_gradients:
         check_sketch_suffices(parted)
+    if compress_gradients and (mesh is None or accumulate == "sketches"):
+        raise ValueError(
+            "compress_gradients reduces sketches over a mesh's data axis, of whole gradients: give "
+            "mesh, and accumulate='gradients'"
+        )
 
     def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
@@ -171,16 +205,54 @@ def make_train_step(
         if batch["tokens"].shape[0] == 1:
             return gradient(params, batch["tokens"][0], batch["mask"][0])
 
-        def add(sums: Any, micro: Mapping[str, jax.Array]) -> tuple[Any, None]:
-            return optax.tree.add(sums, gradient(params, micro["tokens"], micro["mask"])), None
+        def add(sums: Any, micro: Mapping[str, jax.Array]) -> Any:
+            loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
+            return optax.tree.add(sums, grads), (loss, count)
 
-        zero_grads = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
-        zeros = (jnp.float32(0), jnp.int32(0), zero_grads)
-        return jax.lax.scan(add, zeros, batch)[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
+        grads, (losses, counts) = jax.lax.scan(add, zeros, batch)
+        return jnp.sum(losses), jnp.sum(counts), grads
 
-    def of_sketches(
-        state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def by_gradients(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
+        total, count, grads = accumulated(state.params, batch)
+        loss = total / count
+        norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
+        factor = _factor(loss, count) * clipping_factor(norm, grad_clipping)
+        grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state, side)
+
+    def by_sketches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
+        mean = functools.partial(jax.lax.pmean, axis_name="data")
+
+        def member(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
+            """What one member of the `data` axis does, and, reduced, what all did."""
+            # Else the gradient of weights that all members share would be reduced on its own.
+            own = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), state.params)
+            total, count, grads = accumulated(own, batch)
+            total, count = jax.lax.psum((total, count), "data")
+            loss = total / count
+            factor = jax.lax.axis_size("data") * _factor(loss, count)
+            grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, own)
+            opt_state = tx.refresh(grads, state.opt_state, reduce=mean)
+            sketches = tx.project(grads, opt_state, mean)
+            found = measured(measure, grads, state.opt_state, side, mean)
+            return loss, sketches, opt_state, found
+
+        split = PartitionSpec(None, "data")
+        loss, sketches, opt_state, found = jax.shard_map(
+            member,
+            mesh=mesh,
+            axis_names={"data"},
+            in_specs=(PartitionSpec(), split, PartitionSpec()),
+            out_specs=PartitionSpec(),
+        )(state, batch, measure)
+        norm = jnp.sqrt(squared_norm_held(sketches))
+        sketches = scaled(sketches, clipping_factor(norm, grad_clipping))
+        updates, opt_state = tx.apply(sketches, opt_state, state.params)
+        return loss, norm, updates, opt_state, found
+
+    def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """The update from the mean of the micro-batches' sketches."""
         params = state.params
         tokens = jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
@@ -200,39 +272,31 @@ def make_train_step(
         norm = jnp.sqrt(squared_norm_held(held))
         held = scaled(held, clipping_factor(norm, grad_clipping))
         updates, opt_state = parted.apply(held, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        metrics = {
-            "loss": jnp.sum(losses) / tokens,
-            "gradient_norm": norm,
-            **skipped_metrics(opt_state),
-            **jax.tree.map(jnp.mean, found),
-        }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        found = jax.tree.map(jnp.mean, found)
+        return jnp.sum(losses) / tokens, norm, updates, opt_state, found
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
     ) -> tuple[TrainState, Metrics]:
+        alone = mesh is None or mesh.shape["data"] == 1
+        step = by_sketches if compress_gradients and not alone else by_gradients
         if accumulate == "sketches" and batch["tokens"].shape[0] > 1:
-            return of_sketches(state, batch, measure)
-        total, count, grads = accumulated(state.params, batch)
-        loss = total / count
-        norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
-        # One factor a gradient: the mean, clipped; not finite where the loss is not, so that the
-        # optimizer skips the step.
-        factor = jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan)
-        factor *= clipping_factor(norm, grad_clipping)
-        grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            step = of_micro_batches
+        with on(mesh):
+            loss, norm, updates, opt_state, found = step(state, batch, measure)
         params = optax.apply_updates(state.params, updates)
-
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
             **skipped_metrics(opt_state),
-            **measured(measure, grads, state.opt_state, side),
+            **found,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state = TrainState(state.step + 1, params, opt_state)
+        if mesh is not None:
+            layout = train_state_sharding(tx, params, mesh)
+            state = jax.lax.with_sharding_constraint(state, layout)
+        return state, metrics
 
     return train_step
 
@@ -241,6 +305,11 @@ def skipped_metrics(opt_state: optax.OptState) -> Metrics:
     """The train step's "skipped" and "skipped_in_a_row"."""
     total, in_a_row = skipped_steps(opt_state)
     return {"skipped": total, "skipped_in_a_row": in_a_row}
+
+
+def _factor(loss: jax.Array, count: jax.Array) -> jax.Array:
+    """1 / count, and not finite where the loss is not, so that the optimizer skips the step."""
+    return jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan)
 
 
 def clipping_factor(norm: jax.Array, max_norm: float) -> jax.Array:
@@ -259,10 +328,12 @@ def measured(
     grads: optax.Updates,
     opt_state: optax.OptState,
     side: Side,
+    reduce: Reduce | None = None,
 ) -> Metrics:
     """The subspace's diagnostics by kind of layer, or NaN for each; see `make_train_step`."""
 
     def real(grads: optax.Updates, opt_state: optax.OptState) -> Metrics:
+        grads = grads if reduce is None else jax.tree.map(reduce, grads)
         found = subspace_diagnostics(
             grads, opt_state, side=side, dimension_numbers=llama.dimension_numbers
         )

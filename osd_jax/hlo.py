@@ -1,0 +1,201 @@
+"""Reads what a compiled program exchanges between devices from its HLO text.
+
+The text is `jax.jit(f).lower(...).compile().as_text()`. Shapes in it are one device's part.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Collective(NamedTuple):
+    """One array of one collective operation.
+
+    Attributes:
+      op: One of `OPS`. An asynchronous pair (`all-gather-start`, `-done`) counts as the one
+        operation that it is.
+      dtype: As HLO writes it: f32, bf16, s8, pred.
+      shape: Of the result on one device (on a TPU, of a reduce-scatter's operand).
+      bytes: Of the whole array that is exchanged: the gathered result of an all-gather, the operand
+        of a reduce-scatter, and what an all-reduce, all-to-all or permutation reads and returns.
+      group: Devices that take part together.
+      times: How often it runs each time that the program does: the product of the trip counts of
+        the loops around it, a loop of unknown length counted once.
+      branches: Conditionals around it: where this is not 0, it may not run at all.
+      name: The JAX operation that it stems from, where the compiler kept that.
+    """
+
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    group: int
+    times: int
+    branches: int
+    name: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, all `times`, in the usual ring algorithms."""
+        share = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.op, share)
+        return self.times * self.bytes * factor
+
+
+# A computation starts at the left margin: `ENTRY %main (arg: f32[2]) -> f32[2] {`.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# `%name = f32[2,3] all-reduce(%operand), ...`, or a tuple of types, or of tuples of them.
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>\((?:[^()]|\([^()]*\))*\)|\S+)"
+    r" (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
+_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")  # f32[2,3]{1,0:T(8,128)}: in the way of parentheses
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
+_CALLED = re.compile(
+    r"\b(to_apply|calls|body|condition|true_computation|false_computation"
+    r"|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_LOOPS = ("body", "condition")
+_BRANCHES = ("true_computation", "false_computation", "branch_computations")
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective operation of a compiled program, an entry for each array that it moves.
+
+    Operations on groups of one device are left out: nothing is exchanged.
+
+    Args:
+      text: Of an optimized module, as `compile().as_text()` gives it.
+
+    Raises:
+      ValueError: if the text has no entry computation, so is not an HLO module's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> collectives(jax.jit(jnp.sum).lower(jnp.ones(8)).compile().as_text())
+      []
+    """
+    computations, entry = _computations(text)
+    if entry is None:
+        raise ValueError(
+            f"this text of {len(text)} characters has no ENTRY computation: expected an HLO "
+            "module, as jax.jit(f).lower(...).compile().as_text() gives it"
+        )
+    found: list[Collective] = []
+    in_parts: set[tuple[str, str]] = set()
+
+    def visit(name: str, scope: str, times: int, branches: int) -> None:
+        for line in computations.get(name, ()):
+            if (match := _INSTRUCTION.match(_LAYOUT.sub("", line))) is None:
+                continue
+            op, rest = match["op"], match["rest"]
+            if op.removesuffix("-start") in OPS:
+                # On a TPU the start, the middle and the end of one operation are fusions, each of
+                # which names it, and a reduce-scatter is a fusion around an all-reduce.
+                if name != scope and (channel := re.search(r"channel_id=\d+", rest)):
+                    if (scope, channel[0]) in in_parts:
+                        continue
+                    in_parts.add((scope, channel[0]))
+                scatters = name.startswith("all-reduce-scatter")
+                found.extend(_read(op, match["type"], rest, times, branches, scatters))
+                continue  # what it calls only adds two numbers
+            called = {kind: re.findall(r"[\w.\-]+", names) for kind, names in _CALLED.findall(rest)}
+            for kind, names in called.items():
+                runs = times
+                if kind in _LOOPS:
+                    runs *= _trip_count(rest, computations.get(called["condition"][0], ()))
+                for one in names:
+                    inner = scope if kind == "calls" else one
+                    visit(one, inner, runs, branches + (kind in _BRANCHES))
+
+    visit(entry, entry, 1, 0)
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """(name -> lines, name of the entry)."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = None, []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _trip_count(rest: str, condition: Iterable[str]) -> int:
+    """As the compiler noted it, else as `counter < constant` says of a counter from 0; else 1."""
+    if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
+        return int(match[1])
+    text = "\n".join(condition)
+    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
+    is_count = len(constants) == 1 and re.search(r"ROOT .* compare\(.*direction=LT", text)
+    return int(constants[0]) if is_count else 1
+
+
+def _read(
+    op: str, result: str, rest: str, times: int, branches: int, scatters: bool
+) -> Iterator[Collective]:
+    base, group = op.removesuffix("-start"), _group_size(rest)
+    arrays = [(dtype, _shape(dims)) for dtype, dims in _ARRAY.findall(result)]
+    if op == "all-gather-start":  # ((operands), (results)), then contexts
+        arrays = [a for a in arrays if a[1]]
+        arrays = arrays[len(arrays) // 2 :]
+    elif op == "collective-permute-start":  # (operand, result, contexts)
+        arrays = arrays[1:2]
+    if base == "all-to-all" and len(arrays) > 1:  # one slice for each member
+        (dtype, shape), *_ = arrays
+        arrays = [(dtype, (len(arrays), *shape))]
+    name = re.search(r'op_name="([^"]*)"', rest)
+    for dtype, shape in arrays if group > 1 else ():
+        size = math.ceil(math.prod(shape) * _bits(dtype) / 8)
+        yield Collective(
+            op="reduce-scatter" if scatters else base,
+            dtype=dtype,
+            shape=shape,
+            bytes=size * (group if base == "reduce-scatter" else 1),
+            group=group,
+            times=times,
+            branches=branches,
+            name=name[1] if name else "",
+        )
+
+
+def _shape(dims: str) -> tuple[int, ...]:
+    return tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size)
+
+
+def _bits(dtype: str) -> int:
+    """f32 -> 32, bf16 -> 16, f8e4m3fn -> 8, pred -> 8."""
+    digits = re.match(r"[a-z]+(\d+)", dtype)
+    return int(digits[1]) if digits else 8
+
+
+def _group_size(rest: str) -> int:
+    """Devices in one replica group, in each of the forms in which HLO writes groups."""
+    if match := re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|\s|$)", rest):
+        pairs = re.findall(r"\{?(\d+),(\d+)", match[1])
+        return 2 if any(a != b for a, b in pairs) else 1
+    # mesh['a'=2,'b'=4], device_ids=(...) {'b'}: over the axes named last, or parts of them 'b':(1)2
+    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", rest):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part) if part else sizes[axis] for axis, part in used)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return match[1].count(",") + 1
+    # replica_groups={} is all devices, whose number the instruction does not say
+    raise ValueError(f"no replica groups that this reads: {rest[:300]}")
+
+
+def total_sent(found: Iterable[Collective]) -> float:
+    """Bytes that a device sends in one run; see `Collective.sent`."""
+    return sum(one.sent for one in found)
