@@ -216,7 +216,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and param in self.held:
                     raise ValueError(
-                        f"parameter '{self._name(param)}' has a gradient beside the sketch of "
+                        f"parameter '{name_of(self, param)}' has a gradient beside the sketch of "
                         "earlier ones: call accumulate after each backward pass, or zero_grad() to "
                         "begin the update anew"
                     )
@@ -238,13 +238,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 add up to 1. A part with the share 0 adds nothing.
 
         Raises:
-            ValueError: for a share outside [0, 1], or if the projector needs the gradient itself
+            ValueError: for a share outside [0, 1], a parameter that is not projected, has no
+                gradient or is not the optimizer's, or if the projector needs the gradient itself
                 when the step is taken (`move_projector="before"`).
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
+        name = name_of(self, param)
         group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        if group["rank"] is None:
+            raise ValueError(
+                f"parameter '{name}' is not projected, and has no sketch: leave its gradient where "
+                "it is; backward passes add to it"
+            )
         check_sketch_suffices(self, group)
+        if param.grad is None:
+            raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
         held = self.held.get(param)
         if share and held is None and self.is_due(group, param):
             if self._reduce is not None:
@@ -286,7 +295,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         step = int(state.get("step", 0))
         rank = min(group["rank"], *param.shape)
         dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
-        key = f"{group['seed']}/{self._name(param)}/{step}"
+        key = f"{group['seed']}/{name_of(self, param)}/{step}"
         side = self.side(group, param)
         basis = projector.fresh_basis(_gradient(param), side, rank, dtype, key)
         if isinstance(basis, TwoSided):
@@ -373,13 +382,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 # The step count lies on the CPU, where reading it costs no synchronisation.
                 device = torch.device("cpu") if name == "step" else param.device
                 self.state[param][name] = value.to(device=device, copy=True)
-
-    def _name(self, param: Tensor) -> str:
-        for i, group in enumerate(self.param_groups):
-            for name, other in named_parameters(group, prefix=f"{i}."):
-                if other is param:
-                    return name
-        raise KeyError("this optimizer does not hold the parameter")
 
 
 def resolve_side(side: Side, tensor: Tensor) -> Side:
@@ -544,6 +546,22 @@ def named_parameters(group: Group, prefix: str = "") -> Iterator[tuple[str, Tens
     params = group["params"]
     names = group.get("param_names") or [f"{prefix}{i}" for i in range(len(params))]
     return zip(names, params, strict=True)
+
+
+def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
+    """A parameter's name in an optimizer; without names, `group.position`.
+
+    Raises:
+        ValueError: if the optimizer does not hold it.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        for name, other in named_parameters(group, prefix=f"{i}."):
+            if other is param:
+                return name
+    raise ValueError(
+        f"this {type(optimizer).__name__} does not hold the parameter, of shape "
+        f"{tuple(param.shape)}: expected one of those that it was built with"
+    )
 
 
 def check_rank(rank: int) -> None:
