@@ -14,9 +14,9 @@ the one step. Either way a gradient of a projected parameter is gone when its ho
 Parameters that are not projected have no sketch: where the step waits, their gradients wait with
 it, so that a full-rank optimizer saves nothing there.
 
-Where the step waits, a gradient that is not finite skips the whole update. Inside the backward pass,
-the parameters whose gradients came before have taken their steps by then: only the one that it is
-found in, and those that follow with one, are skipped. Either way it counts as one skipped step.
+Where the step waits, a gradient that is not finite skips the whole update. Inside the backward
+pass it skips the parameters that have one; those whose gradients are finite take their steps, as
+the earlier ones have done by then. Either way it counts as one skipped step.
 
 What a sum of sketches is and is not: `SubspaceOptimizer.accumulate`. The learning rate must be set
 before the update's first backward pass. A compiled backward pass hands over all gradients of its
@@ -116,11 +116,12 @@ class LayerwiseUpdates:
                 "the optimizer is updated layer by layer already: close() the LayerwiseUpdates "
                 "that does so, and then make another"
             )
-        left = next((param for param in params if param.grad is not None), None)
+        held = optimizer.held if isinstance(optimizer, SubspaceOptimizer) else {}
+        left = next((param for param in params if param.grad is not None or param in held), None)
         if left is not None:
             raise ValueError(
-                f"parameter '{name_of(optimizer, left)}' has a gradient already, which the first "
-                "update would take in: call zero_grad() before"
+                f"parameter '{name_of(optimizer, left)}' has a gradient already, or a sketch of "
+                "one, which the first update would take in: call zero_grad() before"
             )
         self.optimizer = optimizer
         self.micro_batches = micro_batches

@@ -75,7 +75,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
     see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
-    taken before that is known, P may have been set anew; it is again at the next update.)
+    taken before that is known, P may have been set anew; it is again at the next update. Where each
+    parameter is stepped inside the backward pass, each is a step: see `osd_torch.layerwise`.)
 
     Attributes:
         held: The sketches that the next step applies, by parameter. Transient: `state_dict` does

@@ -474,6 +474,9 @@ def test_gradients_that_no_hook_takes_are_named() -> None:
     loss_of(net, micro, 5).backward()
     with pytest.raises(ValueError, match=r"'mlp_up.weight' has a gradient already.*zero_grad\(\)"):
         osd_torch.LayerwiseUpdates(optimizer)
+    optimizer.accumulate(net.mlp_up.weight)
+    with pytest.raises(ValueError, match="'mlp_up.weight' has a gradient already, or a sketch"):
+        osd_torch.LayerwiseUpdates(optimizer)
     optimizer.zero_grad()
     late = torch.nn.Linear(7, 7).double()
     with osd_torch.LayerwiseUpdates(optimizer):
