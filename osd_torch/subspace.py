@@ -654,7 +654,8 @@ def check_rank(rank: int) -> None:
 
 def check_number(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0."""
-    if not isinstance(value, (numbers.Real, Tensor)) or not 0 <= value < math.inf:
+    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
 

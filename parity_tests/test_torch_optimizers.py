@@ -563,6 +563,10 @@ def test_the_library_alone_imports_neither_bitsandbytes_nor_jax() -> None:
         ({"update_proj_gap": 0}, "update_proj_gap is 0"),
         ({"lr": -1.0}, "lr is -1"),
         ({"lr": math.nan}, "lr is nan"),
+        ({"lr": True}, "lr is True"),
+        ({"optimizer": "adamw", "lr": True}, "lr is True"),
+        ({"seed": None}, "seed is None: expected a whole number"),
+        ({"select": "mlp"}, r"select is 'mlp': expected a function \(name, parameter\)"),
         ({"scale": -1.0}, "scale is -1"),
         ({"scale": math.inf}, "scale is inf"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
@@ -600,6 +604,25 @@ def test_a_bad_group_is_not_added() -> None:
 def test_no_parameters() -> None:
     with pytest.raises(ValueError, match="empty"):
         osd_torch.make_optimizer([], "galore_adamw", lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "adamw"])
+def test_parameters_that_cannot_be_trained(optimizer: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    for params in (model.parameters(), [{"params": list(model.parameters())}]):
+        with pytest.raises(ValueError, match=r"has a (Parameter|dict) in it.*named_parameters\(\)"):
+            osd_torch.make_optimizer(params, optimizer, lr=0.1)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 2 parameters requires a gradient"):
+        osd_torch.make_optimizer(model.named_parameters(), optimizer, lr=0.1)
+
+
+@pytest.mark.parametrize("key", ["proj_typ", "update_gap", "Rank", "penality"])
+def test_a_misspelt_key_of_a_group(key: str) -> None:
+    group = {"params": [make_params()["mlp.weight"]], "rank": 4}
+    osd_torch.SubspaceAdamW([{**group, "lr_scale": 1, "name": "mlp", "initial_lr": 0.1}])
+    with pytest.raises(ValueError, match=f"the key '{key}': did you mean"):
+        osd_torch.SubspaceAdamW([{**group, key: 3}])
 
 
 def test_products_of_bfloat16_accumulate_in_float32() -> None:
