@@ -47,6 +47,7 @@ def train_once(method: str, lr: float, seed: int, tokens: int) -> float:
     name = f"{method}-lr{lr:g}-seed{seed}"
     command = f"{SHARED} {METHODS[method][1]} --lr {lr} --seed {seed} --name {name} --resume"
     flags = [*command.split(), "--max_train_tokens", str(tokens), "--run_dir", str(RUN_DIR)]
+    flags += ["--single_gpu"]  # a batch of 8 has few parts, and times are to compare
     wanted = Options.parse(flags).check()
     path = wanted.path / "options.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted.record():

@@ -1,8 +1,8 @@
 """Every flag of a training run, in one frozen dataclass that both trainers share.
 
 Names, meanings and defaults are those of the published commands; what this project adds stands in
-the groups "data", "paper", "run" and "pytorch". Importing this module is cheap, so that a mistake
-is reported before anything heavy is loaded:
+the groups "data", "paper", "run", "memory and devices", "jax" and "pytorch". Importing this module
+is cheap, so that a mistake is reported before anything heavy is loaded:
 
     options = Options.parse(sys.argv[1:]).check()
 
@@ -50,7 +50,10 @@ GROUPS = {
     "subspace": "How gradients are projected: used by the galore_* optimizers only.",
     "paper": "Where paper and published code differ. The defaults are the published code's.",
     "run": "",
-    "pytorch": "JAX accepts --single_gpu, and refuses the rest with the reason.",
+    "memory and devices": "JAX trains on all devices that it finds, PyTorch on one a process.",
+    "jax": "PyTorch refuses these with the reason; torchrun brings its processes together. Under "
+    "SLURM (srun), Open MPI and on a TPU pod JAX finds its processes by itself.",
+    "pytorch": "JAX refuses these with the reason.",
 }
 
 
@@ -326,28 +329,48 @@ class Options:
     wandb: bool = _flag("run", False, help="log to Weights & Biases too, which has to be installed")
 
     single_gpu: bool = _flag(
-        "pytorch",
+        "memory and devices",
         False,
-        help="accepted, as in the published commands, and not needed: the number of processes is "
-        "torchrun's --nproc_per_node",
+        help="one device: JAX then leaves the others alone. PyTorch accepts it, as in the "
+        "published commands, and does not need it",
     )
     per_layer: bool = _flag(
-        "pytorch",
+        "memory and devices",
         False,
         help="update each layer inside the backward pass, so that the gradients of projected "
         "weights never pile up (default: on for the *_per_layer optimizers)",
     )
     fsdp: bool = _flag(
-        "pytorch",
+        "memory and devices",
         False,
-        help="share weights, gradients and optimizer state out over the processes (FSDP2)",
+        help="share weights, gradients and optimizer state out over the devices; otherwise each "
+        "holds all of them, and a share of the batch. In JAX the same as --mesh fsdp=-1",
     )
     compress_gradients: bool = _flag(
-        "pytorch",
+        "memory and devices",
         False,
-        help="reduce the low-rank sketch of a projected gradient over the processes, in place of "
-        "the gradient",
+        help="reduce the low-rank sketch of a projected gradient over the processes, or over the "
+        "mesh's data axis, in place of the gradient",
     )
+
+    mesh: str | None = _flag(
+        "jax",
+        None,
+        metavar="SIZES",
+        help="data=D,fsdp=F,tensor=T: D groups of F x T devices; each group holds one copy, "
+        "weights are shared out over F and, as in Megatron, over T, and the batch over D x F. "
+        "What is left out is 1, -1 takes what is left (default: data=-1, all devices)",
+    )
+    coordinator_address: str | None = _flag(
+        "jax",
+        None,
+        metavar="HOST:PORT",
+        help="where several processes meet: a machine's name, on which the first process runs, "
+        "and any free port of it",
+    )
+    num_processes: int | None = _flag("jax", None, low=1, help="how many there are")
+    process_id: int | None = _flag("jax", None, low=0, help="which of them this one is, from 0")
+
     compile: bool = _flag(
         "pytorch", False, help="compile the layers with torch.compile: slower to start, then faster"
     )
@@ -473,10 +496,10 @@ class Options:
             raise UsageError(
                 "--compress_gradients: --fsdp reduces gradients itself, whole; use one of the two"
             )
-        if self.fsdp and (self.per_layer or self.optimizer in PER_LAYER):
+        if self.mesh is not None and (self.fsdp or self.single_gpu):
+            other = "--fsdp" if self.fsdp else "--single_gpu"
             raise UsageError(
-                "--fsdp: it makes the gradients of a whole layer at a time, which --per_layer and "
-                "the *_per_layer optimizers do not wait for; use one of the two"
+                f"--mesh: {other} says which devices are used for what, too; leave one out"
             )
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise UsageError("--wandb: wandb is not installed; pip install wandb, or leave it out")

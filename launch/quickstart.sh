@@ -24,6 +24,7 @@ flags=(
     --eval_every 100
     --eval_tokens 100K
     --save_every 100
+    --single_gpu
 )
 
 if nvidia-smi -L >/dev/null 2>&1; then

@@ -1,32 +1,45 @@
-"""Trains a LLaMA with Online Subspace Descent in JAX.
+"""Trains a LLaMA with Online Subspace Descent in JAX, on all devices of one process or several.
 
     python -m launch.train_jax --model_config configs/llama_60m.json --batch_size 32 \
         --optimizer galore_adamw --proj_type continuous --rank 128 --lr 0.01 --dataset builtin
 
-Options are checked before anything is loaded; `--help` lists them.
+`--mesh` says how the devices share the work, and `launch/hosts.py` how processes meet. Options are
+checked before anything is loaded; `--help` lists them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from launch import training
-from launch.options import Options, UsageError, run_cli, user_errors
+from launch import hosts, training
+from launch.options import Options, UsageError, run_cli
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from osd_jax.llama import LlamaConfig
+    from osd_jax.train import TrainState
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
-    options = Options.parse(argv, prog="python -m launch.train_jax").check()
-    refuse_torch_only(options)
-    training.set_up_logging()
-    # Orbax tells of every file it misses; what matters comes as an exception.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return train(options)
+    options = Options.parse(argv, prog="python -m launch.train_jax")
+    with hosts.joined(options) as processes:
+        with processes.together():
+            options = options.check(processes=processes.count)
+            refuse_torch_only(options)
+        training.set_up_logging(shows=processes.is_first)
+        # Orbax tells of every file it misses; what matters comes as an exception.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        return train(options, processes)
 
 
 def refuse_torch_only(options: Options) -> None:
@@ -42,8 +55,6 @@ def refuse_torch_only(options: Options) -> None:
         )
     reasons = {
         "per_layer": "the JAX side does not update layer by layer yet",
-        "fsdp": "the JAX side runs on one device yet",
-        "compress_gradients": "the JAX side runs in one process yet, with nothing to reduce",
         "compile": "the JAX side compiles always",
     }
     for name, reason in reasons.items():
@@ -51,19 +62,20 @@ def refuse_torch_only(options: Options) -> None:
             raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_torch")
 
 
-def train(options: Options) -> int:
+def train(options: Options, processes: hosts.Processes) -> int:
     """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
     import optax
 
     import osd_jax
+    from launch.data import is_exact, reshard
     from launch.run_log import RunLog
     from osd_jax import llama
-    from osd_jax.checkpoint import Checkpoints
+    from osd_jax.checkpoint import Checkpoints, Restored, gathered
     from osd_jax.optimizers import SIDES_BY_PROJ_TYPE
+    from osd_jax.sharding import on, train_state_sharding
     from osd_jax.train import (
-        TrainState,
         init_state,
         learning_rate_schedule,
         make_eval_step,
@@ -71,8 +83,11 @@ def train(options: Options) -> int:
         sample,
     )
 
-    # Data and model. All that can be wrong with them shows here, before anything is compiled.
-    with user_errors():
+    # Devices, data and model. All that can be wrong with them shows here, before anything is
+    # compiled.
+    with processes.together():
+        mesh = hosts.make_mesh(options, processes)
+    with processes.together(in_turn=True):
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
         weights = training.hugging_face_weights(options)
         if weights:
@@ -80,11 +95,12 @@ def train(options: Options) -> int:
             training.check_alike(weights, dataclasses.asdict(found), dataclasses.asdict(config))
         tokenizer, data = training.open_text(options, config.vocab_size)
         config = dataclasses.replace(config, **training.special_tokens(tokenizer))
-    batches = data.train(options.batch_size, workers=options.workers)
+    process = (processes.index, processes.count)
+    batches = data.train(options.batch_size, *process, workers=options.workers)
 
     # Optimizer and steps.
     schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
-    with user_errors():
+    with processes.together():
         tx = osd_jax.make_optimizer(
             options.optimizer,
             options.proj_type,
@@ -94,80 +110,150 @@ def train(options: Options) -> int:
             dimension_numbers=llama.dimension_numbers,
             **training.optimizer_options(options),
         )
-    train_step = make_train_step(
-        config,
-        tx,
-        side=SIDES_BY_PROJ_TYPE[options.proj_type],
-        grad_clipping=options.grad_clipping,
-        remat=options.activation_checkpointing,
-    )
+        train_step = make_train_step(
+            config,
+            tx,
+            side=SIDES_BY_PROJ_TYPE[options.proj_type],
+            grad_clipping=options.grad_clipping,
+            remat=options.activation_checkpointing,
+            mesh=mesh,
+            compress_gradients=options.compress_gradients,
+        )
     eval_step = make_eval_step(config)
 
-    # The state to start from: a checkpoint, Hugging Face weights, or fresh ones.
+    # The state to start from: a checkpoint, Hugging Face weights, or fresh ones. On a mesh it is
+    # made in parts, and never whole on one device.
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def fresh(params: optax.Params) -> TrainState:
-        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), tx)
+        """The state before the first update."""
+        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), tx, mesh)
 
     like = jax.eval_shape(lambda: fresh(llama.init(config, options.seed)))
-    with user_errors():
+    layout = None
+    if mesh:
+        layout = train_state_sharding(tx, like.params, mesh)
+        like = jax.tree.map(
+            lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, layout
+        )
+    start, note = 0, None
+    with processes.together():
         source, steps = training.checkpoints_to_read(options, Checkpoints)
         if steps:
-            restore = functools.partial(source.restore, like=like)
-            start, state, place = training.restore_newest(options, source.directory, steps, restore)
-            batches.set_state(place)
-        else:
-            start, params = 0, llama.load_hf(weights)[1] if weights else None
-    if not steps:
-        state = fresh(params or llama.init(config, options.seed))
-    training.check_not_beyond(options, start, source.directory)
+
+            def restore(step: int) -> Restored:
+                return read_together(processes, lambda: source.restore(step, like))
+
+            start, state, places = training.restore_newest(
+                options, source.directory, steps, restore
+            )
+            batches.set_state(reshard(places, processes.count)[processes.index])
+            training.check_not_beyond(options, start, source.directory)
+            if not is_exact(places, processes.count):
+                note = training.skipped_documents(len(places), processes.count)
+        elif weights:
+            state = fresh(llama.load_hf(weights, layout and layout.params)[1])
+    if not (steps or weights):
+        init = jax.jit(llama.init, static_argnums=0, out_shardings=layout and layout.params)
+        state = fresh(init(config, options.seed))
     micro_batches = training.stacked(batches, options.gradient_accumulation)
-    about = describe(options, config, state, start)
     with (
-        training.claimed(options),
-        training.StopSignal() as stop,
-        RunLog(options, resume_step=start or None) as log,
+        contextlib.ExitStack() as held,
+        training.StopSignal(shows=processes.is_first) as stop,
     ):
+        with processes.together():
+            if processes.is_first:
+                held.enter_context(training.claimed(options))
+        about = describe(options, config, state, mesh, processes, start)
+        log = held.enter_context(
+            RunLog(options, resume_step=start or None, active=processes.is_first)
+        )
         checkpoints = Checkpoints(options.save_path / "checkpoints", options.keep)
         checkpoints.set_aside_after(start)  # damaged, or younger than the one that was asked for
         log.note(about)
+        if note:
+            log.note(note)
 
         def update(measure: bool) -> dict[str, Any]:
             nonlocal state
-            state, metrics = train_step(state, next(micro_batches), jnp.asarray(measure))
+            batch = hosts.global_batch(mesh, next(micro_batches))
+            state, metrics = train_step(state, batch, np.asarray(measure))
             return jax.device_get(metrics)
 
+        def evaluate(batch: training.Batch) -> tuple[Any, Any]:
+            with on(mesh):
+                return eval_step(state.params, hosts.global_batch(mesh, batch))
+
         def save(step: int) -> None:
-            checkpoints.save(step, state, training.extra(options, batches.get_state()))
+            places = processes.gathered(batches.get_state())
+            checkpoints.save(step, state, training.extra(options, places))
+
+        def save_model(directory: Path) -> None:
+            if (whole := gathered(state.params)) is not None:
+                llama.save_hf(directory, config, whole)
 
         trainer = training.Trainer(
             update=update,
-            eval_step=lambda batch: eval_step(state.params, batch),
+            eval_step=evaluate,
             save=save,
             sample=lambda prompt, length: sample(
                 state.params, config, prompt, length=length, seed=options.seed
             ),
-            save_model=lambda directory: llama.save_hf(directory, config, state.params),
+            save_model=save_model,
+            process=process,
+            any_process=processes.any,
         )
         run = (options, data, tokenizer, log, checkpoints, trainer)
         with checkpoints:
             return training.train(*run, start=start, schedule=schedule, stop=stop)
 
 
-def describe(options: Options, config: Any, state: Any, step: int) -> str:
+def read_together(processes: hosts.Processes, read: Callable[[], T]) -> T:
+    """What every process can read; where one finds damage, all do.
+
+    Raises:
+        OSError: on all of them.
+    """
+    found: list[T] = []
+    damage = None
+    try:
+        found.append(read())
+    except OSError as error:
+        damage = str(error)
+    for message in processes.gathered(damage):
+        if message is not None:
+            raise OSError(message)
+    return found[0]
+
+
+def describe(
+    options: Options,
+    config: LlamaConfig,
+    state: TrainState,
+    mesh: Mesh | None,
+    processes: hosts.Processes,
+    step: int,
+) -> str:
     """What is about to run, in a few lines."""
     import jax
 
     from osd_jax import llama
 
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    device = jax.devices()[0].device_kind
+    if mesh:
+        device = f"{mesh.size} x {device} ({hosts.mesh_text(mesh)})"
+    if processes.count > 1:
+        device += f" in {processes.count} processes"
     return training.describe(
         options,
         parameters=llama.num_parameters(config),
         dtype=str(state.params["embedding"].dtype),
-        device=jax.devices()[0].device_kind,
+        device=device,
         state_bytes=size(state.opt_state),
         weight_bytes=size(state.params),
+        bytes_on_each=on_one if mesh else None,
         step=step,
     )
 

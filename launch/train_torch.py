@@ -24,7 +24,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from launch import training
-from launch.options import Options, UsageError, run_cli, user_errors
+from launch.options import Options, UsageError, run_cli
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
     try:
         options = Options.parse(argv, prog="train_torch.py").check(processes=process_count())
+        refuse_jax_only(options)
         training.set_up_logging(shows=process_index() == 0)
         with processes(options) as device:
             return train(options, device)
@@ -48,6 +49,29 @@ def main(argv: Sequence[str]) -> int:
         if process_index():
             time.sleep(SECONDS_TO_BE_STOPPED)
         raise
+
+
+def refuse_jax_only(options: Options) -> None:
+    """Refuses what only the JAX trainer does, with the reason, and what PyTorch cannot combine.
+
+    Raises:
+        UsageError: such an option is given.
+    """
+    meets = "torchrun brings the processes together (--nnodes, --rdzv_endpoint)"
+    reasons = {
+        "mesh": "PyTorch has one device a process, and shares weights out by --fsdp",
+        "coordinator_address": meets,
+        "num_processes": meets,
+        "process_id": meets,
+    }
+    for name, reason in reasons.items():
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_jax")
+    if options.fsdp and options.per_layer:
+        raise UsageError(
+            "--fsdp: it makes the gradients of a whole layer at a time, which --per_layer and "
+            "the *_per_layer optimizers do not wait for; use one of the two"
+        )
 
 
 def process_count() -> int:
@@ -213,10 +237,7 @@ def train(options: Options, device: torch.device) -> int:
             batches.set_state(reshard(places, world)[rank])
             training.check_not_beyond(options, start, source.directory)
             if not is_exact(places, world):
-                note = (
-                    f"{len(places)} processes trained until here and now {world} do: a few "
-                    "documents are skipped, and none comes twice"
-                )
+                note = training.skipped_documents(len(places), world)
     micro_batches = training.stacked(batches, options.gradient_accumulation)
     done = start
     with (
@@ -261,37 +282,9 @@ def train(options: Options, device: torch.device) -> int:
         return training.train(*run, start=start, schedule=schedule, stop=stop)
 
 
-@contextlib.contextmanager
-def together(in_turn: bool = False) -> Iterator[None]:
-    """What is the user's mistake in one process ends all of them, with the same message.
-
-    A ValueError or OSError inside becomes a `UsageError`, as in `user_errors`.
-
-    Args:
-        in_turn: The first process goes first; the others wait, and find what it has prepared.
-
-    Raises:
-        UsageError: in this process or in another one.
-    """
-    waits = in_turn and process_index() > 0
-    if waits:
-        raise_together(None)
-    mistake = None
-    try:
-        with user_errors():
-            yield
-    except UsageError as error:
-        mistake = str(error)
-    raise_together(mistake)
-    if in_turn and not waits:
-        raise_together(None)  # for the others
-
-
-def raise_together(mistake: str | None) -> None:
-    """Raises the first mistake of any process, in all."""
-    for message in gathered(mistake):
-        if message is not None:
-            raise UsageError(message)
+def together(in_turn: bool = False) -> contextlib.AbstractContextManager[None]:
+    """What is the user's mistake in one process ends all; see `training.together`."""
+    return training.together(gathered, process_index() == 0, in_turn)
 
 
 def any_process(flag: bool) -> bool:

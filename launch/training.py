@@ -87,6 +87,41 @@ def set_up_logging(shows: bool = True) -> None:
     logging.getLogger("launch").setLevel(logging.INFO if shows else logging.ERROR)
 
 
+@contextlib.contextmanager
+def together(
+    gathered: Callable[[Any], list[Any]], is_first: bool, in_turn: bool = False
+) -> Iterator[None]:
+    """What is the user's mistake in one process ends all of them, with the same message.
+
+    A ValueError or OSError inside becomes a `UsageError`, as in `user_errors`.
+
+    Args:
+        gathered: What one process has -> what each has, in order.
+        is_first: Whether this is the first process.
+        in_turn: The first process goes first; the others wait, and find what it has prepared.
+
+    Raises:
+        UsageError: in this process or in another one.
+    """
+
+    def raise_together(mistake: str | None) -> None:
+        for message in gathered(mistake):
+            if message is not None:
+                raise UsageError(message)
+
+    if in_turn and not is_first:
+        raise_together(None)
+    mistake = None
+    try:
+        with user_errors():
+            yield
+    except UsageError as error:
+        mistake = str(error)
+    raise_together(mistake)
+    if in_turn and is_first:
+        raise_together(None)  # for the others
+
+
 # ------------------------------------------------------------------------------- the loop
 
 
@@ -391,6 +426,14 @@ def restore_newest(
     )
 
 
+def skipped_documents(before: int, now: int) -> str:
+    """What to say where `launch.data.reshard` is not exact."""
+    return (
+        f"{before} processes trained until here and now {now} do: a few documents are skipped, "
+        "and none comes twice"
+    )
+
+
 def check_not_beyond(options: Options, start: int, directory: Path) -> None:
     """Refuses to go on from a checkpoint that is beyond the run's end.
 
@@ -458,20 +501,26 @@ def describe(
     device: str,
     weight_bytes: int,
     state_bytes: int | None = None,
+    bytes_on_each: int | None = None,
     step: int,
 ) -> str:
-    """What is about to run, in a few lines; `state_bytes` is left out where it is not yet known."""
+    """What is about to run, in a few lines.
+
+    `state_bytes` is left out where it is not yet known, and what each device holds of both where
+    there is one.
+    """
     state = "" if state_bytes is None else f"{optimizer_state(state_bytes)}, "
     start = f"going on from step {step:,}" if step else "from the start"
     method = f"{options.optimizer}, {options.proj_type}, rank {options.rank}"
     if options.optimizer in FULL_RANK:
         method = f"{options.optimizer}, full rank"
+    share = "" if bytes_on_each is None else f", on each device {bytes_on_each / 2**20:,.1f} MiB"
     changed = changed_options(options) if step else []
     return (
         f"{Path(options.model_config).stem}: {parameters / 1e6:.1f} M parameters ({dtype}) on "
         f"{device}, {start}\n"
         f"{method}: {state}"
-        f"weights {weight_bytes / 2**20:,.1f} MiB\n"
+        f"weights {weight_bytes / 2**20:,.1f} MiB{share}\n"
         f"{options.num_training_steps:,} updates of {options.tokens_per_update:,} tokens; the run "
         f"is kept in {options.path}"
     ) + "".join(f"\nchanged since it began: {change}" for change in changed)
@@ -481,7 +530,8 @@ def changed_options(options: Options) -> list[str]:
     """What differs from the options that the run was begun with: "--lr 0.01 -> 0.005"."""
     kept = (options.kept_record() or {}).get("options", {})
     now = dataclasses.asdict(options)
-    ways = ("resume", "overwrite", "continue_from")  # to start, which say nothing of the run itself
+    # How it is started, which says nothing of the run itself.
+    ways = ("resume", "overwrite", "continue_from", "coordinator_address", "process_id")
     return [
         f"--{name} {old} -> {now[name]}"
         for name, old in kept.items()

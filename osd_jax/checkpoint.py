@@ -1,7 +1,9 @@
 """Save and restore everything that a run needs to go on as if it had not stopped.
 
 Orbax writes each checkpoint into a temporary directory and renames it when it is complete, so a run
-that is killed while saving goes on from the checkpoint before.
+that is killed while saving goes on from the checkpoint before. Of several processes each writes its
+part of the arrays into the same directory, which all have to see; all of them make the same calls.
+A checkpoint can be read by another number of devices or processes than wrote it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from osd_jax.train import TrainState
 
@@ -84,15 +88,16 @@ class Checkpoints:
 
         Args:
           step: Which.
-          like: A state of the same structure, shapes, dtypes and shardings; arrays or
-            `jax.ShapeDtypeStruct`.
+          like: A state of the same structure, shapes and dtypes; arrays or
+            `jax.ShapeDtypeStruct`. It is laid out as these are, on the first device where they
+            name no sharding, whatever it was laid out on when it was saved.
 
         Raises:
           ValueError: if the checkpoint holds another structure, other shapes or dtypes: it is of
             another model or optimizer.
           OSError: if it is damaged.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(_with_sharding, like)
         with self._reading(step):
             saved = self._manager.item_metadata(step)["state"].tree
         self._check_alike(step, saved, abstract)
@@ -145,11 +150,14 @@ class Checkpoints:
         """
         if not self.directory.is_dir():
             return
-        for path in self.directory.iterdir():
-            if path.name.isdigit() and int(path.name) > step:
-                aside = path.with_name(f"{path.name}.set-aside")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+        if jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                if path.name.isdigit() and int(path.name) > step:
+                    aside = path.with_name(f"{path.name}.set-aside")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -176,5 +184,54 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # A save is complete when all processes have written. After an error they may be gone.
+        if kind is None or jax.process_count() == 1:
+            self._manager.close()
+
+
+def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:
+    x = ocp.utils.to_shape_dtype_struct(x)
+    if x.sharding is not None:
+        return x
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first)
+
+
+def gathered(tree: Any) -> Any:
+    """Arrays that may be spread over several processes, whole, for the first one to write.
+
+    A layer at a time, where an array has an axis of layers: a device then holds no more than one
+    layer whole. All processes call it together.
+
+    Args:
+      tree: A pytree of arrays, each with three axes or more where the first is of layers.
+
+    Returns:
+      The tree of NumPy arrays on the first process, None on the others.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> gathered({"w": jnp.arange(3)})
+      {'w': array([0, 1, 2], dtype=int32)}
+    """
+    is_first = jax.process_index() == 0
+
+    def whole(array: jax.Array) -> np.ndarray | None:
+        if array.is_fully_addressable:
+            return np.asarray(array) if is_first else None
+        assert isinstance(array.sharding, jax.sharding.NamedSharding)
+        everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        if array.ndim < 3:
+            copy = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+            return np.asarray(copy) if is_first else None
+        layer = jax.jit(lambda x, index: x[index], out_shardings=everywhere)
+        found = np.empty(array.shape, array.dtype) if is_first else None
+        for index in range(array.shape[0]):
+            copy = layer(array, np.int32(index))
+            if found is not None:
+                found[index] = np.asarray(copy)
+        return found
+
+    found = jax.tree.map(whole, tree)
+    return found if is_first else None

@@ -637,10 +637,17 @@ _LAYER_NAMES = {
 _TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
-def load_hf(directory: str | os.PathLike[str]) -> tuple[LlamaConfig, Params]:
+def load_hf(
+    directory: str | os.PathLike[str], shardings: Params | None = None
+) -> tuple[LlamaConfig, Params]:
     """Reads a LLaMA that transformers saved: `config.json` and safetensors, whole or in shards.
 
     Weights keep the dtype of the file.
+
+    Args:
+        directory: of the model.
+        shardings: for each parameter the `jax.sharding.Sharding` to lay it out by: each device is
+            then given its own part only. None: all on the default device.
 
     Raises:
         OSError: a file is missing or cannot be read.
@@ -678,7 +685,11 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LlamaConfig, Params]:
                 )
             return tensor
 
-        def load(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
+        def load(
+            path: tuple[Any, ...],
+            spec: jax.ShapeDtypeStruct,
+            sharding: jax.sharding.Sharding | None = None,
+        ) -> jax.Array:
             key = _key(path)
             names, stacked = _hf_names(key, spec), key.startswith("layers/")
             shape = spec.shape[stacked:]
@@ -686,9 +697,13 @@ def load_hf(directory: str | os.PathLike[str]) -> tuple[LlamaConfig, Params]:
                 tensors = [read(name, shape[::-1]).T for name in names]
             else:
                 tensors = [read(name, shape) for name in names]
-            return jnp.asarray(np.stack(tensors) if stacked else tensors[0])
+            whole = np.stack(tensors) if stacked else tensors[0]
+            if sharding is None:
+                return jnp.asarray(whole)
+            return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
-        return config, jax.tree_util.tree_map_with_path(load, specs)
+        layout = () if shardings is None else (shardings,)
+        return config, jax.tree_util.tree_map_with_path(load, specs, *layout)
 
 
 def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:

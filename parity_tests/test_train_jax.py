@@ -181,8 +181,8 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "per layer": ({"optimizer": "galore_adamw_per_layer"}, r"use galore_adamw$"),
         "what torch alone does": (
-            {"fsdp": True},
-            r"--fsdp: the JAX side runs on one device yet; .*or use launch\.train_torch",
+            {"compile": True},
+            r"--compile: the JAX side compiles always; .*or use launch\.train_torch",
         ),
     }
 

@@ -552,6 +552,11 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
             {"compress_gradients": True, "fsdp": True},
             r"--compress_gradients: --fsdp reduces .*use one of the two",
         ),
+        "what JAX alone does": (
+            {"mesh": "data=2"},
+            r"--mesh: PyTorch has one device a process.*or use launch\.train_jax",
+        ),
+        "JAX's processes": ({"process_id": 0}, r"--process_id: torchrun brings"),
         "nothing to compress": (
             {"compress_gradients": True, "optimizer": "adamw"},
             r"--compress_gradients: only a galore_\* optimizer takes it",

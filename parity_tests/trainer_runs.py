@@ -109,6 +109,7 @@ class Home:
             "sample_tokens": 12,
             "run_dir": self.path / "runs",
             "name": name,
+            "single_gpu": "mesh" not in changes or None,  # JAX has 8 devices in the tests
         }
         values |= changes
         if values["optimizer"] in FULL_RANK:

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A published run on GPUs of several machines, as a SLURM job. From the project's root, which all
+# machines have to see:  sbatch --nodes=2 launch/recipes/slurm.sh SIZE [more flags]
+# SIZE is 60m, 130m, 350m, 1b or 7b. The same command goes on after an interruption.
+#
+# One task a GPU, each of which sees all GPUs of its machine and takes its own: JAX numbers them by
+# the task. So not --gpus-per-task, which hides the others.
+#SBATCH --job-name=osd
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --output=%x-%j.txt
+# Five minutes before the end of its time every task is told to stop, and saves a checkpoint.
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/../..}"
+. launch/_setup.sh
+. launch/recipes/_published.sh
+
+published "${1:-}" "${SLURM_NTASKS:?start it by sbatch}"
+shift
+case ${flags[*]} in
+*llama_1b* | *llama_7b*) flags+=(--fsdp) ;;
+esac
+[ -n "${DRY_RUN:-}" ] || set_up jax train cuda
+run srun .venv/bin/python -m launch.train_jax "${flags[@]}" "$@"
