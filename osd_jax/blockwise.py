@@ -265,3 +265,74 @@ def quantize_state(
         return new, compress(state, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def slice_by_slice(
+    tx: optax.GradientTransformation, max_size: int
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `tx` on large arrays one slice after the other, so that its copies are a slice's.
+
+    Reading 8-bit moments back makes several float32 copies of an array, which for an embedding of
+    131 M numbers would be the largest arrays of a training step. Slices are of the first axis, the
+    rows of a matrix or the layers of a stack, which should not be sharded.
+
+    Args:
+      tx: A rule that treats every row on its own, and needs no parameters. Its state is a tuple of
+        scalars and of trees like the parameters.
+      max_size: Numbers in a slice, at most, where the axis divides so.
+    """
+
+    def number_of_slices(x: jax.Array) -> int:
+        if x.size <= max_size or x.ndim < 2:
+            return 1
+        if x.ndim > 2:
+            return x.shape[0]
+        wanted = -(-x.size // max_size)
+        return next((c for c in range(wanted, x.shape[0]) if x.shape[0] % c == 0), 1)
+
+    def split(x: jax.Array, count: int) -> jax.Array:
+        return x if x.ndim > 2 else x.reshape(count, x.shape[0] // count, -1)
+
+    def one(x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """The update of one array, and its own part of the state."""
+        count = number_of_slices(x)
+        if count == 1:
+            return tx.update(x, state)
+        scalars, moments = jax.tree.map(lambda m: m.ndim == 0, state), jax.tree.leaves(state)
+
+        def step(x_and_moments: Any) -> Any:
+            x, moments = x_and_moments
+            return tx.update(x, jax.tree.unflatten(jax.tree.structure(state), moments))
+
+        spread = [jnp.broadcast_to(m, count) if m.ndim == 0 else split(m, count) for m in moments]
+        update, new = jax.lax.map(step, (split(x, count), spread))
+        join = lambda m: m.reshape(-1, m.shape[-1]) if x.ndim == 2 else m
+        return join(update), jax.tree.map(lambda m, one: m[0] if one else join(m), new, scalars)
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        leaves = jax.tree.leaves(updates)
+        tree: Any = jax.tree.structure(updates)
+        is_scalar = [isinstance(field, jax.Array) and field.ndim == 0 for field in state]
+        of_leaf = [
+            [field] * len(leaves) if scalar else tree.flatten_up_to(field)
+            for field, scalar in zip(state, is_scalar, strict=True)
+        ]
+        kind = type(state)
+        found = [one(x, kind(*own)) for x, *own in zip(leaves, *of_leaf, strict=True)]
+        if not found:
+            return updates, state
+        joined = [
+            parts[0] if scalar else jax.tree.unflatten(tree, parts)
+            for parts, scalar in zip(
+                zip(*(new for _, new in found), strict=True), is_scalar, strict=True
+            )
+        ]
+        return jax.tree.unflatten(tree, [update for update, _ in found]), kind(*joined)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)

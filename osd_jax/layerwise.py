@@ -34,10 +34,17 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
-from osd_jax.optimizers import skipped_steps
 from osd_jax.projectors import accumulator_dtype
 from osd_jax.subspace import Side, SubspaceTransformation, all_finite, in_parts
-from osd_jax.train import Batch, Metrics, TrainState, TrainStep, clipping_factor, measured
+from osd_jax.train import (
+    Batch,
+    Metrics,
+    TrainState,
+    TrainStep,
+    clipping_factor,
+    measured,
+    skipped_metrics,
+)
 
 Key = tuple[str, ...]  # the keys of one parameter, from the root
 Visit = Callable[["_Layers", jax.Array, dict[Key, jax.Array]], tuple["_Layers", Any]]
@@ -416,12 +423,10 @@ def make_layerwise_train_step(
             params, opt_state, loss, norm, found = at_once(state, one, measure)
         else:
             params, opt_state, loss, norm, found = after_all(state, batch, measure)
-        skipped, in_a_row = skipped_steps(opt_state)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
-            "skipped": skipped,
-            "skipped_in_a_row": in_a_row,
+            **skipped_metrics(opt_state),
             **jax.tree.map(jnp.mean, found),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.blockwise import quantize_state
+from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
 from osd_jax.projectors import (
     PROJECTOR_INITS,
     Projector,
@@ -94,6 +94,7 @@ def make_optimizer(
     move_projector: str = "after",
     basis_dtype: jax.typing.DTypeLike | None = None,
     projector_init: str = "svd",
+    slice_size: int | None = None,
 ) -> SubspaceTransformation:
     """Builds an optimizer by its published name.
 
@@ -129,6 +130,9 @@ def make_optimizer(
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
       projector_init: How online PCA finds its first P: by "svd", or by "qr", for TPUs, where an SVD
         compiles for minutes.
+      slice_size: Numbers of an array in 8-bit state that a step reads back at once; see
+        `osd_jax.blockwise.slice_by_slice`. For one device: an embedding's first axis should not be
+        sharded. None: all of them.
 
     Returns:
       An Optax transformation whose updates are added to the parameters. It needs `params` in
@@ -156,6 +160,10 @@ def make_optimizer(
     _check_choice("lion_sign", lion_sign, LION_SIGNS)
     _check_choice("move_projector", move_projector, MOVE_PROJECTOR)
     _check_choice("projector_init", projector_init, PROJECTOR_INITS)
+    if slice_size is not None and (type(slice_size) is not int or slice_size < MIN_SIZE):
+        raise ValueError(
+            f"slice_size is {slice_size!r}: expected None, or a whole number of at least {MIN_SIZE}"
+        )
     check_rank(rank)
     if type(update_proj_gap) is not int or update_proj_gap < 1:
         raise ValueError(
@@ -196,10 +204,10 @@ def make_optimizer(
     as_matrices = lambda tx: on_matrices(tx, dimension_numbers)
 
     if optimizer in FULL_RANK_OPTIMIZERS:
-        tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices)
+        tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices, slice_size)
         return in_parts(_guarded(in_float32(tx), projects=False), None)
 
-    rule = _subspace_rule(optimizer, lr, beta1, lion_sign)
+    rule = _subspace_rule(optimizer, lr, beta1, lion_sign, slice_size)
     projector = _projector(
         proj_type,
         every=update_proj_gap,
@@ -226,29 +234,33 @@ def make_optimizer(
         widen_updates=True,
     )
     labels = _labels(select or is_attention_or_mlp, dimension_numbers)
-    full_rank = as_matrices(rule.low_rank) if rule.reads_matrices else rule.low_rank
-    transforms = {"subspace": subspace, "full": in_float32(full_rank)}
+    full_rank = (as_matrices if rule.reads_matrices else in_float32)(rule.low_rank)
+    transforms = {"subspace": subspace, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
     return in_parts(_guarded(tx, projects=True), subspace)
 
 
 class _Rule(NamedTuple):
-    """A rule of W: its half inside the subspace, and what follows the lift."""
+    """A rule of W: its half inside the subspace, and what follows the lift.
+
+    One that reads its last two axes as a matrix runs in float32 by itself.
+    """
 
     low_rank: optax.GradientTransformation
     finish: Callable[[float], optax.GradientTransformation]
     reads_matrices: bool = False
 
 
-def _subspace_rule(optimizer: str, lr: Schedule, beta1: float | None, lion_sign: str) -> _Rule:
+def _subspace_rule(
+    optimizer: str, lr: Schedule, beta1: float | None, lion_sign: str, slice_size: int | None
+) -> _Rule:
     descend = optax.scale_by_learning_rate(lr)
     decay_after = lambda decay: optax.chain(descend, decay_after_update(decay, lr))
     match optimizer:
         case "galore_adamw":
             return _Rule(scale_by_adam_uncorrected_eps(), decay_after)
         case "galore_adamw8bit":
-            adam8bit = quantize_state(optax.scale_by_adam())
-            return _Rule(adam8bit, decay_after, reads_matrices=True)
+            return _Rule(_scale_by_adam_8bit(slice_size), decay_after, reads_matrices=True)
         case "galore_lion" if lion_sign == "subspace":
             return _Rule(optax.scale_by_lion(), decay_after)
         case "galore_lion":
@@ -259,8 +271,14 @@ def _subspace_rule(optimizer: str, lr: Schedule, beta1: float | None, lion_sign:
             decay_before = lambda decay: optax.chain(
                 optax.scale(-1.0), decay_before_update(decay, lr)
             )
-            return _Rule(scale_by_adafactor(lr, beta1), decay_before, reads_matrices=True)
+            rule = in_float32(scale_by_adafactor(lr, beta1))
+            return _Rule(rule, decay_before, reads_matrices=True)
     raise AssertionError(optimizer)
+
+
+def _scale_by_adam_8bit(slice_size: int | None) -> optax.GradientTransformation:
+    tx = in_float32(quantize_state(optax.scale_by_adam()))
+    return tx if slice_size is None else slice_by_slice(tx, slice_size)
 
 
 def _full_rank(
@@ -269,6 +287,7 @@ def _full_rank(
     weight_decay: float,
     beta1: float | None,
     as_matrices: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    slice_size: int | None,
 ) -> optax.GradientTransformation:
     descend = optax.scale_by_learning_rate(lr)
     l2 = optax.identity() if known_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
@@ -283,7 +302,7 @@ def _full_rank(
             rule = as_matrices(scale_by_adafactor(lr, beta1))
             return optax.chain(rule, optax.scale(-1.0), decay_before_update(weight_decay, lr))
         case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
-            return optax.chain(as_matrices(quantize_state(optax.scale_by_adam())), l2, descend)
+            return optax.chain(as_matrices(_scale_by_adam_8bit(slice_size)), l2, descend)
         case "sgd":
             return optax.chain(l2, descend)
     raise AssertionError(optimizer)
@@ -303,7 +322,7 @@ def _projector(
         return random(every) if proj_type == "random" else svd(every)
     rules: dict[str, tuple[Callable[[], optax.GradientTransformation], float]] = {
         "continuous": (optax.scale_by_adam, 0.01),
-        "continuous_adam8bit": (lambda: quantize_state(optax.scale_by_adam()), 0.0),
+        "continuous_adam8bit": (lambda: _scale_by_adam_8bit(None), 0.0),
         "continuous_lion": (optax.scale_by_lion, 0.0),
         "continuous_adafactor": (
             lambda: optax.chain(scale_by_factored_second_moment(), clip_by_matrix_rms()),
@@ -374,8 +393,8 @@ def _guarded(
     def init(params: optax.Params) -> optax.OptState:
         jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
         state = tx.init(params)
-        if projects and not projectors(state):
-            names = list(by_name(params))
+        names = list(by_name(params))
+        if projects and names and not projectors(state):
             warnings.warn(
                 f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
                 "is trained at full rank. select= says which to project, dimension_numbers= what "

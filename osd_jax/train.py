@@ -17,13 +17,20 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from osd_jax import llama
-from osd_jax.accumulation import check_sketch_suffices, scaled, squared_norm_held
+from osd_jax.accumulation import (
+    check_sketch_suffices,
+    hold,
+    nothing_held,
+    scaled,
+    squared_norm_held,
+)
 from osd_jax.optimizers import skipped_steps
 from osd_jax.projectors import Reduce, accumulator_dtype
 from osd_jax.sharding import on, train_state_sharding
-from osd_jax.subspace import Side, subspace_diagnostics
+from osd_jax.subspace import Side, SubspaceTransformation, in_parts, subspace_diagnostics
 
 Metrics = dict[str, jax.Array]
+ACCUMULATE = ("gradients", "sketches")
 
 
 class TrainState(NamedTuple):
@@ -131,6 +138,7 @@ def make_train_step(
     side: Side = "shorter",
     grad_clipping: float = 0.0,
     remat: bool = False,
+    accumulate: str = "gradients",
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
 ) -> TrainStep:
@@ -142,6 +150,9 @@ def make_train_step(
       side: The side that its projectors act on.
       grad_clipping: Largest norm of the whole gradient; 0 does not clip.
       remat: Keep only each layer's input for the backward pass.
+      accumulate: What micro-batches add up to: "gradients", exactly, or "sketches" of those that
+        are projected, which take (p + q) r numbers a matrix in place of p q; see
+        `osd_jax.accumulation`. Where there are several, what is clipped is then what is applied.
       mesh: From `make_mesh`, for a state laid out by `train_state_sharding`, which the new state is
         too, and batches by `batch_sharding`.
       compress_gradients: Gradients of projected weights stay on the members of the mesh's `data`
@@ -152,8 +163,8 @@ def make_train_step(
         where the `data` axis has one member.
 
     Raises:
-      ValueError: for `compress_gradients` without a mesh, or with an optimizer that reads more of
-        a gradient than its sketch.
+      ValueError: for an unknown `accumulate`, an optimizer whose sketches do not suffice, or
+        `compress_gradients` without a mesh or with accumulated sketches.
 
     Returns:
       A function (state, batch, measure) -> (state, metrics).
@@ -171,12 +182,16 @@ def make_train_step(
       gradient's squared norm that P captures, and "orthonormality/KIND",
       `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind such as "attention/query".
     """
-    if compress_gradients:
-        if mesh is None:
-            raise ValueError(
-                "compress_gradients reduces sketches over a mesh's data axis: give mesh"
-            )
-        check_sketch_suffices(tx)
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"accumulate is {accumulate!r}: expected one of {', '.join(ACCUMULATE)}")
+    parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
+    if accumulate == "sketches" or compress_gradients:
+        check_sketch_suffices(parted)
+    if compress_gradients and (mesh is None or accumulate == "sketches"):
+        raise ValueError(
+            "compress_gradients reduces sketches over a mesh's data axis, of whole gradients: give "
+            "mesh, and accumulate='gradients'"
+        )
 
     def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
@@ -237,21 +252,44 @@ def make_train_step(
         updates, opt_state = tx.apply(sketches, opt_state, state.params)
         return loss, norm, updates, opt_state, found
 
+    def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
+        """The update from the mean of the micro-batches' sketches."""
+        params = state.params
+        tokens = jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
+
+        def add(carry: Any, number_and_micro: Any) -> Any:
+            (held, opt_state), (number, micro) = carry, number_and_micro
+            loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
+            factor = jnp.where(jnp.isfinite(loss), 1 / jnp.maximum(count, 1), jnp.nan)
+            grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
+            opt_state = parted.refresh(grads, opt_state, number == 0)
+            held = hold(held, parted.project(grads, opt_state), count / tokens)
+            return (held, opt_state), (loss, measured(measure, grads, opt_state, side))
+
+        start = (nothing_held(parted, params, state.opt_state), state.opt_state)
+        numbers = jnp.arange(batch["tokens"].shape[0])
+        (held, opt_state), (losses, found) = jax.lax.scan(add, start, (numbers, batch))
+        norm = jnp.sqrt(squared_norm_held(held))
+        held = scaled(held, clipping_factor(norm, grad_clipping))
+        updates, opt_state = parted.apply(held, opt_state, params)
+        found = jax.tree.map(jnp.mean, found)
+        return jnp.sum(losses) / tokens, norm, updates, opt_state, found
+
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
     ) -> tuple[TrainState, Metrics]:
         alone = mesh is None or mesh.shape["data"] == 1
         step = by_sketches if compress_gradients and not alone else by_gradients
+        if accumulate == "sketches" and batch["tokens"].shape[0] > 1:
+            step = of_micro_batches
         with on(mesh):
             loss, norm, updates, opt_state, found = step(state, batch, measure)
         params = optax.apply_updates(state.params, updates)
-        skipped, in_a_row = skipped_steps(opt_state)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
-            "skipped": skipped,
-            "skipped_in_a_row": in_a_row,
+            **skipped_metrics(opt_state),
             **found,
         }
         state = TrainState(state.step + 1, params, opt_state)
@@ -261,6 +299,12 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def skipped_metrics(opt_state: optax.OptState) -> Metrics:
+    """The train step's "skipped" and "skipped_in_a_row"."""
+    total, in_a_row = skipped_steps(opt_state)
+    return {"skipped": total, "skipped_in_a_row": in_a_row}
 
 
 def _factor(loss: jax.Array, count: jax.Array) -> jax.Array:

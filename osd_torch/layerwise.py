@@ -14,6 +14,10 @@ the one step. Either way a gradient of a projected parameter is gone when its ho
 Parameters that are not projected have no sketch: where the step waits, their gradients wait with
 it, so that a full-rank optimizer saves nothing there.
 
+Where the step waits, a gradient that is not finite skips the whole update. Inside the backward
+pass it skips the parameters that have one; those whose gradients are finite take their steps, as
+the earlier ones have done by then. Either way it counts as one skipped step.
+
 What a sum of sketches is and is not: `SubspaceOptimizer.accumulate`. The learning rate must be set
 before the update's first backward pass. A compiled backward pass hands over all gradients of its
 graph at once: compile layer by layer, or the whole model's gradients live together.
@@ -23,6 +27,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +40,7 @@ from osd_torch.subspace import (
     check_sketch_suffices,
     clip_,
     is_sketched,
+    name_of,
 )
 
 # A second set of hooks would look for gradients that the first has taken.
@@ -47,7 +54,7 @@ class LayerwiseUpdates:
     hooks reduce over the processes.
 
     Args:
-        optimizer: Any; its parameters are hooked.
+        optimizer: Any, with no gradients; its parameters are hooked, those that are frozen now too.
         micro_batches: Backward passes to an update.
         grad_clipping: The largest norm of what is applied (`clip_`); 0: none.
         reduce: The mean over processes, where each has gradients of its own and the model is not in
@@ -58,9 +65,9 @@ class LayerwiseUpdates:
             of the tokens; 1 / micro_batches unless it is set, before the backward pass.
 
     Raises:
-        ValueError: for an argument out of range, parameters that are DTensors, a projector that
-            needs the gradient itself where the step has to wait, or an optimizer that another
-            `LayerwiseUpdates` updates.
+        ValueError: for an argument out of range, parameters that are DTensors or have a gradient, a
+            projector that needs the gradient itself where the step has to wait, or an optimizer
+            that another `LayerwiseUpdates` updates.
 
     Example:
         >>> import torch, osd_torch
@@ -83,7 +90,17 @@ class LayerwiseUpdates:
         grad_clipping: float = 0.0,
         reduce: Reduce | None = None,
     ) -> None:
-        if not isinstance(micro_batches, int) or micro_batches < 1:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__}: expected a torch.optim.Optimizer"
+            )
+        if reduce is not None and not callable(reduce):
+            raise ValueError(
+                f"reduce is {reduce!r}: expected a function of a tensor, such as "
+                "osd_torch.mean_over_processes(), or None"
+            )
+        is_whole = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
+        if not is_whole or micro_batches < 1:
             raise ValueError(
                 f"micro_batches is {micro_batches!r}: expected a whole number of at least 1"
             )
@@ -99,7 +116,15 @@ class LayerwiseUpdates:
                 "the optimizer is updated layer by layer already: close() the LayerwiseUpdates "
                 "that does so, and then make another"
             )
+        held = optimizer.held if isinstance(optimizer, SubspaceOptimizer) else {}
+        left = next((param for param in params if param.grad is not None or param in held), None)
+        if left is not None:
+            raise ValueError(
+                f"parameter '{name_of(optimizer, left)}' has a gradient already, or a sketch of "
+                "one, which the first update would take in: call zero_grad() before"
+            )
         self.optimizer = optimizer
+        self.micro_batches = micro_batches
         self.grad_clipping = grad_clipping
         self.waits = micro_batches > 1 or grad_clipping > 0
         self.share = 1 / micro_batches
@@ -113,11 +138,11 @@ class LayerwiseUpdates:
             self._reduce = reduce
         self._norms: list[Tensor] = []
         self._skipped_before: tuple[int, int] | None = None
+        self._passes: dict[Tensor, int] = {}  # of this update, that reached a parameter
         self._handles = [
-            param.register_post_accumulate_grad_hook(functools.partial(self._hook, i))
+            hooked(param, functools.partial(self._hook, i))
             for i, group in enumerate(optimizer.param_groups)
             for param in group["params"]
-            if param.requires_grad
         ]
         _UPDATED.add(optimizer)
 
@@ -126,7 +151,17 @@ class LayerwiseUpdates:
 
         Returns:
             The norm before clipping, 0-dimensional: of R for projected parameters, of G for others.
+
+        Raises:
+            RuntimeError: after another number of backward passes than `micro_batches`.
         """
+        passes = max(self._passes.values(), default=0)
+        if passes != self.micro_batches:
+            raise RuntimeError(
+                f"finish() after {passes} of the update's {self.micro_batches} backward passes "
+                "(micro_batches): do those that are left, or drop() what was begun"
+            )
+        self._passes.clear()
         if self.waits:
             self._reduce_gradients()
             norm = clip_(self.optimizer, self.grad_clipping)
@@ -138,6 +173,16 @@ class LayerwiseUpdates:
         if not norms:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    def drop(self) -> None:
+        """Drops an update that was begun, so that the next backward pass begins another.
+
+        What was stepped inside the backward pass stays.
+        """
+        self.optimizer.zero_grad()
+        self._passes.clear()
+        self._norms.clear()
+        self._count_once()
 
     def close(self) -> None:
         """Removes the hooks. An update that was begun is dropped by `optimizer.zero_grad()`."""
@@ -155,17 +200,37 @@ class LayerwiseUpdates:
 
     @torch.no_grad()
     def _hook(self, group_index: int, param: Tensor) -> None:
+        passes = self._passes.get(param, 0)
+        if passes == self.micro_batches:
+            raise RuntimeError(
+                f"parameter '{name_of(self.optimizer, param)}' has its gradient {passes + 1} times "
+                f"in an update of {passes} backward passes (micro_batches): call finish() after "
+                "each update, and checkpoint activations with use_reentrant=False"
+            )
+        self._passes[param] = passes + 1
         group = self.optimizer.param_groups[group_index]
         if isinstance(self.optimizer, SubspaceOptimizer) and is_sketched(self.optimizer, group):
             self.optimizer.accumulate(param, self.share if self.waits else 1.0)
         if self.waits:
             return
+        self._refuse_gradients_beside(param)
         if self._skipped_before is None:
             self._skipped_before = self._counts()
         self._reduce_gradients()
         self._norms.append(clip_(self.optimizer, 0))
         self.optimizer.step()
         param.grad = None
+
+    def _refuse_gradients_beside(self, param: Tensor) -> None:
+        """Raises where the step of this parameter would step another one, too, without a hook."""
+        for group in self.optimizer.param_groups:
+            for other in group["params"]:
+                if other is not param and other.grad is not None:
+                    raise RuntimeError(
+                        f"parameter '{name_of(self.optimizer, other)}' has a gradient that no hook "
+                        "has taken: make LayerwiseUpdates when all parameters are in the "
+                        "optimizer, and leave grad to it"
+                    )
 
     def _reduce_gradients(self) -> None:
         """For an optimizer that does not do it itself."""
@@ -188,3 +253,12 @@ class LayerwiseUpdates:
         group = self.optimizer.param_groups[0]
         if "skipped_steps" in group:  # else it does not count
             group["skipped_steps"] = (total + 1, in_a_row + 1) if total_now > total else (total, 0)
+
+
+def hooked(param: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """The handle of a hook on a parameter's gradient; a frozen parameter has it when it is not."""
+    is_trained = param.requires_grad
+    param.requires_grad_(True)  # torch hooks no other
+    handle = param.register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(is_trained)
+    return handle

@@ -7,6 +7,7 @@ projector that moves P; decoupled weight decay.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -92,6 +93,9 @@ class PublishedOptimizer(SubspaceOptimizer):
         basis_dtype             dtype of P; None: float32, float64 for float64 parameters (None)
         seed                    of `random` (0)
 
+    A key that is close to one of an optimizer's, and none, is taken for a mistake; others stay, for
+    whoever put them there.
+
     The peak of lr is `max_lr` (set by `OneCycleLR`), or else `initial_lr` (set by PyTorch's other
     schedulers), or else lr as the group was added.
     """
@@ -101,6 +105,7 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
+        check_spelling(group, self.defaults)
         super().check_group(group)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("move_projector", group["move_projector"], get_args(MoveProjector))
@@ -108,6 +113,7 @@ class PublishedOptimizer(SubspaceOptimizer):
         check_number("scale", group["scale"])
         check_number("penalty", group["penalty"])
         check_basis_dtype(group["basis_dtype"])
+        check_seed(group["seed"])
         for name in ("projector_lr_multiple", "projector_weight_decay"):
             if group[name] is not None:
                 check_number(name, group[name])
@@ -435,6 +441,12 @@ def make_optimizer(
     check_choice("move_projector", move_projector, get_args(MoveProjector))
     check_rank(rank)
     check_period(update_proj_gap)
+    check_seed(seed)
+    check_number("lr", lr)
+    if select is not None and not callable(select):
+        raise ValueError(
+            f"select is {select!r}: expected a function (name, parameter) -> whether to project it"
+        )
     is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
     _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
     _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
@@ -445,7 +457,7 @@ def make_optimizer(
         ("move_projector", move_projector, "after"),
     ):
         _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
-    trained = [(name, param) for name, param in named_parameters if param.requires_grad]
+    trained = trained_parameters(named_parameters)
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     for name, param in trained:
         check_dtype(name, param)
@@ -490,6 +502,31 @@ def make_optimizer(
         case "galore_adamw8bit":
             return SubspaceAdamW8bit(groups, **common)
     raise AssertionError(optimizer)
+
+
+def trained_parameters(
+    named_parameters: Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    """Those that require a gradient, with their names.
+
+    Raises:
+        ValueError: for what is no pair of a name and a parameter, or if none requires a gradient.
+    """
+    pairs = list(named_parameters)
+    for pair in pairs:
+        is_pair = isinstance(pair, tuple) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
+            raise ValueError(
+                f"named_parameters has a {type(pair).__name__} in it: expected pairs of a name and "
+                "a parameter, such as model.named_parameters()"
+            )
+    trained = [(name, param) for name, param in pairs if param.requires_grad]
+    if pairs and not trained:
+        raise ValueError(
+            f"none of the {len(pairs)} parameters requires a gradient ({pairs[0][0]!r} first): "
+            "call requires_grad_() on those to be trained"
+        )
+    return trained
 
 
 def _full_rank(
@@ -580,6 +617,20 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is a whole number."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed is {seed!r}: expected a whole number")
+
+
+def check_spelling(group: Group, known: Iterable[str]) -> None:
+    """Raises ValueError for a key of a group that is not known, and close to one that is."""
+    for key in group.keys() - set(known):
+        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+        if near:
+            raise ValueError(f"a parameter group has the key {key!r}: did you mean {near[0]!r}?")
 
 
 def check_beta(name: str, beta: float) -> None:

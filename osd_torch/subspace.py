@@ -57,6 +57,10 @@ SIDES = get_args(Side)
 Group = dict[str, Any]
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
 PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter's state
+# Options of the rules of W: by these the groups of one optimizer differ from another's.
+RULE_OPTIONS = (
+    "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
+)  # fmt: skip
 # Stands for a sketch whose gradient had a value that is not finite.
 NOT_FINITE = Sketch(torch.tensor(math.nan), None, None)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -75,7 +79,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
     see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
-    taken before that is known, P may have been set anew; it is again at the next update.)
+    taken before that is known, P may have been set anew; it is again at the next update. Where each
+    parameter is stepped inside the backward pass, each is a step: see `osd_torch.layerwise`.)
 
     Attributes:
         held: The sketches that the next step applies, by parameter. Transient: `state_dict` does
@@ -216,7 +221,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is not None and param in self.held:
                     raise ValueError(
-                        f"parameter '{self._name(param)}' has a gradient beside the sketch of "
+                        f"parameter '{name_of(self, param)}' has a gradient beside the sketch of "
                         "earlier ones: call accumulate after each backward pass, or zero_grad() to "
                         "begin the update anew"
                     )
@@ -238,13 +243,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 add up to 1. A part with the share 0 adds nothing.
 
         Raises:
-            ValueError: for a share outside [0, 1], or if the projector needs the gradient itself
+            ValueError: for a share outside [0, 1], a parameter that is not projected, has no
+                gradient or is not the optimizer's, or if the projector needs the gradient itself
                 when the step is taken (`move_projector="before"`).
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
+        name = name_of(self, param)
         group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        if group["rank"] is None:
+            raise ValueError(
+                f"parameter '{name}' is not projected, and has no sketch: leave its gradient where "
+                "it is; backward passes add to it"
+            )
         check_sketch_suffices(self, group)
+        if param.grad is None:
+            raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
         held = self.held.get(param)
         if share and held is None and self.is_due(group, param):
             if self._reduce is not None:
@@ -286,7 +300,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         step = int(state.get("step", 0))
         rank = min(group["rank"], *param.shape)
         dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
-        key = f"{group['seed']}/{self._name(param)}/{step}"
+        key = f"{group['seed']}/{name_of(self, param)}/{step}"
         side = self.side(group, param)
         basis = projector.fresh_basis(_gradient(param), side, rank, dtype, key)
         if isinstance(basis, TwoSided):
@@ -363,8 +377,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Restores what `state_dict` returned, to continue bit for bit.
 
         Copies the tensors and keeps their dtypes, where `torch.optim.Optimizer` would cast the
-        float32 moments of a bfloat16 parameter to bfloat16.
+        float32 moments of a bfloat16 parameter to bfloat16. As there, the groups' options become
+        the saved ones.
+
+        Raises:
+            ValueError: for the state of another optimizer, or of other parameters, by the first
+                difference. Nothing is changed.
         """
+        check_state(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         indices = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = chain.from_iterable(g["params"] for g in self.param_groups)
@@ -374,12 +394,76 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 device = torch.device("cpu") if name == "step" else param.device
                 self.state[param][name] = value.to(device=device, copy=True)
 
-    def _name(self, param: Tensor) -> str:
-        for i, group in enumerate(self.param_groups):
-            for name, other in named_parameters(group, prefix=f"{i}."):
-                if other is param:
-                    return name
-        raise KeyError("this optimizer does not hold the parameter")
+
+def state_shapes(
+    optimizer: SubspaceOptimizer, group: Group, param: Tensor
+) -> dict[str, torch.Size]:
+    """The shapes of a parameter's state after its first step, by name."""
+
+    def like(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=accumulator_dtype(param.dtype), device="meta")
+
+    rule = optimizer.rule(group)
+    if group["rank"] is None:
+        state = rule.init(like(*param.shape))
+    else:
+        side, rank = optimizer.side(group, param), min(group["rank"], *param.shape)
+        basis: Basis
+        if side == "both":
+            basis, low_rank = TwoSided(*(like(n, rank) for n in param.shape)), like(rank, rank)
+            state = {"basis_output": basis.output, "basis_input": basis.input}
+        else:
+            p, q = to_matrix(like(*param.shape), side).shape
+            basis, low_rank = like(p, rank), like(rank, q)
+            state = {"basis": basis}
+        moments = optimizer.projector(group).init(basis, side)
+        state |= {PREFIX + name: x for name, x in moments.items()}
+        state |= rule.init(to_matrix(low_rank, side))
+    return {"step": torch.Size(), **{name: x.shape for name, x in state.items()}}
+
+
+def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
+    """Raises ValueError unless a `state_dict` is of such an optimizer with such parameters."""
+
+    def refuse(what: str, there: object, here: object) -> None:
+        raise ValueError(
+            f"the state is of another optimizer or model: {what} is {there} there and {here} in "
+            f"this {type(optimizer).__name__}; build it as it was built when the state was saved"
+        )
+
+    kept, own = state_dict["param_groups"], optimizer.param_groups
+    if len(kept) != len(own):
+        refuse("the number of parameter groups", len(kept), len(own))
+    for i, (saved, group) in enumerate(zip(kept, own, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            refuse(
+                f"the number of parameters of group {i}", len(saved["params"]), len(group["params"])
+            )
+        for key in (*optimizer.defaults, *RULE_OPTIONS):
+            if (key in saved) != (key in group):
+                words = {True: "present", False: "absent"}
+                refuse(f"the option {key!r} of group {i}", words[key in saved], words[key in group])
+        named = list(named_parameters(group, prefix=f"{i}."))
+        for j, name in enumerate(saved.get("param_names", ())):
+            if "param_names" in group and unwrapped(name) != unwrapped(named[j][0]):
+                refuse(f"parameter {j} of group {i}", repr(name), repr(named[j][0]))
+        merged = {**saved, "params": group["params"]}
+        optimizer.check_group(merged)
+        for index, (name, param) in zip(saved["params"], named, strict=True):
+            state = state_dict["state"].get(index, {})
+            wanted = state_shapes(optimizer, merged, param)
+            # Where the first step was skipped there may be a basis, and nothing else.
+            expected = wanted if "step" in state else wanted.keys() & state.keys()
+            for part in sorted({*state, *expected}):
+                there = getattr(state.get(part), "shape", None)
+                if there != wanted.get(part):
+                    shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
+                    refuse(f"the shape of {part!r} of parameter '{name}'", *shapes)
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel and torch.compile add to it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def resolve_side(side: Side, tensor: Tensor) -> Side:
@@ -546,6 +630,22 @@ def named_parameters(group: Group, prefix: str = "") -> Iterator[tuple[str, Tens
     return zip(names, params, strict=True)
 
 
+def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
+    """A parameter's name in an optimizer; without names, `group.position`.
+
+    Raises:
+        ValueError: if the optimizer does not hold it.
+    """
+    for i, group in enumerate(optimizer.param_groups):
+        for name, other in named_parameters(group, prefix=f"{i}."):
+            if other is param:
+                return name
+    raise ValueError(
+        f"this {type(optimizer).__name__} does not hold the parameter, of shape "
+        f"{tuple(param.shape)}: expected one of those that it was built with"
+    )
+
+
 def check_rank(rank: int) -> None:
     """Raises ValueError unless `rank` is a whole number of at least 1."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -554,7 +654,8 @@ def check_rank(rank: int) -> None:
 
 def check_number(name: str, value: float | Tensor) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0."""
-    if not isinstance(value, (numbers.Real, Tensor)) or not 0 <= value < math.inf:
+    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
 

@@ -23,6 +23,7 @@ from osd_torch import llama
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.projectors import TwoSided, accumulator_dtype, low_rank_gradient, to_matrix
 from osd_torch.sharding import (
+    Reduce,
     data_parallel,
     mean_over_processes,
     process_count,
@@ -147,7 +148,11 @@ def make_train_step(
     processes = process_count()
     device = next(model.parameters()).device
     local_gradients = per_layer or compress_gradients
-    reduce = mean_over_processes() if processes > 1 and local_gradients else None
+    reduce: Reduce | None = None
+    if processes > 1 and local_gradients:
+        reduce = mean_over_processes()
+    elif compress_gradients:
+        reduce = lambda tensor: tensor  # the mean over one: what is clipped, say, stays the same
     whole_model = not isinstance(model, FSDPModule)
     forward: torch.nn.Module = TokenLoss(model)
     if processes > 1 and whole_model and not reduce:

@@ -384,12 +384,19 @@ def test_moving_p_first_inside_the_hook() -> None:
     [
         ({"micro_batches": 0}, "micro_batches is 0"),
         ({"micro_batches": 1.5}, "micro_batches is 1.5"),
+        ({"micro_batches": True}, "micro_batches is True"),
+        ({"reduce": "mean"}, "reduce is 'mean': expected a function"),
         ({"grad_clipping": -1.0}, "grad_clipping is -1"),
     ],
 )
 def test_arguments_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         osd_torch.LayerwiseUpdates(build(Net(), "galore_adamw", "std"), **options)
+
+
+def test_an_optimizer_that_is_none() -> None:
+    with pytest.raises(ValueError, match="optimizer is a Net: expected a torch.optim.Optimizer"):
+        osd_torch.LayerwiseUpdates(Net())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
@@ -428,3 +435,84 @@ def test_one_set_of_hooks_at_a_time() -> None:
     with osd_torch.LayerwiseUpdates(optimizer) as updates:
         loss_of(net, micro, 5).backward()
         assert updates.finish() > 0
+
+
+def steps_taken(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    return {n: int(optimizer.state[p].get("step", 0)) for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_clipping": 1.0}])
+def test_a_parameter_that_is_unfrozen_later_takes_one_step_an_update(options: dict) -> None:
+    net = Net()
+    optimizer = build(net, "galore_adamw", "continuous")
+    frozen = [net.head.weight, net.mlp_up.weight]
+    with osd_torch.LayerwiseUpdates(optimizer, **options) as updates:
+        for update in range(4):
+            for param in frozen:
+                param.requires_grad_(update >= 2)
+            loss_of(net, micro_batches(update)[0], 5).backward()
+            updates.finish()
+            assert all(param.grad is None for param in net.parameters())
+    late = {"head.weight", "mlp_up.weight"}
+    assert steps_taken(net, optimizer) == {
+        name: 2 if name in late else 4 for name, _ in net.named_parameters()
+    }
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    net = Net()
+    net.head.weight.requires_grad_(False)
+    with osd_torch.LayerwiseUpdates(torch.optim.SGD(net.parameters(), lr=0.1)):
+        assert not net.head.weight.requires_grad
+
+
+def test_gradients_that_no_hook_takes_are_named() -> None:
+    """Left from before, or of a parameter that the optimizer got later."""
+    net = Net()
+    optimizer = build(net, "galore_adamw", "continuous")
+    micro = micro_batches(0)[0]
+    loss_of(net, micro, 5).backward()
+    with pytest.raises(ValueError, match=r"'mlp_up.weight' has a gradient already.*zero_grad\(\)"):
+        osd_torch.LayerwiseUpdates(optimizer)
+    optimizer.accumulate(net.mlp_up.weight)
+    with pytest.raises(ValueError, match="'mlp_up.weight' has a gradient already, or a sketch"):
+        osd_torch.LayerwiseUpdates(optimizer)
+    optimizer.zero_grad()
+    late = torch.nn.Linear(7, 7).double()
+    with osd_torch.LayerwiseUpdates(optimizer):
+        optimizer.add_param_group({"params": list(late.named_parameters())})
+        with pytest.raises(RuntimeError, match=r"'(weight|bias)' has a gradient that no hook has"):
+            late(net(micro[0])).sum().backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"micro_batches": 3}])
+def test_finish_counts_the_backward_passes(options: dict) -> None:
+    net = Net()
+    optimizer = build(net, "galore_adamw", "continuous")
+    updates, due = osd_torch.LayerwiseUpdates(optimizer, **options), options.get("micro_batches", 1)
+    micro = micro_batches(0)[0]
+    for done in range(due):
+        with pytest.raises(RuntimeError, match=rf"finish\(\) after {done} of the update's {due} "):
+            updates.finish()
+        loss_of(net, micro, 5).backward()
+    with pytest.raises(RuntimeError, match=rf"gradient {due + 1} times in an update of {due} back"):
+        loss_of(net, micro, 5).backward()
+    updates.drop()
+    before = steps_taken(net, optimizer)
+    for _ in range(due):
+        loss_of(net, micro, 5).backward()
+    assert updates.finish() > 0
+    assert steps_taken(net, optimizer) == {name: step + 1 for name, step in before.items()}
+
+
+def test_accumulate_names_what_it_cannot_take() -> None:
+    net = Net()
+    optimizer = build(net, "galore_adamw", "std")
+    with pytest.raises(ValueError, match="'attn.weight' has no gradient: call accumulate after"):
+        optimizer.accumulate(net.attn.weight)
+    loss_of(net, micro_batches(0)[0], 5).backward()
+    with pytest.raises(ValueError, match="'head.weight' is not projected.*leave its gradient"):
+        optimizer.accumulate(net.head.weight)
+    foreign = torch.nn.Parameter(torch.ones(3, 2))
+    with pytest.raises(ValueError, match=r"does not hold the parameter, of shape \(3, 2\)"):
+        optimizer.accumulate(foreign)

@@ -233,7 +233,7 @@ def test_a_schedule_that_is_wrong() -> None:
         learning_rate_schedule("cosine_restarts", num_training_steps=10)
 
 
-def run(micro_batches: int, per_layer: bool = False, clip: float = 0.0) -> tuple[Any, list[Any]]:
+def run(micro_batches: int, clip: float = 0.0, **modes: bool) -> tuple[Any, list[Any]]:
     """Six rows of different lengths, in one micro-batch or three; twice."""
     model = build()
     optimizer = osd_torch.make_optimizer(
@@ -241,7 +241,7 @@ def run(micro_batches: int, per_layer: bool = False, clip: float = 0.0) -> tuple
     )
     step = make_train_step(
         model, optimizer, lr=0.01, schedule=lambda step: (1.0, 0.5)[step],
-        micro_batches=micro_batches, per_layer=per_layer, grad_clipping=clip,
+        micro_batches=micro_batches, grad_clipping=clip, **modes,
     )  # fmt: skip
     tokens, mask = batch(rows=6)
     shape = (micro_batches, -1, 16)
@@ -285,6 +285,16 @@ def test_layer_by_layer_is_the_same_step_with_the_same_diagnostics() -> None:
     assert not any("/" in name for name in metrics[0])
     for x, y in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_compressed_gradients_clip_the_low_rank_gradient_on_one_process_too() -> None:
+    """As layer by layer, and as on several processes."""
+    compressed, other = run(1, 0.5, compress_gradients=True), run(1, 0.5, per_layer=True)
+    norms = [[metrics["gradient_norm"] for metrics in found[1]] for found in (compressed, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert min(norms[0]) > 0.5
+    for x, y in zip(compressed[0].parameters(), other[0].parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
 
 
 def test_energy_and_orthonormality_are_what_they_say() -> None:

@@ -210,6 +210,74 @@ def test_loading_copies_the_state() -> None:
         assert all(ours[name].data_ptr() != theirs[name].data_ptr() for name in ours)
 
 
+def saved_state(params: dict[str, Tensor], optimizer: str, proj_type: str, **options) -> dict:
+    built = make(params, optimizer, proj_type, **options)
+    train(built, params, range(2))
+    return built.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (("galore_lion", "continuous"), "option 'eps' of group 0 is absent there and present in"),
+        (("galore_adafactor", "continuous"), "the option 'betas' of group 0 is absent there"),
+        (("galore_adamw8bit", "continuous"), "the option 'min_8bit_size' of group 0 is present"),
+        (("adamw", "std"), "the number of parameter groups is 1 there and 2 in this SubspaceAdamW"),
+    ],
+    ids=str,
+)
+def test_the_state_of_another_optimizer_is_refused(saved: tuple[str, str], message: str) -> None:
+    state = saved_state(make_params(), *saved)
+    with pytest.raises(ValueError, match=message):
+        make(make_params(), "galore_adamw", "continuous").load_state_dict(state)
+
+
+def test_the_state_of_other_parameters_is_refused_and_changes_nothing() -> None:
+    params = make_params(m=16)
+    state = saved_state(params, "galore_adamw", "continuous", rank=4)
+    built = make(params, "galore_adamw", "continuous", rank=4)
+    train(built, params, range(1))
+    before = everything(built, params)
+
+    def refusal(state: dict, optimizer: torch.optim.Optimizer = built) -> str:
+        with pytest.raises(ValueError, match="the state is of another optimizer or mod") as caught:
+            optimizer.load_state_dict(state)
+        return str(caught.value)
+
+    reverse = make(dict(reversed(params.items())), "galore_adamw", "continuous", rank=4)
+    assert "parameter 0 of group 0 is 'attn.weight' there and 'mlp.weight' in" in refusal(
+        state, reverse
+    )
+    wider = make(make_params(m=20), "galore_adamw", "continuous", rank=4)
+    assert "of parameter 'attn.weight' is (16, 4) there and (20, 4) in" in refusal(state, wider)
+    for broken, message in (
+        ({"exp_avg": "x"}, "'exp_avg' of parameter 'attn.weight' is None there and (16, 4) in"),
+        ({"exp_avg_absmax": torch.ones(1)}, "'exp_avg_absmax' of parameter 'attn.weight' is (1,)"),
+    ):
+        states = {**state["state"], 0: {**state["state"][0], **broken}}
+        assert message in refusal({**state, "state": states})
+    assert all_equal(before, everything(built, params))
+    # Names that a wrapper has lengthened are the same.
+    wrapped = make({f"module.{n}": p for n, p in params.items()}, "galore_adamw", "continuous")
+    wrapped.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("optimizer", "proj_type"), ONE_OF_EACH)
+def test_the_state_of_a_first_step_that_was_skipped_is_loaded(
+    optimizer: str, proj_type: str
+) -> None:
+    params = make_params()
+    built = make(params, optimizer, proj_type)
+    with osd_torch.LayerwiseUpdates(built, grad_clipping=1.0):
+        sum((p * p).sum() for p in params.values()).backward()
+    for param in params.values():
+        if param.grad is not None:
+            param.grad.fill_(math.nan)
+    built.step()
+    assert osd_torch.skipped_steps(built) == (1, 1)
+    make(make_params(), optimizer, proj_type).load_state_dict(built.state_dict())
+
+
 def test_moments_of_bfloat16_parameters_are_float32_and_decay() -> None:
     params = make_params(torch.bfloat16)
     built = make(params, "galore_adamw", "continuous")
@@ -495,6 +563,10 @@ def test_the_library_alone_imports_neither_bitsandbytes_nor_jax() -> None:
         ({"update_proj_gap": 0}, "update_proj_gap is 0"),
         ({"lr": -1.0}, "lr is -1"),
         ({"lr": math.nan}, "lr is nan"),
+        ({"lr": True}, "lr is True"),
+        ({"optimizer": "adamw", "lr": True}, "lr is True"),
+        ({"seed": None}, "seed is None: expected a whole number"),
+        ({"select": "mlp"}, r"select is 'mlp': expected a function \(name, parameter\)"),
         ({"scale": -1.0}, "scale is -1"),
         ({"scale": math.inf}, "scale is inf"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
@@ -532,6 +604,25 @@ def test_a_bad_group_is_not_added() -> None:
 def test_no_parameters() -> None:
     with pytest.raises(ValueError, match="empty"):
         osd_torch.make_optimizer([], "galore_adamw", lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "adamw"])
+def test_parameters_that_cannot_be_trained(optimizer: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    for params in (model.parameters(), [{"params": list(model.parameters())}]):
+        with pytest.raises(ValueError, match=r"has a (Parameter|dict) in it.*named_parameters\(\)"):
+            osd_torch.make_optimizer(params, optimizer, lr=0.1)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 2 parameters requires a gradient"):
+        osd_torch.make_optimizer(model.named_parameters(), optimizer, lr=0.1)
+
+
+@pytest.mark.parametrize("key", ["proj_typ", "update_gap", "Rank", "penality"])
+def test_a_misspelt_key_of_a_group(key: str) -> None:
+    group = {"params": [make_params()["mlp.weight"]], "rank": 4}
+    osd_torch.SubspaceAdamW([{**group, "lr_scale": 1, "name": "mlp", "initial_lr": 0.1}])
+    with pytest.raises(ValueError, match=f"the key '{key}': did you mean"):
+        osd_torch.SubspaceAdamW([{**group, key: 3}])
 
 
 def test_products_of_bfloat16_accumulate_in_float32() -> None:
