@@ -277,7 +277,7 @@ def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device:
     said = pair.said()
     assert "on 8 x cpu (data=8) in 2 processes, going on from step" in said[0]
     assert said[0].count("step 12: validation loss") == 1
-    assert [line for line in said[1].splitlines() if not line.startswith("[Gloo]")] == []
+    assert not re.search("step|loss|model", said[1])  # beside what Gloo says of its connections
 
 
 @pytest.mark.slow
