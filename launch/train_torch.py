@@ -227,6 +227,8 @@ def train(options: Options, device: torch.device) -> int:
     start, note = 0, None
     with together():
         source, steps = training.checkpoints_to_read(options, Checkpoints)
+    with together():
+        check_all_see(source.directory, steps)
         if steps:
             start, _, places = training.restore_newest(
                 options,
@@ -285,6 +287,22 @@ def train(options: Options, device: torch.device) -> int:
 def together(in_turn: bool = False) -> contextlib.AbstractContextManager[None]:
     """What is the user's mistake in one process ends all; see `training.together`."""
     return training.together(gathered, process_index() == 0, in_turn)
+
+
+def check_all_see(directory: Path, steps: list[int]) -> None:
+    """Refuses to go on where processes would start from different checkpoints.
+
+    Raises:
+        UsageError: they see other ones in the directory.
+    """
+    first, *others = gathered(steps)
+    for process, seen in enumerate(others, 1):
+        if seen != first:
+            raise UsageError(
+                f"--save_dir: in {directory} process 0 sees the checkpoints {first}, and process "
+                f"{process} sees {seen}; every process needs the same files, such as on a disk "
+                "that all machines share"
+            )
 
 
 def any_process(flag: bool) -> bool:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,7 +51,7 @@ from launch import train_torch, training
 from launch.data import TrainBatches
 from launch.options import UsageError, run_cli
 from launch.run_log import read_metrics
-from osd_torch import llama
+from osd_torch import checkpoint, llama
 from osd_torch.checkpoint import Checkpoints
 
 HANG = 120  # seconds after which a run of two processes has failed
@@ -90,15 +91,16 @@ class TestRuns(RunTests):
         return float(total / count)
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(checkpoint / "model" / "model.safetensors")
+    return load_file(folder / "model" / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------ two processes
 
 Pair = Callable[..., list[Any]]
+Spoil = Callable[[pytest.MonkeyPatch, int], None]
 
 
 def serve(rank: int, connection: Connection) -> None:
@@ -107,19 +109,27 @@ def serve(rank: int, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     while (job := connection.recv()) is not None:
-        port, flags = job
+        port, flags, spoil = job
         os.environ["MASTER_PORT"] = str(port)
-        try:
-            connection.send(train_torch.main(flags))
-        except UsageError as error:
-            connection.send(str(error))
-        except SystemExit as end:  # the first process tells why
-            connection.send(end.code)
+        with pytest.MonkeyPatch.context() as patch:
+            if spoil:
+                spoil(patch, rank)
+            try:
+                connection.send(train_torch.main(flags))
+            except SystemExit as end:  # the first process tells why
+                connection.send(end.code)
+            except Exception as error:
+                if not isinstance(error, UsageError | OSError):
+                    traceback.print_exc()
+                connection.send(str(error))
 
 
 @pytest.fixture(scope="module")
 def pair(home: Home) -> Iterator[Pair]:
-    """Makes a run of two processes -> what each returned: an exit code, or a message."""
+    """Makes a run of two processes -> what each returned: an exit code, or a message.
+
+    `spoil`, a function of this module, may patch what one of them does.
+    """
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
     workers = [
@@ -129,12 +139,14 @@ def pair(home: Home) -> Iterator[Pair]:
     for worker in workers:
         worker.start()
 
-    def run(name: str, flags: list[str] | None = None, **changes: Any) -> list[Any]:
+    def run(
+        name: str, flags: list[str] | None = None, spoil: Spoil | None = None, **changes: Any
+    ) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for mine, _ in ends:
-            mine.send((port, flags or home.flags(name, **changes)))
+            mine.send((port, flags or home.flags(name, **changes), spoil))
         answers = []
         for mine, _ in ends:
             assert mine.poll(HANG), "a process hangs"
@@ -474,6 +486,54 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_end(run, reference.path)
     assert Checkpoints(run / "checkpoints").steps()[:4] == [60, 56, 49, 42]
     assert not (run / "checkpoints" / "57.tmp").exists()
+
+
+def cannot_read_10(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The second process cannot read the weights of step 10."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    def unless_10(where: Any, read: Callable[[], Any]) -> Any:
+        if rank == 1 and "/10/" in str(where):
+            raise OSError(116, "Stale file handle")
+        return read()
+
+    plain, sharded = checkpoint.load_file, FileSystemReader.read_data
+    patch.setattr(checkpoint, "load_file", lambda path: unless_10(path, lambda: plain(path)))
+    patch.setattr(
+        FileSystemReader,
+        "read_data",
+        lambda self, *args: unless_10(self.path, lambda: sharded(self, *args)),
+    )
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_what_one_process_cannot_read_all_pass_over(mode: str, pair: Pair, home: Home) -> None:
+    settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
+    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 9, "sample_tokens": 0}
+    whole = home / f"unread, {mode}"
+    assert pair(whole.name, **settings) == [0, 0]
+    run = copy(whole, home, f"{whole.name} once", newest=10)
+    assert pair(run.name, spoil=cannot_read_10, resume=True, **settings) == [0, 0]
+    assert (run / "checkpoints" / "10.set-aside").is_dir()
+    assert_same_end(run, whole)
+
+
+def sees_nothing(patch: pytest.MonkeyPatch, rank: int) -> None:
+    steps = Checkpoints.steps
+    patch.setattr(Checkpoints, "steps", lambda self: [] if rank else steps(self))
+
+
+def test_processes_that_see_other_checkpoints_end_together(pair: Pair, home: Home) -> None:
+    settings = {"num_training_steps": 6, "save_every": 3, "eval_every": 6, "warmup_steps": 1}
+    assert pair("seen", **settings) == [0, 0]
+    start = {**settings, "continue_from": home / "seen", "num_training_steps": 9}
+    first, second = pair("unseen", spoil=sees_nothing, **start)
+    assert "has no complete checkpoint" in first and second == 2
+    first, second = pair("seen", spoil=sees_nothing, **settings, resume=True)
+    assert re.match(
+        r"--save_dir: in .*/seen/checkpoints process 0 sees the check.* \[6, 3\], and", first
+    )
+    assert second == 2
 
 
 def test_another_learning_rate_takes_effect_on_going_on(reference: Reference, home: Home) -> None:
