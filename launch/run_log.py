@@ -69,7 +69,8 @@ class RunLog:
     Args:
         options: checked options; `options.path` is the directory.
         resume_step: the checkpoint's step when the run goes on: younger lines are cut off. None
-            starts anew and removes what an earlier run's log left.
+            starts anew: with `--resume` the metrics of a run that was killed before its first
+            checkpoint are set aside, else what an earlier run's log left is removed.
         active: False on every process but the first; nothing is then written or shown.
     """
 
@@ -78,6 +79,7 @@ class RunLog:
     ) -> None:
         self.directory = options.path
         self._active = active
+        self._resumes = options.resume
         self._total = options.num_training_steps
         self._last: dict[str, int] = {}  # kind -> newest step written
         self._shown = -math.inf
@@ -226,6 +228,9 @@ class RunLog:
         return kept
 
     def _clear(self) -> list[dict[str, Any]]:
+        metrics = self.directory / "metrics.jsonl"
+        if self._resumes and metrics.exists():
+            metrics.replace(self.directory / "metrics.jsonl.set-aside")
         for pattern in ("metrics.jsonl", "loss.png", "events.out.tfevents.*"):
             for path in self.directory.glob(pattern):
                 path.unlink()

@@ -138,7 +138,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
         )
     start, note = 0, None
     with processes.together():
-        source, steps = training.checkpoints_to_read(options, Checkpoints)
+        source, steps = training.checkpoints_to_read(options, Checkpoints, "train_jax")
         if steps:
 
             def restore(step: int) -> Restored:

@@ -15,6 +15,7 @@ import ctypes
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,10 @@ def processes(options: Options) -> Iterator[torch.device]:
         ) from None
     try:
         yield device
-    except UsageError:  # all processes know of it, and the first one tells
+    except UsageError as error:  # all processes know of it, and the first one tells
+        # Frees DistributedDataParallel, which would else free the group later. With Python's lock
+        # held, that waits for a thread of gloo which may be waiting for the lock.
+        traceback.clear_frames(error.__traceback__)
         dist.destroy_process_group()
         if process_index():
             raise SystemExit(2) from None
@@ -226,7 +230,7 @@ def train(options: Options, device: torch.device) -> int:
     # The state to start from: a checkpoint, or what was just made.
     start, note = 0, None
     with together():
-        source, steps = training.checkpoints_to_read(options, Checkpoints)
+        source, steps = training.checkpoints_to_read(options, Checkpoints, "train_torch")
     with together():
         check_all_see(source.directory, steps)
         if steps:

@@ -352,6 +352,17 @@ def test_jax_and_torch_have_the_same_losses(
     assert len(energies) == (0 if name == "adamw" else 14)
     assert differences(*runs, *energies, "loss") < 0.02
 
+    # A checkpoint is for the trainer that wrote it, which the other one says.
+    for run, main, writer in (
+        (runs[0], train_torch.main, "train_jax"),
+        (runs[1], train_jax.main, "train_torch"),
+    ):
+        wrong = rf"{run}/checkpoints/30 was written by {writer}; .*--continue_from {run}/model"
+        with pytest.raises(UsageError, match=wrong):
+            main(home.flags(run.name, **flags, resume=True))
+        with pytest.raises(UsageError, match=wrong):
+            main(home.flags("another", **(flags | {"continue_from": run})))
+
     last = {"num_training_steps": 1, "continue_from": runs[1] / "model", "warmup_steps": 0}
     assert train_jax.main(home.flags(f"jax {name} 1", **last)) == 0
     assert home.run(f"torch {name} 1", **last) == 0
@@ -523,6 +534,11 @@ def sees_nothing(patch: pytest.MonkeyPatch, rank: int) -> None:
     patch.setattr(Checkpoints, "steps", lambda self: [] if rank else steps(self))
 
 
+def sees_one(patch: pytest.MonkeyPatch, rank: int) -> None:
+    steps = Checkpoints.steps
+    patch.setattr(Checkpoints, "steps", lambda self: steps(self)[: 1 if rank else None])
+
+
 def test_processes_that_see_other_checkpoints_end_together(pair: Pair, home: Home) -> None:
     settings = {"num_training_steps": 6, "save_every": 3, "eval_every": 6, "warmup_steps": 1}
     assert pair("seen", **settings) == [0, 0]
@@ -530,8 +546,10 @@ def test_processes_that_see_other_checkpoints_end_together(pair: Pair, home: Hom
     first, second = pair("unseen", spoil=sees_nothing, **start)
     assert "has no complete checkpoint" in first and second == 2
     first, second = pair("seen", spoil=sees_nothing, **settings, resume=True)
+    assert "--resume: the log in" in first and second == 2
+    first, second = pair("seen", spoil=sees_one, **settings, resume=True)
     assert re.match(
-        r"--save_dir: in .*/seen/checkpoints process 0 sees the check.* \[6, 3\], and", first
+        r"--save_dir: in .*/seen/checkpoints process 0 .* \[6, 3\], and .* \[6\];", first
     )
     assert second == 2
 
