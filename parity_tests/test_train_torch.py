@@ -453,7 +453,7 @@ def test_a_stop_and_resume_is_the_same_run(
 def test_two_processes_killed_and_resumed(mode: str, pair: Pair, home: Home) -> None:
     """After a kill there is the last checkpoint and a longer log."""
     settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
-    settings |= {"proj_type": "continuous", "batch_size": 2}
+    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 3}
     whole = home / f"two, {mode}"
     assert pair(whole.name, **settings) == [0, 0]
     run = copy(whole, home, f"{whole.name}, killed", newest=5 if mode == "ddp" else 10)
