@@ -56,6 +56,7 @@ def refuse_torch_only(options: Options) -> None:
     reasons = {
         "per_layer": "the JAX side does not update layer by layer yet",
         "compile": "the JAX side compiles always",
+        "timeout_minutes": "JAX itself says how long its processes wait for another",
     }
     for name, reason in reasons.items():
         if getattr(options, name):

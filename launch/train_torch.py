@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ from launch.options import Options, UsageError, run_cli
 if TYPE_CHECKING:
     import torch
 
+TIMEOUT_MINUTES = 10.0
+GLOO_TIMEOUTS = ("Timed out waiting", "timeout caused pair closure")
 SECONDS_TO_BE_STOPPED = 2.0
 """How long one of several processes waits before it tells of an error.
 
@@ -91,6 +94,7 @@ def processes(options: Options) -> Iterator[torch.device]:
 
     Raises:
         UsageError: there are more processes than GPUs, or they cannot meet.
+        OSError: one has waited for another for too long.
     """
     import torch
     import torch.distributed as dist
@@ -112,17 +116,18 @@ def processes(options: Options) -> Iterator[torch.device]:
         return
     # gloo for what lies on the CPU: counts, and what the processes agree on.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    minutes = options.timeout_minutes or TIMEOUT_MINUTES
     alone: dict[str, Any] = {}
     if process_count() == 1:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)
         dist.barrier()  # nothing is written before all have checked their options
     except (RuntimeError, ValueError) as error:  # a port in use, an address that is none
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"the {process_count()} processes cannot meet at {where}: {reason}; start them by "
+            f"{training.several(process_count())} cannot meet at {where}: {reason}; start them by "
             "torchrun --standalone, which finds a free port, or give another --master_port"
         ) from None
     try:
@@ -135,9 +140,15 @@ def processes(options: Options) -> Iterator[torch.device]:
         if process_index():
             raise SystemExit(2) from None
         raise
-    except Exception:
+    except Exception as error:
         # Still connected, so that the others do not fail of this before it is told.
         time.sleep(SECONDS_TO_BE_STOPPED)
+        if any(words in str(error) for words in GLOO_TIMEOUTS):
+            raise OSError(
+                f"another process has not answered for {minutes:g} minutes: it hangs, or is busy "
+                "for longer than --timeout_minutes; see to it, or raise that, and go on with "
+                "--resume"
+            ) from error
         raise
     dist.destroy_process_group()
 
@@ -160,6 +171,7 @@ def keep_memory() -> None:
 def train(options: Options, device: torch.device) -> int:
     """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
     import torch
+    import transformers
 
     import osd_torch
     from launch.data import is_exact, reshard
@@ -174,6 +186,7 @@ def train(options: Options, device: torch.device) -> int:
     )
 
     rank, world = process_index(), process_count()
+    transformers.logging.disable_progress_bar()  # of reading weights, once in every process
 
     # Data and model. All that can be wrong with them shows here, before anything is built.
     with together(in_turn=True):

@@ -493,9 +493,14 @@ def restore_newest(
 def skipped_documents(before: int, now: int) -> str:
     """What to say where `launch.data.reshard` is not exact."""
     return (
-        f"{before} processes trained until here and now {now} do: a few documents are skipped, "
+        f"trained until here by {several(before)}, and now by {now}: a few documents are skipped, "
         "and none comes twice"
     )
+
+
+def several(processes: int) -> str:
+    """A number of processes, in words."""
+    return f"{processes} process" + "es" * (processes != 1)
 
 
 def check_not_beyond(options: Options, start: int, directory: Path) -> None:

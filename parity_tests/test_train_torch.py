@@ -128,7 +128,7 @@ def serve(rank: int, connection: Connection) -> None:
 def pair(home: Home) -> Iterator[Pair]:
     """Makes a run of two processes -> what each returned: an exit code, or a message.
 
-    `spoil`, a function of this module, may patch what one of them does.
+    `spoil`, a function of this module, may patch what one of them does; `meanwhile` gets their ids.
     """
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
@@ -140,13 +140,19 @@ def pair(home: Home) -> Iterator[Pair]:
         worker.start()
 
     def run(
-        name: str, flags: list[str] | None = None, spoil: Spoil | None = None, **changes: Any
+        name: str,
+        flags: list[str] | None = None,
+        spoil: Spoil | None = None,
+        meanwhile: Callable[[list[int | None]], None] | None = None,
+        **changes: Any,
     ) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for mine, _ in ends:
             mine.send((port, flags or home.flags(name, **changes), spoil))
+        if meanwhile:
+            meanwhile([worker.pid for worker in workers])
         answers = []
         for mine, _ in ends:
             assert mine.poll(HANG), "a process hangs"
@@ -623,7 +629,14 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "P before W": (
             {"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
-            r"move_projector",
+            r"--move_projector: before takes R again .*with several micro-batches keep only",
+        ),
+        "P before W, clipped": (
+            {
+                **{"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
+                **{"batch_size": 8, "grad_clipping": 1.0, "dataset": "c4"},
+            },
+            r"--move_projector: before takes R again .*with --grad_clipping keep only a sketch",
         ),
         "sharded by layer": ({"per_layer": True, "fsdp": True}, r"--fsdp: .*use one of the two"),
         "compressed shards": (
@@ -652,6 +665,11 @@ def test_mistakes_are_named_and_leave_nothing(reference: Reference, home: Home) 
     with pytest.raises(UsageError, match=message):
         home.run("reference", overwrite=True, **changes)
     assert everything(reference.path) == before
+
+
+def test_the_number_of_processes_in_words() -> None:
+    assert "by 1 process, and now by 2: " in training.skipped_documents(1, 2)
+    assert "by 2 processes, and now by 1: " in training.skipped_documents(2, 1)
 
 
 def test_a_gpu_that_is_not_there(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,6 +717,20 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(
     assert last.startswith("error: the checkpoint of step 9, about 0 MiB, cannot be written to ")
     assert "File too large" in last and "make room there, or save elsewhere" in last
     assert everything(home / "full" / "checkpoints") == before
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home) -> None:
+    def stop_the_second(pids: list[int]) -> None:
+        while lines_in(home / "hung") < 3:
+            time.sleep(0.01)
+        os.kill(pids[1], signal.SIGSTOP)
+        time.sleep(8)  # 2 s, 2 s more before it is told, and time to spare
+        os.kill(pids[1], signal.SIGCONT)
+
+    settings = {"num_training_steps": 2000, "timeout_minutes": 1 / 30}
+    first, _ = pair("hung", meanwhile=stop_the_second, **settings)
+    assert re.match(r"another process has not answered for 0.0333333 minutes: it hangs, or", first)
+    assert "\n" not in first
 
 
 # ------------------------------------------------------------------------------ other settings

@@ -569,9 +569,10 @@ class RunTests:
         assert "changed since it began: --lr 0.02 -> 0.03" in capsys.readouterr().err
 
     def test_continue_from_a_model_takes_its_weights_only(
-        self, reference: Reference, home: Home
+        self, reference: Reference, home: Home, capsys: Any
     ) -> None:
         assert home.run("tuned", continue_from=reference.path / "model") == 0
+        assert "Loading weights" not in capsys.readouterr().err  # a bar of transformers'
         first, last = timeless(home / "tuned")[0], timeless(reference.path)[-1]
         assert first["step"] == 1 and first["learning_rate"] == 0
         assert first["loss"] == pytest.approx(last["loss"], abs=0.3)
