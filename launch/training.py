@@ -638,8 +638,10 @@ def finish(
             unigram_perplexity=unigram,
             sample=text,
         )
-        tokenizer.save(directory)
-    trainer.save_model(directory)
+    with writing_model(options, directory):
+        if log.active:
+            tokenizer.save(directory)
+        trainer.save_model(directory)
     if not log.active:
         return
     log.note(
@@ -649,6 +651,26 @@ def finish(
     if text is not None:
         log.note(f"A sample of its text:\n\n    {text}\n")
     log.note(f"The model is in {directory}, in Hugging Face's format.")
+
+
+@contextlib.contextmanager
+def writing_model(options: Options, directory: Path) -> Iterator[None]:
+    """Removes a new directory in which not all could be written, and says what is safe.
+
+    Raises:
+        OSError: inside.
+    """
+    is_new = not directory.exists()
+    try:
+        yield
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise OSError(
+            f"the model cannot be written to {directory}: {error.strerror or error}; the trained "
+            f"state is safe in {options.save_path / 'checkpoints'}: make room, and the same "
+            "command and --resume write the model"
+        ) from error
 
 
 def sample_of_text(

@@ -719,6 +719,29 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(
     assert everything(home / "full" / "checkpoints") == before
 
 
+def test_a_full_disk_ends_the_log_and_the_model_with_a_remedy(
+    reference: Reference, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def last_line(size: int, name: str, **changes: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_torch.py", *home.flags(name, **changes)])
+        with largest_file(size):
+            assert run_cli(train_torch.main) == 1
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    path = home / "full log" / "metrics.jsonl"
+    said = last_line(4000, "full log", save_every=50)
+    assert said.startswith(f"error: the log {path} cannot be written: File too large; make room th")
+    assert lines_in(home / "full log") > 3
+
+    run = copy(reference.path, home, "full model")
+    said = last_line(60_000, "full model", resume=True)
+    assert said.startswith(f"error: the model cannot be written to {run / 'model'}: model.safeten")
+    assert f"safe in {run / 'checkpoints'}: make room, and the same command and --resu" in said
+    assert not (run / "model").exists()
+    assert home.run("full model", resume=True) == 0
+    assert_same_end(run, reference.path)
+
+
 def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home) -> None:
     def stop_the_second(pids: list[int]) -> None:
         while lines_in(home / "hung") < 3:
