@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--optimizer", default="galore_adamw", help="how weights move")
     parser.add_argument("--proj_type", default="continuous", help="how the subspace moves")
     args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "checkpoint.pt"
         losses = train(args, checkpoint)

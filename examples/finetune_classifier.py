@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--lr", type=float, default=0.005, help="peak learning rate")
     parser.add_argument("--rank", type=int, default=16, help="dimensions of the subspace")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps: {args.steps} is too few; expected 1 or more")
 
     torch.manual_seed(0)
     train, test = read_pieces()

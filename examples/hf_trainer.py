@@ -1,7 +1,7 @@
 """Online Subspace Descent in Hugging Face's Trainer, with a checkpoint to resume from.
 
     pip install accelerate   # which Trainer needs
-    python examples/hf_trainer.py --steps 200
+    python examples/hf_trainer.py --steps 200     # or torchrun --nproc_per_node 2 examples/...
 
 A small LLaMA learns the bytes of a source file that comes with Python. Trainer clips, schedules,
 logs and saves as ever; it is only handed the optimizer. Halfway it saves; a second run resumes
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,6 +31,7 @@ import osd_torch
 
 TEXT = torch.tensor(list(Path(argparse.__file__).read_bytes()))
 LENGTH = 64
+ON_CPU = not torch.cuda.is_available()
 
 
 def train(
@@ -59,7 +62,8 @@ def train(
             logging_steps=max(1, args.steps // 10),
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=ON_CPU,
+            dataloader_pin_memory=not ON_CPU,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in TEXT.split(LENGTH)[:-1]],
         optimizers=(optimizer, scheduler),
@@ -75,14 +79,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--optimizer", default="galore_adamw", help="how weights move")
     parser.add_argument("--proj_type", default="continuous", help="how the subspace moves")
     args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
     half = args.steps // 2
-    with tempfile.TemporaryDirectory() as directory:
+    state = PartialState(cpu=ON_CPU)  # of the processes, should torchrun have started several
+    with tempfile.TemporaryDirectory() as own:
+        [directory] = broadcast_object_list([own])  # the first one's, for all
         model, losses = train(args, directory)
         resumed, _ = train(args, directory, resume=f"{directory}/checkpoint-{half}")
+        state.wait_for_everyone()
     weights = zip(model.parameters(), resumed.parameters(), strict=True)
     equal = all(torch.equal(a, b) for a, b in weights)
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
-    print(f"resumed from step {half}: {'the same' if equal else 'other'} weights at the end")
+    if state.is_main_process:
+        print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
+        print(f"resumed from step {half}: {'the same' if equal else 'other'} weights at the end")
     return {"losses": losses, "equal": equal}
 
 

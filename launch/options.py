@@ -374,6 +374,14 @@ class Options:
     compile: bool = _flag(
         "pytorch", False, help="compile the layers with torch.compile: slower to start, then faster"
     )
+    timeout_minutes: float | None = _flag(
+        "pytorch",
+        None,
+        above=0,
+        high=10_000,
+        help="how long a process waits for another one before the run ends; the first one prepares "
+        "the data meanwhile (default: 10)",
+    )
 
     @classmethod
     def parse(
@@ -465,8 +473,20 @@ class Options:
         resolved = given._with_batch(processes)._with_steps()
         per_layer = self.per_layer or self.optimizer in PER_LAYER
         resolved = dataclasses.replace(resolved, per_layer=per_layer)
+        resolved._check_sketches()
         resolved._check_directories()
         return resolved
+
+    def _check_sketches(self) -> None:
+        """Refuses a projector that needs the gradient where only its sketch is kept."""
+        waits = self.gradient_accumulation > 1 or self.grad_clipping
+        if self.per_layer and waits and self.move_projector == "before":
+            cause = "--grad_clipping" if self.grad_clipping else "several micro-batches"
+            raise UsageError(
+                "--move_projector: before takes R again from the gradient, of which layer-by-layer "
+                f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
+                "micro-batch in an update and no clipping"
+            )
 
     def _check_combinations(self) -> None:
         """Refuses what the chosen optimizer or schedule would silently ignore."""

@@ -10,6 +10,7 @@ back exactly; one that is not finite is written as null.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -37,6 +38,22 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and what to do.
+
+    Raises:
+        OSError: inside; with the file's name.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the log {path} cannot be written: {error.strerror or error}; make room there, and go "
+            "on from the newest checkpoint by the same command and --resume"
+        ) from error
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -69,7 +86,8 @@ class RunLog:
     Args:
         options: checked options; `options.path` is the directory.
         resume_step: the checkpoint's step when the run goes on: younger lines are cut off. None
-            starts anew and removes what an earlier run's log left.
+            starts anew: with `--resume` the metrics of a run that was killed before its first
+            checkpoint are set aside, else what an earlier run's log left is removed.
         active: False on every process but the first; nothing is then written or shown.
     """
 
@@ -78,6 +96,7 @@ class RunLog:
     ) -> None:
         self.directory = options.path
         self._active = active
+        self._resumes = options.resume
         self._total = options.num_training_steps
         self._last: dict[str, int] = {}  # kind -> newest step written
         self._shown = -math.inf
@@ -86,8 +105,11 @@ class RunLog:
         if not active:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        kept = self._cut(resume_step) if resume_step is not None else self._clear()
-        write_atomic(self.directory / "options.json", json.dumps(options.record(), indent=2) + "\n")
+        with telling(self.directory / "metrics.jsonl"):
+            kept = self._cut(resume_step) if resume_step is not None else self._clear()
+        with telling(self.directory / "options.json"):
+            text = json.dumps(options.record(), indent=2) + "\n"
+            write_atomic(self.directory / "options.json", text)
         for record in kept:
             self._last[record["kind"]] = record["step"]
             self._seconds_before = record["seconds"]
@@ -145,9 +167,11 @@ class RunLog:
         if self._active and step > self._last.get(kind, -1):
             record["seconds"] = self._seconds_before + time.monotonic() - self._start
             self._last[kind] = step
-            self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-            self._metrics.flush()
-            self._events.write(record)
+            with telling(self.directory / "metrics.jsonl"):
+                self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+                self._metrics.flush()
+            with telling(self.directory):  # in which TensorBoard names its files
+                self._events.write(record)
             if self._wandb:
                 self._wandb.write(record)
         return record
@@ -172,8 +196,12 @@ class RunLog:
             return
         self._active = False
         self._bar.close()
-        self._metrics.close()
-        self._events.close()
+        with contextlib.suppress(OSError):  # what it could not write before, and told
+            self._metrics.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            tqdm.write(f"TensorBoard's events are not complete: {error}", file=sys.stderr)
         if self._wandb:
             self._wandb.close()
         if "train" in self._last:
@@ -226,6 +254,9 @@ class RunLog:
         return kept
 
     def _clear(self) -> list[dict[str, Any]]:
+        metrics = self.directory / "metrics.jsonl"
+        if self._resumes and metrics.exists():
+            metrics.replace(self.directory / "metrics.jsonl.set-aside")
         for pattern in ("metrics.jsonl", "loss.png", "events.out.tfevents.*"):
             for path in self.directory.glob(pattern):
                 path.unlink()

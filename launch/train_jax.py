@@ -57,6 +57,7 @@ def refuse_torch_only(options: Options) -> None:
     reasons = {
         "per_layer": "the JAX side does not update layer by layer yet",
         "compile": "the JAX side compiles always",
+        "timeout_minutes": "JAX itself says how long its processes wait for another",
     }
     for name, reason in reasons.items():
         if getattr(options, name):
@@ -139,7 +140,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
         )
     start, note = 0, None
     with processes.together():
-        source, steps = training.checkpoints_to_read(options, Checkpoints)
+        source, steps = training.checkpoints_to_read(options, Checkpoints, "train_jax")
         if steps:
 
             def restore(step: int) -> Restored:

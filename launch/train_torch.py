@@ -15,7 +15,9 @@ import ctypes
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from launch.options import Options, UsageError, run_cli
 if TYPE_CHECKING:
     import torch
 
+TIMEOUT_MINUTES = 10.0
+GLOO_TIMEOUTS = ("Timed out waiting", "timeout caused pair closure")
 SECONDS_TO_BE_STOPPED = 2.0
 """How long one of several processes waits before it tells of an error.
 
@@ -90,6 +94,7 @@ def processes(options: Options) -> Iterator[torch.device]:
 
     Raises:
         UsageError: there are more processes than GPUs, or they cannot meet.
+        OSError: one has waited for another for too long.
     """
     import torch
     import torch.distributed as dist
@@ -111,29 +116,39 @@ def processes(options: Options) -> Iterator[torch.device]:
         return
     # gloo for what lies on the CPU: counts, and what the processes agree on.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    minutes = options.timeout_minutes or TIMEOUT_MINUTES
     alone: dict[str, Any] = {}
     if process_count() == 1:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)
         dist.barrier()  # nothing is written before all have checked their options
     except (RuntimeError, ValueError) as error:  # a port in use, an address that is none
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"the {process_count()} processes cannot meet at {where}: {reason}; start them by "
+            f"{training.several(process_count())} cannot meet at {where}: {reason}; start them by "
             "torchrun --standalone, which finds a free port, or give another --master_port"
         ) from None
     try:
         yield device
-    except UsageError:  # all processes know of it, and the first one tells
+    except UsageError as error:  # all processes know of it, and the first one tells
+        # Frees DistributedDataParallel, which would else free the group later. With Python's lock
+        # held, that waits for a thread of gloo which may be waiting for the lock.
+        traceback.clear_frames(error.__traceback__)
         dist.destroy_process_group()
         if process_index():
             raise SystemExit(2) from None
         raise
-    except Exception:
+    except Exception as error:
         # Still connected, so that the others do not fail of this before it is told.
         time.sleep(SECONDS_TO_BE_STOPPED)
+        if any(words in str(error) for words in GLOO_TIMEOUTS):
+            raise OSError(
+                f"another process has not answered for {minutes:g} minutes: it hangs, or is busy "
+                "for longer than --timeout_minutes; see to it, or raise that, and go on with "
+                "--resume"
+            ) from error
         raise
     dist.destroy_process_group()
 
@@ -156,6 +171,7 @@ def keep_memory() -> None:
 def train(options: Options, device: torch.device) -> int:
     """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
     import torch
+    import transformers
 
     import osd_torch
     from launch.data import is_exact, reshard
@@ -170,6 +186,7 @@ def train(options: Options, device: torch.device) -> int:
     )
 
     rank, world = process_index(), process_count()
+    transformers.logging.disable_progress_bar()  # of reading weights, once in every process
 
     # Data and model. All that can be wrong with them shows here, before anything is built.
     with together(in_turn=True):
@@ -226,7 +243,9 @@ def train(options: Options, device: torch.device) -> int:
     # The state to start from: a checkpoint, or what was just made.
     start, note = 0, None
     with together():
-        source, steps = training.checkpoints_to_read(options, Checkpoints)
+        source, steps = training.checkpoints_to_read(options, Checkpoints, "train_torch")
+    with together():
+        check_all_see(source.directory, steps)
         if steps:
             start, _, places = training.restore_newest(
                 options,
@@ -285,6 +304,22 @@ def train(options: Options, device: torch.device) -> int:
 def together(in_turn: bool = False) -> contextlib.AbstractContextManager[None]:
     """What is the user's mistake in one process ends all; see `training.together`."""
     return training.together(gathered, process_index() == 0, in_turn)
+
+
+def check_all_see(directory: Path, steps: list[int]) -> None:
+    """Refuses to go on where processes would start from different checkpoints.
+
+    Raises:
+        UsageError: they see other ones in the directory.
+    """
+    first, *others = gathered(steps)
+    for process, seen in enumerate(others, 1):
+        if seen != first:
+            raise UsageError(
+                f"--save_dir: in {directory} process 0 sees the checkpoints {first}, and process "
+                f"{process} sees {seen}; every process needs the same files, such as on a disk "
+                "that all machines share"
+            )
 
 
 def any_process(flag: bool) -> bool:

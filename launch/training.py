@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from launch.run_log import RunLog
 
 MAX_SKIPPED_IN_A_ROW = 10
+WRITES = {"train_jax": "_CHECKPOINT_METADATA", "train_torch": "manifest.json"}
+"""A file in every complete checkpoint, by the trainer that writes it."""
 STOPPED = 130
 """The exit code of a run that was asked to stop: what follows it in a script must not run."""
 
@@ -358,7 +360,9 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C, list[int]]:
+def checkpoints_to_read(
+    options: Options, open_: Callable[[Path], C], trainer: str
+) -> tuple[C, list[int]]:
     """Where to restore from, and the steps to try in turn; no steps: start from the beginning.
 
     `--continue_from` names a run, its directory of checkpoints, or one checkpoint; with `--resume`
@@ -367,15 +371,26 @@ def checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C
     Args:
         options: Checked options.
         open_: Opens a directory of checkpoints, only to read.
+        trainer: Which one reads, of `WRITES`.
 
     Raises:
-        UsageError: it names nothing of these, nor a Hugging Face model.
+        UsageError: it names nothing of these, nor a Hugging Face model; the other trainer wrote
+            them; the run to resume has lost them.
     """
+    source, steps = _checkpoints_to_read(options, open_)
+    for step in steps:
+        check_written_by(trainer, source.directory / str(step))
+    return source, steps
+
+
+def _checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C, list[int]]:
     own = open_(options.save_path / "checkpoints")
     if options.overwrite:
         return own, []
     if options.resume and own.steps():
         return own, own.steps()
+    if options.resume:
+        check_not_lost(options)
     if options.continue_from is None or hugging_face_weights(options):
         return own, [] if options.continue_from else own.steps()
     directory = Path(options.continue_from)
@@ -392,6 +407,55 @@ def checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C
             "Hugging Face model; give the directory of a run, of a checkpoint or of a model"
         )
     return source, steps
+
+
+def check_written_by(trainer: str, checkpoint: Path) -> None:
+    """Refuses a checkpoint of the other trainer, whose format is another one.
+
+    Raises:
+        UsageError: that one wrote it.
+    """
+    for writer, file in WRITES.items():
+        if (checkpoint / file).exists() and not (checkpoint / WRITES[trainer]).exists():
+            model = checkpoint.parent.parent / "model"
+            raise UsageError(
+                f"--resume, --continue_from: {checkpoint} was written by {writer}; go on with "
+                f"{writer}, or start from the model that the run leaves at its end, by "
+                f"--continue_from {model} under another --name"
+            )
+
+
+def check_not_lost(options: Options) -> None:
+    """Refuses to start a run anew by `--resume` where it has checkpoints, which are not found.
+
+    Raises:
+        UsageError: it kept them in another directory, or its log shows that there were some.
+    """
+    from launch.run_log import read_metrics
+
+    kept = (options.kept_record() or {"options": dataclasses.asdict(options)})["options"]
+    before, now = (Path(place or options.path) for place in (kept["save_dir"], options.save_dir))
+    if before.resolve() != now.resolve():
+        remedy = f"give --save_dir {before}" if kept["save_dir"] else "leave --save_dir out"
+        raise UsageError(
+            f"--save_dir: the run in {options.path} kept its checkpoints in {before}, and there "
+            f"are none in {now}; {remedy}, or move them"
+        )
+    if not (options.path / "metrics.jsonl").exists():
+        return
+    lines = read_metrics(options.path)
+    done = [record["step"] for record in lines if record["kind"] == "train"]
+    if not done:
+        return
+    # All before the last update are complete, unless it was killed amid the first.
+    saves = [step for step in range(min(done), max(done)) if step % kept["save_every"] == 0]
+    unfinished = any((now / "checkpoints").glob("*tmp*"))
+    if (saves and not unfinished) or lines[-1]["kind"] == "final":
+        raise UsageError(
+            f"--resume: the log in {options.path} is of {max(done)} updates, and there is no "
+            f"checkpoint in {now / 'checkpoints'}; give their place as --save_dir if they were "
+            "moved, or start anew by --overwrite, which deletes the log"
+        )
 
 
 def restore_newest(
@@ -421,17 +485,22 @@ def restore_newest(
             options.check_same_run(kept["run"], directory / str(step))
             return step, state, kept["data"]
     raise UsageError(
-        f"no checkpoint in {directory} can be read; start anew with --overwrite or under another "
-        "--name"
+        f"no checkpoint in {directory} can be read; if the disk is at fault, try again when it is "
+        "mended; else start anew under another --name, or by --overwrite, which deletes them"
     )
 
 
 def skipped_documents(before: int, now: int) -> str:
     """What to say where `launch.data.reshard` is not exact."""
     return (
-        f"{before} processes trained until here and now {now} do: a few documents are skipped, "
+        f"trained until here by {several(before)}, and now by {now}: a few documents are skipped, "
         "and none comes twice"
     )
+
+
+def several(processes: int) -> str:
+    """A number of processes, in words."""
+    return f"{processes} process" + "es" * (processes != 1)
 
 
 def check_not_beyond(options: Options, start: int, directory: Path) -> None:
@@ -569,8 +638,10 @@ def finish(
             unigram_perplexity=unigram,
             sample=text,
         )
-        tokenizer.save(directory)
-    trainer.save_model(directory)
+    with writing_model(options, directory):
+        if log.active:
+            tokenizer.save(directory)
+        trainer.save_model(directory)
     if not log.active:
         return
     log.note(
@@ -580,6 +651,26 @@ def finish(
     if text is not None:
         log.note(f"A sample of its text:\n\n    {text}\n")
     log.note(f"The model is in {directory}, in Hugging Face's format.")
+
+
+@contextlib.contextmanager
+def writing_model(options: Options, directory: Path) -> Iterator[None]:
+    """Removes a new directory in which not all could be written, and says what is safe.
+
+    Raises:
+        OSError: inside.
+    """
+    is_new = not directory.exists()
+    try:
+        yield
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise OSError(
+            f"the model cannot be written to {directory}: {error.strerror or error}; the trained "
+            f"state is safe in {options.save_path / 'checkpoints'}: make room, and the same "
+            "command and --resume write the model"
+        ) from error
 
 
 def sample_of_text(

@@ -16,13 +16,14 @@ all processes call `save` and `restore` together, and see the same directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -31,10 +32,12 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 from osd_torch import llama
-from osd_torch.sharding import gathered, is_first_process, process_index
+from osd_torch.sharding import gathered, is_first_process, process_count, process_index
 from osd_torch.subspace import named_parameters
 
 CHUNK = 2**24  # bytes read at a time
+DAMAGED = "is damaged and cannot be read"
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -74,11 +77,10 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written. What was written is removed; older checkpoints stay.
         """
-        if step in self.steps():
+        if gathered(step in self.steps())[0]:
             return
         temporary = self.directory / f"{step}.tmp"
         random = gathered(_random_state())
-        is_first = is_first_process()
 
         def begin() -> None:
             for left in self.directory.glob("*.tmp"):
@@ -86,15 +88,12 @@ class Checkpoints:
             temporary.mkdir(parents=True)
 
         def write() -> None:
-            if isinstance(model, FSDPModule):
-                _save_sharded(temporary / "sharded", model, optimizer)
-            elif is_first:
-                (temporary / "model").mkdir()
-                _write_json(temporary / "model" / "config.json", llama.hf_config(model))
-                llama.write_safetensors(
-                    temporary / "model" / "model.safetensors", llama.hf_tensors(model)
-                )
-                _write_tensors(temporary / "optimizer.pt", optimizer_state(model, optimizer))
+            (temporary / "model").mkdir()
+            _write_json(temporary / "model" / "config.json", llama.hf_config(model))
+            llama.write_safetensors(
+                temporary / "model" / "model.safetensors", llama.hf_tensors(model)
+            )
+            _write_tensors(temporary / "optimizer.pt", optimizer_state(model, optimizer))
 
         def complete() -> None:
             _write_tensors(temporary / "random.pt", random)
@@ -124,12 +123,16 @@ class Checkpoints:
                 shutil.rmtree(self.directory / str(old))
 
         try:
-            _together(begin, only_first=True)
-            _together(write)
-            _together(complete, only_first=True)
+            _on_first(begin)
+            if isinstance(model, FSDPModule):
+                parts = _together(lambda: _sharded_state(model, optimizer))
+                _together(lambda: _save_sharded(temporary / "sharded", parts))
+            else:
+                _on_first(write)
+            _on_first(complete)
         except OSError as error:
             size = (size_in_bytes(model) + size_in_bytes(optimizer)) / 2**20
-            if is_first:
+            if is_first_process():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"the checkpoint of step {step}, about {size:,.0f} MiB, cannot be written to "
@@ -155,24 +158,33 @@ class Checkpoints:
 
         Raises:
             ValueError: if the checkpoint is of another model or optimizer. Nothing is changed.
-            OSError: if it is damaged. Nothing is changed.
+            OSError: if it is damaged, or a process cannot read it: all of them raise, so that all
+                can go on from another one. Nothing is changed, but by a read of sharded weights
+                that fails midway.
         """
         directory = self.directory / str(step)
-        _together(lambda: _verify(directory), only_first=True)
-        saved = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        _check_alike(directory, saved["made_with"], made_with(model, optimizer))
+        _on_first(lambda: _verify(directory))
+
+        def read(load: Callable[[Path], Any], name: str) -> Any:
+            with _reading(directory):
+                return load(directory / name)
+
+        saved = _together(lambda: read(_read_json, "state.json"))
+        random = _together(lambda: read(_read_tensors, "random.pt"))
+        _together(lambda: _check_alike(directory, saved["made_with"], made_with(model, optimizer)))
         if (directory / "sharded").is_dir():
-            _load_sharded(directory / "sharded", model, optimizer)
+            _together(lambda: _load_sharded(directory, model, optimizer))
         elif isinstance(model, FSDPModule):
             raise ValueError(
                 f"{directory} holds whole weights, and this run shards them: go on without --fsdp, "
                 f"or start from the weights in {directory / 'model'}"
             )
         else:
-            load_weights(model, load_file(directory / "model" / "model.safetensors"))
-            load_optimizer_state(optimizer, model, _read_tensors(directory / "optimizer.pt"))
+            weights = _together(lambda: read(load_file, "model/model.safetensors"))
+            state = _together(lambda: read(_read_tensors, "optimizer.pt"))
+            load_weights(model, weights)
+            load_optimizer_state(optimizer, model, state)
         optimizer.param_groups[0]["skipped_steps"] = tuple(saved["skipped_steps"])
-        random = _read_tensors(directory / "random.pt")
         if (rank := process_index()) < len(random):
             _set_random_state(random[rank])
         return saved["extra"]
@@ -257,32 +269,46 @@ def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str
     return [names[param] for group in optimizer.param_groups for param in group["params"]]
 
 
-def _save_sharded(
-    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
+def _sharded_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state}
+
+
+def _save_sharded(directory: Path, parts: dict[str, Any]) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=directory)
+        dcp.save(parts, checkpoint_id=directory)
     except CheckpointException as error:  # of any process, and known to all
-        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+        raise OSError(_cause(error)) from error
 
 
 def _load_sharded(
     directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import set_state_dict
 
     options = [dict(group) for group in optimizer.param_groups]
-    weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=directory)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    parts = _sharded_state(model, optimizer)
+    try:
+        dcp.load(parts, checkpoint_id=directory / "sharded")
+    except CheckpointException as error:
+        raise OSError(f"{directory} {DAMAGED}: {_cause(error)}") from error
+    set_state_dict(
+        model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"]
+    )
     for group, mine in zip(optimizer.param_groups, options, strict=True):
         group |= {key: value for key, value in mine.items() if key != "params"}
+
+
+def _cause(error: Any) -> str:
+    """The first failure of a `torch.distributed.checkpoint.api.CheckpointException`."""
+    return str(next(iter(error.failures.values()))[0])
 
 
 def _random_state() -> dict[str, Tensor]:
@@ -309,21 +335,52 @@ def size_in_bytes(of: torch.nn.Module | torch.optim.Optimizer) -> int:
 # ------------------------------------------------------------------------- files, processes
 
 
-def _together(work: Callable[[], object], only_first: bool = False) -> None:
-    """Does a piece of work on every process, or on the first; fails on all where one fails.
+def _together(work: Callable[[], T]) -> T:
+    """Does a piece of work on every process; fails on all where one fails.
+
+    Returns:
+        What the work returned on this process.
 
     Raises:
-        OSError: one could not write or read.
+        OSError: one could not write or read, or failed of a fault, which is raised there.
+        ValueError: the work raised it.
     """
-    failure = None
-    if is_first_process() or not only_first:
-        try:
-            work()
-        except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
-            failure = str(error)
-    for found in gathered(failure):
+    failure: tuple[type[Exception], str] | None = None
+    fault = None
+    try:
+        result = work()
+    except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
+        failure = OSError, str(error)
+    except ValueError as error:
+        failure = ValueError, str(error)
+    except Exception as error:
+        failure = OSError, f"process {process_index()} failed: {type(error).__name__}: {error}"
+        fault = error
+    failures = gathered(failure)
+    if fault is not None:
+        raise fault
+    for found in failures:
         if found is not None:
-            raise OSError(found)
+            kind, message = found
+            raise kind(message)
+    return result
+
+
+def _on_first(work: Callable[[], object]) -> None:
+    """`_together`, of a piece of work that the first process does."""
+    _together(work if is_first_process() else lambda: None)
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Turns what the readers of the files raise, of many kinds, into an OSError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reader = f" (by process {process_index()})" if process_count() > 1 else ""
+        raise OSError(f"{directory} {DAMAGED}{reader}: {error}") from error
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -333,6 +390,10 @@ def _write_json(path: Path, value: Any) -> None:
 def _write_tensors(path: Path, value: Any) -> None:
     with path.open("wb") as file:
         torch.save(value, file)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _read_tensors(path: Path) -> Any:
@@ -358,9 +419,9 @@ def _checksum(path: Path) -> int:
 
 def _verify(directory: Path) -> None:
     """Raises OSError unless every file is there and as it was written."""
-    damaged = f"{directory} is damaged and cannot be read"
+    damaged = f"{directory} {DAMAGED}"
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _read_json(directory / "manifest.json")
     except (OSError, ValueError) as error:
         raise OSError(damaged) from error
     for name, wanted in manifest.items():

@@ -284,7 +284,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # transformers refuses a file that does not say which framework's layout it has.
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

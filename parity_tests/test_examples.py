@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,6 +40,26 @@ def test_trainer_learns_and_resumes_bit_for_bit(optimizer: str, proj_type: str) 
     figures = hf_trainer.main(["--steps", "30", "--optimizer", optimizer, "--proj_type", proj_type])
     assert fraction_of_first(figures["losses"]) < 0.6
     assert figures["equal"]
+
+
+def test_trainer_resumes_in_two_processes() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", "2", "examples/hf_trainer.py", "--steps", "4"]
+    root = Path(hf_trainer.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("resumed from step 2: the same weights at the end") == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "steps"), [(bare_loop, 1), (hf_trainer, 1), (finetune_classifier, 0)]
+)
+def test_too_few_steps(example: ModuleType, steps: int, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        example.main(["--steps", str(steps)])
+    assert end.value.code == 2
+    assert f"--steps: {steps} is too few; expected {steps + 1} or more" in capsys.readouterr().err
 
 
 def test_classifier_beats_the_majority() -> None:

@@ -184,6 +184,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_a_disk_that_is_full_for_tensorboard_names_the_directory(monkeypatch, capsys):
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(options())
+    log.train(1, 10, loss=1.0)
+    monkeypatch.setattr(log._events, "write", full)
+    monkeypatch.setattr(log._events, "close", full)
+    with pytest.raises(OSError, match="the log .*a cannot be written: No space left on device; m"):
+        log.train(2, 20, loss=1.0)
+    log.close()
+    assert "TensorBoard's events are not complete" in capsys.readouterr().err
+
+
 def test_plot_several_runs(tmp_path, capsys):
     for name in ("a", "b"):
         with RunLog(options(name)) as log:

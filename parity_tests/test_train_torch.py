@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,7 +51,7 @@ from launch import train_torch, training
 from launch.data import TrainBatches
 from launch.options import UsageError, run_cli
 from launch.run_log import read_metrics
-from osd_torch import llama
+from osd_torch import checkpoint, llama
 from osd_torch.checkpoint import Checkpoints
 
 HANG = 120  # seconds after which a run of two processes has failed
@@ -90,15 +91,16 @@ class TestRuns(RunTests):
         return float(total / count)
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return load_file(checkpoint / "model" / "model.safetensors")
+    return load_file(folder / "model" / "model.safetensors")
 
 
 # ------------------------------------------------------------------------------ two processes
 
 Pair = Callable[..., list[Any]]
+Spoil = Callable[[pytest.MonkeyPatch, int], None]
 
 
 def serve(rank: int, connection: Connection) -> None:
@@ -107,19 +109,27 @@ def serve(rank: int, connection: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     while (job := connection.recv()) is not None:
-        port, flags = job
+        port, flags, spoil = job
         os.environ["MASTER_PORT"] = str(port)
-        try:
-            connection.send(train_torch.main(flags))
-        except UsageError as error:
-            connection.send(str(error))
-        except SystemExit as end:  # the first process tells why
-            connection.send(end.code)
+        with pytest.MonkeyPatch.context() as patch:
+            if spoil:
+                spoil(patch, rank)
+            try:
+                connection.send(train_torch.main(flags))
+            except SystemExit as end:  # the first process tells why
+                connection.send(end.code)
+            except Exception as error:
+                if not isinstance(error, UsageError | OSError):
+                    traceback.print_exc()
+                connection.send(str(error))
 
 
 @pytest.fixture(scope="module")
 def pair(home: Home) -> Iterator[Pair]:
-    """Makes a run of two processes -> what each returned: an exit code, or a message."""
+    """Makes a run of two processes -> what each returned: an exit code, or a message.
+
+    `spoil`, a function of this module, may patch what one of them does; `meanwhile` gets their ids.
+    """
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
     workers = [
@@ -129,12 +139,20 @@ def pair(home: Home) -> Iterator[Pair]:
     for worker in workers:
         worker.start()
 
-    def run(name: str, flags: list[str] | None = None, **changes: Any) -> list[Any]:
+    def run(
+        name: str,
+        flags: list[str] | None = None,
+        spoil: Spoil | None = None,
+        meanwhile: Callable[[list[int | None]], None] | None = None,
+        **changes: Any,
+    ) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for mine, _ in ends:
-            mine.send((port, flags or home.flags(name, **changes)))
+            mine.send((port, flags or home.flags(name, **changes), spoil))
+        if meanwhile:
+            meanwhile([worker.pid for worker in workers])
         answers = []
         for mine, _ in ends:
             assert mine.poll(HANG), "a process hangs"
@@ -340,6 +358,17 @@ def test_jax_and_torch_have_the_same_losses(
     assert len(energies) == (0 if name == "adamw" else 14)
     assert differences(*runs, *energies, "loss") < 0.02
 
+    # A checkpoint is for the trainer that wrote it, which the other one says.
+    for run, main, writer in (
+        (runs[0], train_torch.main, "train_jax"),
+        (runs[1], train_jax.main, "train_torch"),
+    ):
+        wrong = rf"{run}/checkpoints/30 was written by {writer}; .*--continue_from {run}/model"
+        with pytest.raises(UsageError, match=wrong):
+            main(home.flags(run.name, **flags, resume=True))
+        with pytest.raises(UsageError, match=wrong):
+            main(home.flags("another", **(flags | {"continue_from": run})))
+
     last = {"num_training_steps": 1, "continue_from": runs[1] / "model", "warmup_steps": 0}
     assert train_jax.main(home.flags(f"jax {name} 1", **last)) == 0
     assert home.run(f"torch {name} 1", **last) == 0
@@ -430,7 +459,7 @@ def test_a_stop_and_resume_is_the_same_run(
 def test_two_processes_killed_and_resumed(mode: str, pair: Pair, home: Home) -> None:
     """After a kill there is the last checkpoint and a longer log."""
     settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
-    settings |= {"proj_type": "continuous", "batch_size": 2}
+    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 3}
     whole = home / f"two, {mode}"
     assert pair(whole.name, **settings) == [0, 0]
     run = copy(whole, home, f"{whole.name}, killed", newest=5 if mode == "ddp" else 10)
@@ -474,6 +503,61 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same_end(run, reference.path)
     assert Checkpoints(run / "checkpoints").steps()[:4] == [60, 56, 49, 42]
     assert not (run / "checkpoints" / "57.tmp").exists()
+
+
+def cannot_read_10(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The second process cannot read the weights of step 10."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    def unless_10(where: Any, read: Callable[[], Any]) -> Any:
+        if rank == 1 and "/10/" in str(where):
+            raise OSError(116, "Stale file handle")
+        return read()
+
+    plain, sharded = checkpoint.load_file, FileSystemReader.read_data
+    patch.setattr(checkpoint, "load_file", lambda path: unless_10(path, lambda: plain(path)))
+    patch.setattr(
+        FileSystemReader,
+        "read_data",
+        lambda self, *args: unless_10(self.path, lambda: sharded(self, *args)),
+    )
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_what_one_process_cannot_read_all_pass_over(mode: str, pair: Pair, home: Home) -> None:
+    settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
+    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 9, "sample_tokens": 0}
+    whole = home / f"unread, {mode}"
+    assert pair(whole.name, **settings) == [0, 0]
+    run = copy(whole, home, f"{whole.name} once", newest=10)
+    assert pair(run.name, spoil=cannot_read_10, resume=True, **settings) == [0, 0]
+    assert (run / "checkpoints" / "10.set-aside").is_dir()
+    assert_same_end(run, whole)
+
+
+def sees_nothing(patch: pytest.MonkeyPatch, rank: int) -> None:
+    steps = Checkpoints.steps
+    patch.setattr(Checkpoints, "steps", lambda self: [] if rank else steps(self))
+
+
+def sees_one(patch: pytest.MonkeyPatch, rank: int) -> None:
+    steps = Checkpoints.steps
+    patch.setattr(Checkpoints, "steps", lambda self: steps(self)[: 1 if rank else None])
+
+
+def test_processes_that_see_other_checkpoints_end_together(pair: Pair, home: Home) -> None:
+    settings = {"num_training_steps": 6, "save_every": 3, "eval_every": 6, "warmup_steps": 1}
+    assert pair("seen", **settings) == [0, 0]
+    start = {**settings, "continue_from": home / "seen", "num_training_steps": 9}
+    first, second = pair("unseen", spoil=sees_nothing, **start)
+    assert "has no complete checkpoint" in first and second == 2
+    first, second = pair("seen", spoil=sees_nothing, **settings, resume=True)
+    assert "--resume: the log in" in first and second == 2
+    first, second = pair("seen", spoil=sees_one, **settings, resume=True)
+    assert re.match(
+        r"--save_dir: in .*/seen/checkpoints process 0 .* \[6, 3\], and .* \[6\];", first
+    )
+    assert second == 2
 
 
 def test_another_learning_rate_takes_effect_on_going_on(reference: Reference, home: Home) -> None:
@@ -545,7 +629,14 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "P before W": (
             {"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
-            r"move_projector",
+            r"--move_projector: before takes R again .*with several micro-batches keep only",
+        ),
+        "P before W, clipped": (
+            {
+                **{"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
+                **{"batch_size": 8, "grad_clipping": 1.0, "dataset": "c4"},
+            },
+            r"--move_projector: before takes R again .*with --grad_clipping keep only a sketch",
         ),
         "sharded by layer": ({"per_layer": True, "fsdp": True}, r"--fsdp: .*use one of the two"),
         "compressed shards": (
@@ -574,6 +665,11 @@ def test_mistakes_are_named_and_leave_nothing(reference: Reference, home: Home) 
     with pytest.raises(UsageError, match=message):
         home.run("reference", overwrite=True, **changes)
     assert everything(reference.path) == before
+
+
+def test_the_number_of_processes_in_words() -> None:
+    assert "by 1 process, and now by 2: " in training.skipped_documents(1, 2)
+    assert "by 2 processes, and now by 1: " in training.skipped_documents(2, 1)
 
 
 def test_a_gpu_that_is_not_there(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,6 +717,43 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(
     assert last.startswith("error: the checkpoint of step 9, about 0 MiB, cannot be written to ")
     assert "File too large" in last and "make room there, or save elsewhere" in last
     assert everything(home / "full" / "checkpoints") == before
+
+
+def test_a_full_disk_ends_the_log_and_the_model_with_a_remedy(
+    reference: Reference, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def last_line(size: int, name: str, **changes: Any) -> str:
+        monkeypatch.setattr(sys, "argv", ["train_torch.py", *home.flags(name, **changes)])
+        with largest_file(size):
+            assert run_cli(train_torch.main) == 1
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    path = home / "full log" / "metrics.jsonl"
+    said = last_line(4000, "full log", save_every=50)
+    assert said.startswith(f"error: the log {path} cannot be written: File too large; make room th")
+    assert lines_in(home / "full log") > 3
+
+    run = copy(reference.path, home, "full model")
+    said = last_line(60_000, "full model", resume=True)
+    assert said.startswith(f"error: the model cannot be written to {run / 'model'}: model.safeten")
+    assert f"safe in {run / 'checkpoints'}: make room, and the same command and --resu" in said
+    assert not (run / "model").exists()
+    assert home.run("full model", resume=True) == 0
+    assert_same_end(run, reference.path)
+
+
+def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home) -> None:
+    def stop_the_second(pids: list[int]) -> None:
+        while lines_in(home / "hung") < 3:
+            time.sleep(0.01)
+        os.kill(pids[1], signal.SIGSTOP)
+        time.sleep(8)  # 2 s, 2 s more before it is told, and time to spare
+        os.kill(pids[1], signal.SIGCONT)
+
+    settings = {"num_training_steps": 2000, "timeout_minutes": 1 / 30}
+    first, _ = pair("hung", meanwhile=stop_the_second, **settings)
+    assert re.match(r"another process has not answered for 0.0333333 minutes: it hangs, or", first)
+    assert "\n" not in first
 
 
 # ------------------------------------------------------------------------------ other settings

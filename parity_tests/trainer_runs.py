@@ -457,6 +457,38 @@ class RunTests:
             home.run("ruined", resume=True)
         assert everything(run) == before
 
+    def test_a_run_whose_checkpoints_are_elsewhere_is_not_started_anew(
+        self, reference: Reference, home: Home
+    ) -> None:
+        run = copy(reference.path, home, "moved", newest=14)
+        places = [home.path / name for name in ("elsewhere", "nowhere")]
+        places[0].mkdir()
+        (run / "checkpoints").rename(places[0] / "checkpoints")
+        before = everything(run)
+        lost = r"--resume: the log in .*moved is of 60 updates, and there is no checkpoint in"
+        with pytest.raises(UsageError, match=lost):
+            home.run("moved", resume=True)
+        with pytest.raises(UsageError, match=r"kept its checkpoints in .*moved, and.*leave --save"):
+            home.run("moved", resume=True, save_dir=places[1])
+        assert everything(run) == before
+        assert home.run("moved", resume=True, save_dir=places[0], keep=20) == 0
+        assert timeless(run) == timeless(reference.path)
+        with pytest.raises(
+            UsageError, match=r"kept.* in .*/elsewhere, and.*give --save_dir .*/els"
+        ):
+            home.run("moved", resume=True)
+
+    def test_the_log_of_a_run_that_was_killed_before_its_first_checkpoint_is_set_aside(
+        self, home: Home
+    ) -> None:
+        run = home / "short"
+        settings = {**SHORT, "resume": True}
+        run.mkdir(parents=True)
+        (run / "metrics.jsonl").write_text('{"kind": "train", "step": 2, "seconds": 1}\n')
+        assert home.run("short", **settings) == 0
+        assert '"step": 2, "seconds": 1}' in (run / "metrics.jsonl.set-aside").read_text()
+        assert read_metrics(run)[0]["step"] == 1
+
     def test_signals_stop_with_a_checkpoint_and_resume_goes_on(
         self, reference: Reference, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Any
     ) -> None:
@@ -537,9 +569,10 @@ class RunTests:
         assert "changed since it began: --lr 0.02 -> 0.03" in capsys.readouterr().err
 
     def test_continue_from_a_model_takes_its_weights_only(
-        self, reference: Reference, home: Home
+        self, reference: Reference, home: Home, capsys: Any
     ) -> None:
         assert home.run("tuned", continue_from=reference.path / "model") == 0
+        assert "Loading weights" not in capsys.readouterr().err  # a bar of transformers'
         first, last = timeless(home / "tuned")[0], timeless(reference.path)[-1]
         assert first["step"] == 1 and first["learning_rate"] == 0
         assert first["loss"] == pytest.approx(last["loss"], abs=0.3)
