@@ -57,7 +57,7 @@ def refuse_torch_only(options: Options) -> None:
     reasons = {
         "per_layer": "the JAX side does not update layer by layer yet",
         "compile": "the JAX side compiles always",
-        "timeout_minutes": "JAX itself says how long its processes wait for another",
+        "timeout_minutes": "the JAX side has a time of its own, in launch/hosts.py",
     }
     for name, reason in reasons.items():
         if getattr(options, name):

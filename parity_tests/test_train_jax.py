@@ -184,6 +184,10 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
             {"compile": True},
             r"--compile: the JAX side compiles always; .*or use launch\.train_torch",
         ),
+        "torch's timeout": (
+            {"timeout_minutes": 5},
+            r"--timeout_minutes: the JAX side has a time of its own, .*or use launch\.train_torch",
+        ),
     }
 
 
