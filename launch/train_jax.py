@@ -49,13 +49,7 @@ def refuse_torch_only(options: Options) -> None:
     Raises:
         UsageError: such an option is given.
     """
-    if options.optimizer != options.base_optimizer:
-        raise UsageError(
-            f"--optimizer: {options.optimizer} updates layer by layer, which the JAX side does not "
-            f"do yet; use {options.base_optimizer}"
-        )
     reasons = {
-        "per_layer": "the JAX side does not update layer by layer yet",
         "compile": "the JAX side compiles always",
         "timeout_minutes": "the JAX side has a time of its own, in launch/hosts.py",
     }
@@ -89,6 +83,11 @@ def train(options: Options, processes: hosts.Processes) -> int:
     # compiled.
     with processes.together():
         mesh = hosts.make_mesh(options, processes)
+        if mesh and options.per_layer:
+            raise UsageError(
+                f"--per_layer: in JAX layers are updated one by one on one device, and there are "
+                f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
+            )
     with processes.together(in_turn=True):
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
         weights = training.hugging_face_weights(options)
@@ -104,7 +103,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
     schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
     with processes.together():
         tx = osd_jax.make_optimizer(
-            options.optimizer,
+            options.base_optimizer,
             options.proj_type,
             learning_rate=options.lr,
             schedule=schedule,
@@ -112,15 +111,21 @@ def train(options: Options, processes: hosts.Processes) -> int:
             dimension_numbers=llama.dimension_numbers,
             **training.optimizer_options(options),
         )
-        train_step = make_train_step(
-            config,
-            tx,
-            side=SIDES_BY_PROJ_TYPE[options.proj_type],
-            grad_clipping=options.grad_clipping,
-            remat=options.activation_checkpointing,
-            mesh=mesh,
-            compress_gradients=options.compress_gradients,
-        )
+        of_step: dict[str, Any] = {
+            "side": SIDES_BY_PROJ_TYPE[options.proj_type],
+            "grad_clipping": options.grad_clipping,
+        }
+        if options.per_layer:
+            train_step = osd_jax.make_layerwise_train_step(config, tx, **of_step)
+        else:
+            train_step = make_train_step(
+                config,
+                tx,
+                **of_step,
+                remat=options.activation_checkpointing,
+                mesh=mesh,
+                compress_gradients=options.compress_gradients,
+            )
     eval_step = make_eval_step(config)
 
     # The state to start from: a checkpoint, Hugging Face weights, or fresh ones. On a mesh it is

@@ -42,6 +42,7 @@ from osd_jax.train import (
     TrainState,
     TrainStep,
     clipping_factor,
+    mean_factor,
     measured,
     skipped_metrics,
 )
@@ -152,6 +153,17 @@ def _put(tree: Any, layer: Any, index: jax.typing.ArrayLike) -> Any:
     return jax.tree.map(one, tree, layer)
 
 
+def _by_key(tree: Any) -> dict[Key, Any]:
+    """Nested dicts as one, of arrays or sketches."""
+    return flatten_dict(tree, is_leaf=lambda keys, x: not isinstance(x, dict))
+
+
+def _moved(layers: _Layers, index: jax.typing.ArrayLike, part: optax.Params) -> _Layers:
+    """`layers` with new weights of one layer, an axis of length 1 kept."""
+    new = {key: _put(layers.weights[key], x, index) for key, x in flatten_dict(part).items()}
+    return layers._replace(weights=layers.weights | new)
+
+
 class _LayerOptimizer:
     """One update of an optimizer, taken a parameter of a layer at a time.
 
@@ -228,8 +240,9 @@ def make_layerwise_train_step(
     Same losses and weights as `osd_jax.train.make_train_step` with `remat`: to rounding with one
     micro-batch, clipped or not; with several, as that step with `accumulate="sketches"`.
 
-    Where the step does not wait, a gradient that is not finite in one layer skips that layer and
-    those before it, while those after it have moved; one whose loss is not finite skips all.
+    Where the step does not wait, a gradient that is not finite skips its own parameter of a layer,
+    as those of earlier layers mostly will be too, while later layers have moved. Where it waits,
+    or where the loss is not finite, all are skipped. Either way it is one skipped step.
 
     Args:
       config: The model's shape.
@@ -276,10 +289,8 @@ def make_layerwise_train_step(
         x, inputs = jax.lax.scan(layer, llama.embed(params["embedding"], tokens), params["layers"])
         after = {name: params[name] for name in after_layers}
         loss, pullback = jax.vjp(top, after, x)
-        count = jnp.maximum(_count(micro), 1)
-        # Not finite where the loss is not, so that the optimizer skips the step.
-        scale = jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan).astype(loss.dtype)
-        return Forward(loss, inputs, *pullback(scale))
+        factor = mean_factor(loss, llama.num_predicted(tokens, mask))
+        return Forward(loss, inputs, *pullback(factor.astype(loss.dtype)))
 
     def backward(layers: _Layers, run: Forward, tokens: jax.Array, visit: Visit) -> Any:
         """Gives each layer's gradients to `visit`.
@@ -326,9 +337,7 @@ def make_layerwise_train_step(
                 g = unflatten_dict({key: g})
                 found |= measured(measure, g, old, side)
                 part, new = step(part, g, old)
-                layers = optimizer.store(layers, index, old, new)
-                new_weights = _put(layers.weights[key], flatten_dict(part)[key], index)
-                layers = layers._replace(weights=layers.weights | {key: new_weights})
+                layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, (squares, found)
 
         run = forward(state.params, micro)
@@ -345,7 +354,8 @@ def make_layerwise_train_step(
         params = unflatten_dict(layers.weights) | outer
         opt_state = state_of_parts(state.opt_state, parts)
         norm = jnp.sqrt(jnp.sum(squares) + _squared_norm(outer_grads))
-        return params, opt_state, run.loss / _count(micro), norm, found
+        loss = run.loss / llama.num_predicted(micro["tokens"], micro["mask"])
+        return params, opt_state, loss, norm, found
 
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: sketches are held, and the layers move when all is known."""
@@ -355,15 +365,13 @@ def make_layerwise_train_step(
         outer_state = state_of_part(parted, outer, state.opt_state)
         held = nothing_held(parted, state.params, state.opt_state)
         outer_held = {name: held[name] for name in outer}
-        is_leaf = lambda keys, x: not isinstance(x, dict)
-        layers = optimizer.start._replace(
-            held=flatten_dict({"layers": held["layers"]}, is_leaf=is_leaf)
-        )
-        total = _count(batch)
+        layers = optimizer.start._replace(held=_by_key({"layers": held["layers"]}))
+        total = llama.num_predicted(batch["tokens"], batch["mask"])
 
         def one(carry: Any, number_and_micro: Any) -> Any:
             (layers, outer_held, outer_state), (number, micro) = carry, number_and_micro
-            is_first, share = number == 0, _count(micro) / total
+            is_first = number == 0
+            share = llama.num_predicted(micro["tokens"], micro["mask"]) / total
 
             def visit(layers: _Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
                 found: Metrics = {}
@@ -373,7 +381,7 @@ def make_layerwise_train_step(
                     found |= measured(measure, g, old, side)
                     new = parted.refresh(g, old, is_first)
                     layers = optimizer.store(layers, index, old, new)
-                    sketch = _only(parted.project(g, new), key)
+                    sketch = _by_key(parted.project(g, new))[key]
                     held = hold(_take(layers.held[key], index), sketch, share)
                     held = _put(layers.held[key], held, index)
                     layers = layers._replace(held=layers.held | {key: held})
@@ -402,9 +410,7 @@ def make_layerwise_train_step(
                 held = unflatten_dict({key: scaled(_take(layers.held[key], index), factor)})
                 updates, new = parted.apply(held, old, part)
                 part = optax.apply_updates(part, updates)
-                layers = optimizer.store(layers, index, old, new)
-                new_weights = _put(stacked, flatten_dict(part)[key], index)
-                layers = layers._replace(weights=layers.weights | {key: new_weights})
+                layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, None
 
         layers, _ = jax.lax.scan(apply, layers, jnp.arange(config.num_hidden_layers))
@@ -449,15 +455,6 @@ class Forward(NamedTuple):
     inputs: jax.Array
     after_layers: optax.Params
     gradient: jax.Array
-
-
-def _count(batch: Batch) -> jax.Array:
-    return jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
-
-
-def _only(tree: Any, key: Key) -> Any:
-    """The value at a key of nested dicts."""
-    return functools.reduce(lambda inner, name: inner[name], key, tree)
 
 
 def _squared_norm(grads: optax.Params) -> jax.Array:

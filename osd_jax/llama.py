@@ -376,22 +376,6 @@ class Llama(nnx.Module):
         body = jax.checkpoint(layer, prevent_cse=False, policy=kept)
         return jax.lax.scan(body, x, stacked)[0]
 
-    def head_kernel(self) -> jax.Array:
-        """Kernel of the output layer, (H, V)."""
-        return self.embedding[...].T if self.config.tie_word_embeddings else self.head[...]
-
-    def __call__(
-        self,
-        tokens: Tokens,
-        mask: Tokens | None = None,
-        *,
-        dtype: DTypeLike | None = None,
-        remat: bool = False,
-    ) -> jax.Array:
-        """Logits, float32 (B, S, V); arguments as in `forward`."""
-        x = self.hidden(tokens, mask, dtype=dtype, remat=remat)
-        return _logits(rms_norm(x, self.norm[...], self.config.rms_norm_eps), self.head_kernel())
-
 
 def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
     return x @ kernel[...].astype(x.dtype)
@@ -451,7 +435,8 @@ def forward(
     Returns:
         Float32 (B, S, V).
     """
-    return _module(params, config)(tokens, mask, dtype=dtype, remat=remat)
+    x = _module(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
+    return _logits(rms_norm(x, params["norm"], config.rms_norm_eps), head_kernel(params, config))
 
 
 def loss(
@@ -485,6 +470,11 @@ def loss(
     """
     x = _module(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
     return loss_of_output(params, config, x, tokens, loss_mask, logits_bytes=logits_bytes)
+
+
+def head_kernel(params: Params, config: LlamaConfig) -> jax.Array:
+    """Kernel of the output layer, (H, V)."""
+    return params["embedding"].T if config.tie_word_embeddings else params["head"]
 
 
 def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
@@ -540,7 +530,7 @@ def loss_of_output(
         logits_bytes: as in `loss`.
     """
     x = rms_norm(x, params["norm"], config.rms_norm_eps)
-    head = params["embedding"].T if config.tie_word_embeddings else params["head"]
+    head = head_kernel(params, config)
     # The last position predicts nothing: it keeps its place, with no weight, so that the arrays
     # keep their even shape.
     labels = jnp.roll(tokens, -1, axis=1)
@@ -551,12 +541,17 @@ def loss_of_output(
         labels.reshape(-1),
         slices=-(-config.vocab_size // columns),
     )
-    weights = is_predicted(tokens, loss_mask).reshape(-1)
-    return jnp.sum(losses, where=weights), jnp.sum(weights, dtype=jnp.int32)
+    weights = _is_predicted(tokens, loss_mask).reshape(-1)
+    return jnp.sum(losses, where=weights), num_predicted(tokens, loss_mask)
 
 
-def is_predicted(tokens: Tokens, loss_mask: Tokens | None = None) -> jax.Array:
-    """Booleans (..., B, S): whether the next token's loss at a position counts; see `loss`."""
+def num_predicted(tokens: Tokens, loss_mask: Tokens | None = None) -> jax.Array:
+    """The number of tokens (..., B, S) whose losses `loss` sums, int32."""
+    return jnp.sum(_is_predicted(tokens, loss_mask), dtype=jnp.int32)
+
+
+def _is_predicted(tokens: Tokens, loss_mask: Tokens | None) -> jax.Array:
+    """Booleans (..., B, S): whether the next token's loss at a position counts."""
     weights = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask.astype(bool)
     return jnp.roll(weights, -1, axis=-1).at[..., -1].set(False)
 

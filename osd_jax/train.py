@@ -217,7 +217,7 @@ def make_train_step(
         total, count, grads = accumulated(state.params, batch)
         loss = total / count
         norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
-        factor = _factor(loss, count) * clipping_factor(norm, grad_clipping)
+        factor = mean_factor(loss, count) * clipping_factor(norm, grad_clipping)
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state, side)
@@ -232,7 +232,7 @@ def make_train_step(
             total, count, grads = accumulated(own, batch)
             total, count = jax.lax.psum((total, count), "data")
             loss = total / count
-            factor = jax.lax.axis_size("data") * _factor(loss, count)
+            factor = jax.lax.axis_size("data") * mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, own)
             opt_state = tx.refresh(grads, state.opt_state, reduce=mean)
             sketches = tx.project(grads, opt_state, mean)
@@ -255,12 +255,12 @@ def make_train_step(
     def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """The update from the mean of the micro-batches' sketches."""
         params = state.params
-        tokens = jnp.sum(llama.is_predicted(batch["tokens"], batch["mask"]), dtype=jnp.int32)
+        tokens = llama.num_predicted(batch["tokens"], batch["mask"])
 
         def add(carry: Any, number_and_micro: Any) -> Any:
             (held, opt_state), (number, micro) = carry, number_and_micro
             loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
-            factor = jnp.where(jnp.isfinite(loss), 1 / jnp.maximum(count, 1), jnp.nan)
+            factor = mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
             opt_state = parted.refresh(grads, opt_state, number == 0)
             held = hold(held, parted.project(grads, opt_state), count / tokens)
@@ -307,9 +307,12 @@ def skipped_metrics(opt_state: optax.OptState) -> Metrics:
     return {"skipped": total, "skipped_in_a_row": in_a_row}
 
 
-def _factor(loss: jax.Array, count: jax.Array) -> jax.Array:
-    """1 / count, and not finite where the loss is not, so that the optimizer skips the step."""
-    return jnp.where(jnp.isfinite(loss), 1 / count, jnp.nan)
+def mean_factor(loss: jax.Array, count: jax.Array) -> jax.Array:
+    """1 / count, and not finite where the loss is not, so that the optimizer skips the step.
+
+    A part with no tokens has a loss of 0, a gradient of 0, and a factor of 1.
+    """
+    return jnp.where(jnp.isfinite(loss), 1 / jnp.maximum(count, 1), jnp.nan)
 
 
 def clipping_factor(norm: jax.Array, max_norm: float) -> jax.Array:

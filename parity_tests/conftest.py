@@ -1,6 +1,7 @@
 """What every test shares. It runs before JAX or PyTorch is imported."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,5 +17,17 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # Compiling dominates the suite: what one run or worker compiled, the next reads.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="module")
+def compile_fast() -> Iterator[None]:
+    """For modules in which compiling takes nearly all of the time, and running next to none."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
 
 pytest.register_assert_rewrite("trainer_runs")  # its tests are collected where they are inherited

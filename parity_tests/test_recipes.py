@@ -70,8 +70,7 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.per_layer == (recipe == "gpu" and is_7b)
         assert options.single_gpu == (recipe == "gpu")
         assert options.resume and (options.seed, options.name) == (3, "other")
-        if not options.per_layer:
-            refuse_torch_only(options)
+        refuse_torch_only(options)
 
 
 def test_what_is_wrong_is_named() -> None:

@@ -179,7 +179,10 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
             {"continue_from": reference / "checkpoints", "rank": 5},
             r"another model or optimizer: .*\[2, 4, 32\] there and",
         ),
-        "per layer": ({"optimizer": "galore_adamw_per_layer"}, r"use galore_adamw$"),
+        "per layer": (
+            {"optimizer": "galore_adamw_per_layer", "single_gpu": None, "batch_size": 8},
+            r"--per_layer: .*one device, and there are 8; add --single_gpu",
+        ),
         "what torch alone does": (
             {"compile": True},
             r"--compile: the JAX side compiles always; .*or use launch\.train_torch",
@@ -210,6 +213,12 @@ def test_mistakes_are_named_before_anything_is_compiled(
 OTHER = {
     **SETTINGS,
     "adafactor": {"optimizer": "galore_adafactor", "proj_type": "full", "beta1": 0.9},
+    "layers of several micro-batches": {
+        "optimizer": "galore_adamw8bit_per_layer",
+        "proj_type": "continuous",
+        "gradient_accumulation": 2,
+        "grad_clipping": 1.0,
+    },
 }
 
 
@@ -222,6 +231,15 @@ def test_8bit_bfloat16_remat_and_a_worker(home: Home) -> None:
     config, params = llama.load_hf(home / "8bit" / "model")
     assert params["embedding"].dtype == jnp.bfloat16
     assert_nothing_is_left_to_do(home, "8bit", settings("8bit"))
+
+
+def test_layer_by_layer_the_losses_are_the_same_and_a_checkpoint_goes_on(home: Home) -> None:
+    short = SHORT | {"batch_size": 8, "save_every": 2}
+    assert home.run("whole_step", **short) == 0
+    assert home.run("per_layer", **short, optimizer="galore_adamw_per_layer") == 0
+    losses = lambda name: [r["loss"] for r in read_metrics(home / name)]
+    assert losses("per_layer") == pytest.approx(losses("whole_step"), abs=1e-5)
+    assert_nothing_is_left_to_do(home, "per_layer", short | {"optimizer": "galore_adamw_per_layer"})
 
 
 @pytest.mark.slow

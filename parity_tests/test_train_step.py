@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,7 @@ KINDS = ("attention/query", "mlp/down")  # a square and an oblong one; fewer com
 SHAPE = (3, 12)  # rows and tokens of a micro-batch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast() -> Iterator[None]:
-    """Compiling takes nearly all of this module's time, and running next to none."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 # ---------------------------------------------------------------------------- the schedule
