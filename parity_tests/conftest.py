@@ -11,9 +11,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' own processes share 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would need the network fails at once
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # Eight devices on few cores wait for each other in every collective. Each gets threads of its
+    # own to wait in, and a machine that stands still for 40 seconds, XLA's patience, is no fault.
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
+    os.environ.setdefault("PJRT_NPROC", "16")
 # Compiling dominates the suite: what one run or worker compiled, the next reads.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
