@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import training
@@ -324,12 +324,15 @@ def _is_loss(error: BaseException) -> bool:
 # --------------------------------------------------------------------------------------- devices
 
 
-def make_mesh(options: Options, processes: Processes) -> Mesh | None:
+def make_mesh(
+    options: Options, processes: Processes, devices: Sequence[Any] | None = None
+) -> Mesh | None:
     """The mesh that the options ask for, over the devices of all processes; None: one device.
 
     Args:
         options: Checked options.
         processes: Of the run.
+        devices: Of all processes; None: those that JAX finds.
 
     Raises:
         UsageError: sizes that do not fit the devices, the processes or the batch.
@@ -338,7 +341,7 @@ def make_mesh(options: Options, processes: Processes) -> Mesh | None:
 
     from osd_jax import sharding
 
-    devices = jax.devices()
+    devices = devices or jax.devices()
     try:
         asked = options.mesh or ("fsdp=-1" if options.fsdp else "data=-1")
         sizes = sharding.parse_mesh("data=1" if options.single_gpu else asked)
@@ -364,7 +367,7 @@ def make_mesh(options: Options, processes: Processes) -> Mesh | None:
         raise UsageError(
             f"--mesh: tensor={mesh.shape['tensor']} splits a row of the batch over several of the "
             f"{processes.count} processes, each of which reads its own rows; use at most "
-            f"tensor={jax.local_device_count()}, the devices of a process"
+            f"tensor={len(devices) // processes.count}, the devices of a process"
         )
     each = shards // processes.count
     if options.batch_size % each:

@@ -36,11 +36,12 @@ PROJ_TYPES = (
 Scheduler = Literal["linear", "cosine", "cosine_restarts"]
 LionSign = Literal["lifted", "subspace"]
 MoveProjector = Literal["after", "before"]
+ProjectorInit = Literal["svd", "qr"]
 
 # A run goes on only with these unchanged: they fix the state's shapes or the order of the data.
 FIXED = (
-    "optimizer", "proj_type", "rank", "dataset", "tokenizer", "max_length", "pack", "seed",
-    "total_batch_size",
+    "optimizer", "proj_type", "rank", "basis_dtype", "dataset", "tokenizer", "max_length", "pack",
+    "seed", "total_batch_size",
 )  # fmt: skip
 
 GROUPS = {
@@ -353,6 +354,23 @@ class Options:
         "mesh's data axis, in place of the gradient",
     )
 
+    basis_dtype: str | None = _flag(
+        "memory and devices",
+        None,
+        choices=("bfloat16", "float32"),
+        type=_dtype,
+        help="dtype of the projector (default: float32)",
+    )
+
+    projector_init: ProjectorInit = _flag(
+        "jax",
+        "svd",
+        choices=get_args(ProjectorInit),
+        type=str.lower,
+        help="how online PCA finds its first projector in the first gradient: its leading singular "
+        "vectors, as published, or the range of a random sketch of it, for TPUs, where an SVD "
+        "compiles for minutes",
+    )
     mesh: str | None = _flag(
         "jax",
         None,
@@ -500,12 +518,12 @@ class Options:
             "compress_gradients": ("a galore_* optimizer", is_projected),
         }
         takers["restart_warmup_steps"] = takers["cycle_length"]
-        for name in ("proj_type", "rank", "update_proj_gap", "galore_scale"):
+        for name in ("proj_type", "rank", "update_proj_gap", "galore_scale", "basis_dtype"):
             takers[name] = takers["compress_gradients"]
         online_pca = "a galore_* optimizer with a continuous* --proj_type"
         for name in ("penalty", "projector_lr_multiple", "projector_weight_decay"):
             takers[name] = (online_pca, continuous)
-        takers["move_projector"] = takers["penalty"]
+        takers["move_projector"] = takers["projector_init"] = takers["penalty"]
         for name, (taker, chosen) in takers.items():
             if not chosen and getattr(self, name) != _FIELDS[name].default:
                 raise UsageError(

@@ -21,12 +21,18 @@ from launch import hosts, training
 from launch.options import Options, UsageError, run_cli
 
 if TYPE_CHECKING:
+    import optax
     from jax.sharding import Mesh
 
     from osd_jax.llama import LlamaConfig
-    from osd_jax.train import TrainState
+    from osd_jax.optimizers import Schedule
+    from osd_jax.train import TrainState, TrainStep
 
 T = TypeVar("T")
+
+# Numbers of an 8-bit array that a layer-by-layer step reads back at once: a quarter of the 7B
+# model's embedding, the largest array there.
+SLICE_SIZE = 2**25
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,32 +68,19 @@ def train(options: Options, processes: hosts.Processes) -> int:
     """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
     import jax
     import numpy as np
-    import optax
 
-    import osd_jax
     from launch.data import is_exact, reshard
     from launch.run_log import RunLog
     from osd_jax import llama
     from osd_jax.checkpoint import Checkpoints, Restored, gathered
-    from osd_jax.optimizers import SIDES_BY_PROJ_TYPE
     from osd_jax.sharding import on, train_state_sharding
-    from osd_jax.train import (
-        init_state,
-        learning_rate_schedule,
-        make_eval_step,
-        make_train_step,
-        sample,
-    )
+    from osd_jax.train import init_state, learning_rate_schedule, make_eval_step, sample
 
     # Devices, data and model. All that can be wrong with them shows here, before anything is
     # compiled.
     with processes.together():
         mesh = hosts.make_mesh(options, processes)
-        if mesh and options.per_layer:
-            raise UsageError(
-                f"--per_layer: in JAX layers are updated one by one on one device, and there are "
-                f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
-            )
+        refuse_layers_on(mesh, options)
     with processes.together(in_turn=True):
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
         weights = training.hugging_face_weights(options)
@@ -102,35 +95,12 @@ def train(options: Options, processes: hosts.Processes) -> int:
     # Optimizer and steps.
     schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
     with processes.together():
-        tx = osd_jax.make_optimizer(
-            options.base_optimizer,
-            options.proj_type,
-            learning_rate=options.lr,
-            schedule=schedule,
-            select=llama.is_projected,
-            dimension_numbers=llama.dimension_numbers,
-            **training.optimizer_options(options),
-        )
-        of_step: dict[str, Any] = {
-            "side": SIDES_BY_PROJ_TYPE[options.proj_type],
-            "grad_clipping": options.grad_clipping,
-        }
-        if options.per_layer:
-            train_step = osd_jax.make_layerwise_train_step(config, tx, **of_step)
-        else:
-            train_step = make_train_step(
-                config,
-                tx,
-                **of_step,
-                remat=options.activation_checkpointing,
-                mesh=mesh,
-                compress_gradients=options.compress_gradients,
-            )
+        tx, train_step = make_step(options, config, schedule, mesh)
     eval_step = make_eval_step(config)
 
     # The state to start from: a checkpoint, Hugging Face weights, or fresh ones. On a mesh it is
     # made in parts, and never whole on one device.
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = weights_dtype(options, jax.default_backend())
 
     def fresh(params: optax.Params) -> TrainState:
         """The state before the first update."""
@@ -213,6 +183,71 @@ def train(options: Options, processes: hosts.Processes) -> int:
         run = (options, data, tokenizer, log, checkpoints, trainer)
         with checkpoints:
             return training.train(*run, start=start, schedule=schedule, stop=stop)
+
+
+def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
+    """Refuses layer-by-layer updates on several devices.
+
+    Raises:
+        UsageError: they are asked for.
+    """
+    if mesh and options.per_layer:
+        raise UsageError(
+            f"--per_layer: in JAX layers are updated one by one on one device, and there are "
+            f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
+        )
+
+
+def make_step(
+    options: Options, config: LlamaConfig, schedule: Schedule, mesh: Mesh | None
+) -> tuple[optax.GradientTransformation, TrainStep]:
+    """The optimizer and the jitted train step that the options ask for.
+
+    Args:
+        options: Checked options.
+        config: The model's shape.
+        schedule: (step, from 0) -> factor on the learning rate.
+        mesh: From `hosts.make_mesh`.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
+    import osd_jax
+    from osd_jax import llama
+    from osd_jax.optimizers import SIDES_BY_PROJ_TYPE
+    from osd_jax.train import make_train_step
+
+    tx = osd_jax.make_optimizer(
+        options.base_optimizer,
+        options.proj_type,
+        learning_rate=options.lr,
+        schedule=schedule,
+        select=llama.is_projected,
+        dimension_numbers=llama.dimension_numbers,
+        basis_dtype=options.basis_dtype,
+        projector_init=options.projector_init,
+        slice_size=SLICE_SIZE if options.per_layer else None,
+        **training.optimizer_options(options),
+    )
+    of_step: dict[str, Any] = {
+        "side": SIDES_BY_PROJ_TYPE[options.proj_type],
+        "grad_clipping": options.grad_clipping,
+    }
+    if options.per_layer:
+        return tx, osd_jax.make_layerwise_train_step(config, tx, **of_step)
+    return tx, make_train_step(
+        config,
+        tx,
+        **of_step,
+        remat=options.activation_checkpointing,
+        mesh=mesh,
+        compress_gradients=options.compress_gradients,
+    )
+
+
+def weights_dtype(options: Options, backend: str) -> str:
+    """Of weights and activations on a backend, as `jax.default_backend` names it."""
+    return options.dtype or ("float32" if backend == "cpu" else "bfloat16")
 
 
 def read_together(processes: hosts.Processes, read: Callable[[], T]) -> T:

@@ -67,9 +67,10 @@ def refuse_jax_only(options: Options) -> None:
         "coordinator_address": meets,
         "num_processes": meets,
         "process_id": meets,
+        "projector_init": "PyTorch starts from an SVD",
     }
     for name, reason in reasons.items():
-        if getattr(options, name) is not None:
+        if getattr(options, name) != getattr(Options, name):  # the class has the defaults
             raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_jax")
     if options.fsdp and options.per_layer:
         raise UsageError(
@@ -225,6 +226,7 @@ def train(options: Options, device: torch.device) -> int:
             options.proj_type,
             lr=options.lr,
             select=llama.is_projected,
+            basis_dtype=getattr(torch, options.basis_dtype) if options.basis_dtype else None,
             **training.optimizer_options(options),
         )
 

@@ -16,6 +16,7 @@ goes on with the other.
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -340,20 +341,25 @@ def make_layerwise_train_step(
                 layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, (squares, found)
 
-        run = forward(state.params, micro)
-        layers, outer_grads, (squares, found) = backward(
-            optimizer.start, run, micro["tokens"], visit
-        )
-        parts = [layers.shared | layers.stacked]
-        outer: optax.Params = {}
-        for name, g in outer_grads.items():
+        def moved(name: str, gradient: jax.Array) -> tuple[optax.Params, Any, jax.Array]:
+            """(new weights, leaves of their state by name, the gradient's squared norm)."""
             part = {name: state.params[name]}
-            part, new = step(part, {name: g}, state_of_part(tx, part, state.opt_state))
-            parts.append(_named(new))
-            outer |= part
-        params = unflatten_dict(layers.weights) | outer
-        opt_state = state_of_parts(state.opt_state, parts)
-        norm = jnp.sqrt(jnp.sum(squares) + _squared_norm(outer_grads))
+            squares = _squared_norm(gradient)
+            part, new = step(part, {name: gradient}, state_of_part(tx, part, state.opt_state))
+            return part, _named(new), squares
+
+        run = forward(state.params, micro)
+        outer = [moved(name, g) for name, g in run.after_layers.items() if name != "embedding"]
+        # The walk waits for these, or the head's gradient would be alive in all of it.
+        gradient, outer = jax.lax.optimization_barrier((run.gradient, outer))
+        layers, outer_grads, (layer_squares, found) = backward(
+            optimizer.start, run._replace(gradient=gradient), micro["tokens"], visit
+        )
+        outer.append(moved("embedding", outer_grads["embedding"]))
+        parts, states, squares = zip(*outer, strict=True)
+        params = functools.reduce(operator.or_, parts, unflatten_dict(layers.weights))
+        opt_state = state_of_parts(state.opt_state, [layers.shared | layers.stacked, *states])
+        norm = jnp.sqrt(jnp.sum(layer_squares) + sum(squares))
         loss = run.loss / llama.num_predicted(micro["tokens"], micro["mask"])
         return params, opt_state, loss, norm, found
 

@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . launch/recipes/_published.sh
 
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
+flags+=(--projector_init qr) # XLA compiles an SVD for minutes there
 shift
 case ${flags[*]} in
 *llama_1b* | *llama_7b*) flags+=(--fsdp) ;;

@@ -1,0 +1,338 @@
+"""Compiles the train step for a TPU that is not there, and says whether it fits.
+
+    python -m launch.compile_tpu --topology v6e:1x1 --model_config configs/llama_7b.json \
+        --batch_size 16 --optimizer galore_adamw8bit --proj_type continuous_adam8bit \
+        --rank 1024 --basis_dtype bfloat16 --projector_init qr --per_layer
+
+It takes the flags of launch.train_jax, builds the very step that would run, and hands it to the TPU
+compiler, which runs on a CPU: `pip install -e ".[jax,tpu]"`. Needed are neither a TPU nor data.
+Printed are the bytes of a chip that arguments, temporaries and the peak take, the operations of a
+step, and what the chips send each other. The exit code is 0 where the step fits, 1 where not.
+
+`--batch_size` is the rows of one process in one forward pass, as in training, and a process is a
+host of the slice: a v6e host has up to eight chips, a v5p host four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launch import hosts, training
+from launch.options import Options, UsageError, run_cli
+from launch.train_jax import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+
+if TYPE_CHECKING:
+    import jax
+
+GIB = 2**30
+
+KINDS = ("v5e", "v5p", "v6e")
+# What the compiler says of a program that is too large, early or late: bytes needed, bytes there.
+_REFUSALS = (
+    r"HLO temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)",
+    r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a train step; bytes and operations are those of one chip.
+
+    Attributes:
+        topology: "v6e:4x4".
+        chips: How many it has.
+        mesh: The mesh's axes longer than 1, as `--mesh` takes them; empty for one chip.
+        fits: Whether the compiler accepts it.
+        memory: Bytes that a program may have.
+        arguments: Bytes of weights, optimizer state and batch, which the new ones replace.
+        temporaries: Bytes of everything else, as the compiler lays it out.
+        peak: Largest number of bytes alive at a time, arguments among them. Of a step that does not
+            fit: what the compiler says it would use, and the two before are None.
+        code: Bytes of the program itself.
+        product_flops: Floating-point operations of the step's matrix products, by their shapes; a
+            step that recomputes activations counts them again.
+        collectives: By kind ("all-reduce"): how many run in a step, and the bytes that a chip
+            sends. Those inside a branch, such as P's first value, are counted apart.
+        seconds: The compiler took.
+        reason: Why it does not fit, in the compiler's words.
+    """
+
+    topology: str
+    chips: int
+    mesh: str
+    fits: bool
+    memory: float
+    arguments: int | None
+    temporaries: int | None
+    peak: float
+    code: int | None
+    product_flops: float
+    collectives: dict[str, dict[str, float]]
+    seconds: float
+    reason: str | None = None
+
+    def text(self) -> str:
+        """For a person."""
+        chips = f"{self.chips} chip" + "s" * (self.chips > 1)
+        lines = [f"{self.topology}: {chips}" + f" ({self.mesh})" * bool(self.mesh)]
+
+        def row(what: str, value: str) -> None:
+            lines.append(f"  {what:<38}{value:>12}")
+
+        gib = lambda size: f"{size / GIB:,.2f} GiB"
+        if self.arguments is not None and self.temporaries is not None:
+            row("weights, optimizer state and batch", gib(self.arguments))
+            row("temporaries, as laid out", gib(self.temporaries))
+        row("peak", gib(self.peak))
+        row("a program may have", gib(self.memory))
+        row("matrix products of a step", f"{self.product_flops / 1e12:,.2f} TFLOP")
+        for kind, found in self.collectives.items():
+            row(f"{kind}, {found['count']:,.0f} a step", f"{found['bytes_sent'] / 1e6:,.1f} MB")
+        if self.fits:
+            left = gib(self.memory - self.peak)
+            lines.append(f"It fits, with {left} to spare. Compiled in {self.seconds:.0f} s.")
+        else:
+            lines.append(f"It does not fit: {self.reason}")
+        return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.compile_tpu",
+        description="Compile launch.train_jax's step for a TPU slice, on a machine without one.",
+        epilog="All other flags are those of launch.train_jax; see its --help.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SIZES",
+        help="the slice: v5e:1x1, v6e:16x16, v5p:4x4x4, ...",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    own, rest = parser.parse_known_args(argv)
+    report = compile_step(own.topology, rest)
+    print(json.dumps(dataclasses.asdict(report), indent=2) if own.json else report.text())
+    return 0 if report.fits else 1
+
+
+def compile_step(topology: str, argv: Sequence[str]) -> Report:
+    """Compiles the step that launch.train_jax would run with these flags on a slice.
+
+    Args:
+        topology: "v6e:4x4".
+        argv: The flags.
+
+    Raises:
+        UsageError: a mistake in either, or a compiler that is not installed.
+    """
+    options = Options.parse(argv, prog="python -m launch.compile_tpu")
+    devices = find_topology(topology)
+
+    import jax
+    import jax.numpy as jnp
+
+    from osd_jax import llama
+    from osd_jax.hlo import collectives
+    from osd_jax.sharding import batch_sharding, train_state_sharding
+    from osd_jax.train import init_state, learning_rate_schedule
+
+    processes = hosts.Processes(count=len({device.process_index for device in devices}))
+    with tempfile.TemporaryDirectory() as nowhere:  # no earlier run is in the way
+        options = dataclasses.replace(options, run_dir=nowhere, save_dir=None)
+        options = options.check(processes=processes.count)
+    refuse_torch_only(options)
+    mesh = hosts.make_mesh(options, processes, devices)
+    refuse_layers_on(mesh, options)
+    with training.user_errors():
+        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
+        schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
+        tx, train_step = make_step(options, config, schedule, mesh)
+
+    dtype = weights_dtype(options, "tpu")
+    like = jax.eval_shape(
+        lambda: init_state(
+            jax.tree.map(lambda x: x.astype(dtype), llama.init(config, options.seed)), tx
+        )
+    )
+    one = jax.sharding.SingleDeviceSharding(devices[0])
+    rows = jax.ShapeDtypeStruct(
+        (options.gradient_accumulation, options.batch_size * processes.count, options.max_length),
+        jnp.int32,
+        sharding=batch_sharding(mesh) if mesh else one,
+    )
+    batch = {"tokens": rows, "mask": rows.update(dtype=jnp.bool)}
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else one
+    layout = (
+        train_state_sharding(tx, like.params, mesh) if mesh else jax.tree.map(lambda _: one, like)
+    )
+    state = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
+    measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=whole)
+
+    started = time.monotonic()
+    traced: Any = train_step.trace(state, batch, measure)  # type: ignore[attr-defined]
+    about: dict[str, Any] = {
+        "topology": topology,
+        "chips": len(devices),
+        "mesh": hosts.mesh_text(mesh) if mesh else "",
+        "memory": memory_granted(devices[0]),
+        "product_flops": product_flops(traced.jaxpr.jaxpr) / (mesh.size if mesh else 1),
+    }
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        return Report(
+            **about,
+            fits=False,
+            arguments=None,
+            temporaries=None,
+            peak=refused.needed,
+            code=None,
+            collectives={},
+            seconds=time.monotonic() - started,
+            reason=refused.words,
+        )
+    memory = compiled.memory_analysis()
+    counts: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
+    for found in collectives(compiled.as_text()):
+        kind = found.op + " (in a branch)" * bool(found.branches)
+        counts[kind] += found.times
+        sent[kind] += found.sent
+    return Report(
+        **about,
+        fits=True,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        collectives={kind: {"count": counts[kind], "bytes_sent": sent[kind]} for kind in counts},
+        seconds=time.monotonic() - started,
+    )
+
+
+def find_topology(name: str) -> list[jax.Device]:
+    """The chips of a slice, as the compiler knows them.
+
+    Args:
+        name: "v6e:4x4".
+
+    Raises:
+        UsageError: there is no such slice, or no TPU compiler.
+    """
+    kind, _, sizes = name.partition(":")
+    if kind not in KINDS or not re.fullmatch(r"\d+(x\d+){1,2}", sizes):
+        raise UsageError(
+            f"--topology: {name!r} is no slice; expected one of {', '.join(KINDS)}, and its "
+            "sizes, as in v6e:4x4 or v5p:2x2x1"
+        )
+    # Before JAX starts: no TPU is there to be asked, and this process needs the CPU only.
+    # Several may compile at a time, and what the compiler misses of a real TPU is no news.
+    for variable, value in {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{kind}-1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(variable, value)
+    import jax
+    from jax.experimental import topologies
+
+    alone = set(sizes.split("x")) == {"1"}
+    more = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--topology: the TPU compiler does not know {name} ({reason}); choose another size, "
+            'or install the compiler: pip install -e ".[jax,tpu]"'
+        ) from None
+    return list(found.devices)
+
+
+class Refusal(NamedTuple):
+    """The compiler's refusal of a program that is too large: bytes, and its sentence."""
+
+    needed: float
+    granted: float
+    words: str
+
+
+def refusal(error: Exception) -> Refusal | None:
+    """Reads the compiler's refusal; None where it is about something else."""
+    for pattern in _REFUSALS:
+        if match := re.search(pattern, str(error)):
+            needed, granted = (
+                float(x[:-1]) * 1024 ** ("KMGT".index(x[-1]) + 1) for x in match.groups()
+            )
+            return Refusal(needed, granted, match[0])
+    return None
+
+
+def memory_granted(chip: jax.Device) -> float:
+    """Bytes that the compiler lets a program have on a chip, which only a refusal says."""
+    import jax
+    import jax.numpy as jnp
+
+    where = jax.sharding.SingleDeviceSharding(chip)
+    too_large = jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32, sharding=where)
+    try:
+        jax.jit(lambda x: x + 1).lower(too_large).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (refused := refusal(error)) is not None:
+            return refused.granted
+        raise
+    raise AssertionError(f"{chip} took an array of 4 TiB")
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Floating-point operations of the matrix products in a traced function, 2 m k n each.
+
+    The compiler's own count takes a loop's body once. Of several branches the costliest counts.
+
+    Args:
+        jaxpr: Of `jax.jit(f).trace(...)`: `.jaxpr.jaxpr`.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = [product_flops(getattr(j, "jaxpr", j)) for j in _inner(equation.params)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contracted)
+            total += 2.0 * depth * equation.outvars[0].aval.size
+        elif equation.primitive.name == "cond":
+            total += max(inner, default=0)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """The traced functions among an equation's parameters."""
+    import jax
+    import jax.extend.core
+
+    kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, kinds))
+    return [x for x in leaves if isinstance(x, kinds)]
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,161 @@
+"""Writes `docs/tpu.md`: what the published runs take of TPU slices, according to the compiler.
+
+    python -m launch.tpu_table
+
+compiles the train step of `launch/recipes/tpu.sh` for every size and slice, by launch.compile_tpu.
+A 7B step takes minutes. What is compiled is kept in `docs/tpu.json`, so an interrupted table goes
+on where it was; delete the file to make it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.compile_tpu import GIB, Report, find_topology
+from launch.options import run_cli
+from launch.run_log import write_atomic
+
+RECIPE = "launch/recipes/tpu.sh"
+SIZES = ("60m", "130m", "350m", "1b", "7b")
+SLICES = (
+    "v5e:1x1", "v5e:4x4", "v5e:16x16",
+    "v6e:1x1", "v6e:4x4", "v6e:16x16",
+    "v5p:2x2x1", "v5p:4x4x4", "v5p:4x8x8",
+)  # fmt: skip
+
+# 7B on one chip: one forward pass an update, as in the published figure of 22.8 GiB on a GPU.
+ALONE = "--total_batch_size 16 --grad_clipping 0 --basis_dtype bfloat16"
+
+
+class Row(NamedTuple):
+    """One line of the table: a published size, a slice, what it is called, and further flags."""
+
+    size: str
+    topology: str
+    name: str
+    flags: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in `docs/tpu.json`."""
+        return f"{self.topology} {self.size} {self.name}".strip()
+
+
+def rows() -> Iterator[Row]:
+    """All of them, in the order in which they are compiled: the small ones first."""
+    for size in SIZES:
+        for topology in SLICES:
+            if size != "7b" or not topology.endswith(":1x1"):
+                yield Row(size, topology, "")
+    yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
+    sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
+    yield Row("7b", "v6e:1x1", "layer by layer, continuous_sgd", sgd)
+    yield Row("7b", "v6e:1x1", "plain step", ALONE)
+
+
+def recipe_flags(row: Row) -> list[str]:
+    """What the recipe hands to launch.train_jax on such a slice."""
+    devices = find_topology(row.topology)
+    hosts = len({device.process_index for device in devices})
+    slice_of = {"DRY_RUN": "1", "HOSTS": str(hosts), "CHIPS": str(len(devices) // hosts)}
+    printed = subprocess.run(
+        ["bash", RECIPE, row.size, *row.flags.split()],
+        env=os.environ | slice_of, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    words = shlex.split(printed)
+    return words[words.index("launch.train_jax") + 1 :]
+
+
+def compiled(row: Row) -> Report:
+    """Has one step compiled, in a process of its own.
+
+    Raises:
+        subprocess.CalledProcessError: it could not be; the reason is on stderr.
+    """
+    command = [sys.executable, "-m", "launch.compile_tpu", "--json", "--topology", row.topology]
+    done = subprocess.run([*command, *recipe_flags(row)], stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1) or not done.stdout:
+        done.check_returncode()
+        raise subprocess.CalledProcessError(done.returncode, command)
+    return Report(**json.loads(done.stdout))
+
+
+def page(found: dict[str, Report]) -> str:
+    """The table as a Markdown page."""
+    lines = [
+        "# What a TPU slice takes",
+        "",
+        "The train step of each published run (`bash launch/recipes/tpu.sh SIZE`), compiled for a "
+        "named slice by the TPU compiler, with no TPU at hand. Everything is of one chip. *peak* "
+        "is the compiler's figure for the largest number of bytes alive at a time, weights and "
+        "optimizer state among them; *of* is what it grants a program. Products are those of a "
+        "step's matrix products, and *sent* what the chip sends the others in a step. None of it "
+        "was run on a TPU.",
+        "",
+        "| model | slice | chips | mesh | weights, state and batch | peak | of | products | sent |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows():
+        if (report := found.get(row.key)) is None:
+            continue
+        gib = lambda size: "" if size is None else f"{size / GIB:.2f} GiB"
+        sent = sum(kind["bytes_sent"] for kind in report.collectives.values())
+        name = row.size.upper() + f", {row.name}" * bool(row.name)
+        peak = gib(report.peak) if report.fits else f"**does not fit** ({gib(report.peak)})"
+        lines.append(
+            f"| {name} | {row.topology} | {report.chips} | {report.mesh} | {gib(report.arguments)} "
+            f"| {peak} | {gib(report.memory)} | {report.product_flops / 1e12:,.1f} TFLOP "
+            f"| {f'{sent / 1e6:,.0f} MB' if report.fits else ''} |"
+        )
+    lines += [
+        "",
+        "Rows of 7B on one chip have one forward pass of 16 rows of 256 tokens in an update, no "
+        f"clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` where it says "
+        "layer by layer. All others are the published runs of 512 rows an update. Bytes sent "
+        "include those of the first step alone, in which P gets its first value.",
+        "",
+        "Repeat it, or ask for a step of your own, with `pip install -e '.[jax,train,tpu]'`:",
+        "",
+        "    python -m launch.tpu_table",
+        "    python -m launch.compile_tpu --topology v6e:4x4 --model_config configs/llama_1b.json "
+        "--batch_size 16 ...",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def make_table(wanted: Iterable[Row], out: Path) -> str:
+    """Compiles what is not in `out` yet, and writes the page."""
+    path = out / "tpu.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found: dict[str, Any] = {key: Report(**report) for key, report in kept.items()}
+    for row in wanted:
+        if row.key not in found:
+            print(f"compiling {row.key}", flush=True)
+            found[row.key] = compiled(row)
+            as_json = {key: vars(report) for key, report in found.items()}
+            write_atomic(path, json.dumps(as_json, indent=2) + "\n")
+    text = page(found)
+    write_atomic(out / "tpu.md", text)
+    return text
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.tpu_table", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="where the page goes")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(make_table(rows(), args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

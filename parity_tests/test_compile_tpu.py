@@ -1,0 +1,211 @@
+"""The train step, compiled for TPUs that are not there: memory, operations, what is exchanged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import osd_jax
+from launch import compile_tpu, tpu_table
+from launch.compile_tpu import Report, find_topology, memory_granted, product_flops, refusal
+from launch.options import Options, UsageError
+from osd_jax import llama
+from osd_jax.train import init_state
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+SMALL = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
+    "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+# Cut into whole tiles of the TPU's memory, (8, 128) or more, so that nothing is padded but scalars.
+FLAGS = (
+    "--batch_size 8 --max_length 128 --optimizer galore_adamw8bit --proj_type continuous_adam8bit "
+    "--rank 128 --warmup_steps 0 --projector_init qr"
+)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMALL))
+    return ["--model_config", str(config), *FLAGS.split()]
+
+
+@pytest.mark.parametrize("name", ["v6e", "v7:1x1", "v6e:1", "v6e:axb", "v4:2x2x1"])
+def test_what_is_no_slice_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"--topology: '{name}' is no slice; expected.*v6e:4x4"):
+        find_topology(name)
+
+
+@needs_compiler
+def test_a_slice_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UsageError, match="the TPU compiler does not know v6e:3x7"):
+        find_topology("v6e:3x7")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "chips", "gib"), [("v5e:1x1", 1, 16), ("v5p:4x4x4", 64, 96), ("v6e:16x16", 256, 32)]
+)
+def test_a_slice_has_its_chips_and_most_of_their_memory(name: str, chips: int, gib: float) -> None:
+    devices = find_topology(name)
+    assert len(devices) == chips
+    assert gib - 1 < memory_granted(devices[0]) / compile_tpu.GIB < gib
+
+
+def test_both_forms_of_a_refusal_are_read() -> None:
+    late = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.72G of 15.75G hbm."
+    found = refusal(RuntimeError(late))
+    assert found is not None and found.needed == pytest.approx(23.72 * 2**30)
+    assert found.granted == 15.75 * 2**30 and found.words == "Used 23.72G of 15.75G hbm"
+    early = "the total memory required for HLO temporaries (512.00M) exceeds available HBM (1.50G)."
+    found = refusal(RuntimeError(early))
+    assert found is not None and (found.needed, found.granted) == (2**29, 1.5 * 2**30)
+    assert refusal(RuntimeError("INTERNAL: another matter")) is None
+
+
+def test_products_are_counted_in_loops_and_branches() -> None:
+    w = jnp.ones((3, 5))
+
+    def f(x: jax.Array, big: jax.Array) -> jax.Array:
+        x = jax.lax.scan(lambda x, _: (jnp.sin(x @ w @ w.T), None), x, length=7)[0]
+        product = lambda x: jnp.einsum("bij,bjk->bik", x[None], jnp.ones((1, 3, 11)))
+        return jnp.sum(jax.lax.cond(big, lambda x: jnp.sum(product(x)), jnp.sum, x))
+
+    traced = jax.jit(f).trace(jnp.ones((2, 3)), jnp.array(True))
+    in_loop = 7 * (2 * 2 * 3 * 5 + 2 * 2 * 5 * 3)
+    assert product_flops(traced.jaxpr.jaxpr) == in_loop + 2 * 2 * 3 * 11
+
+
+@needs_compiler
+@pytest.mark.parametrize("more", [[], ["--per_layer"]], ids=["plain", "layerwise"])
+def test_a_step_on_one_chip(
+    flags: list[str], more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = compile_tpu.main(["--topology", "v6e:1x1", "--json", *flags, *more])
+    report = Report(**json.loads(capsys.readouterr().out))
+    assert code == 0 and report.fits and report.chips == 1 and not report.mesh
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state()))
+    batch_bytes = 8 * 128 * (4 + 1)
+    # Scales of 8-bit blocks and scalars are padded to a tile each.
+    assert state_bytes + batch_bytes <= report.arguments <= 1.15 * (state_bytes + batch_bytes)
+    assert report.arguments < report.peak < report.memory
+    assert report.collectives == {}
+    assert 1 < report.product_flops / products(layerwise=bool(more)) < 1.15
+    assert "It fits" in report.text()
+
+
+def state() -> Any:
+    config = llama.LlamaConfig.from_hf_dict(SMALL)
+    tx = osd_jax.make_optimizer(
+        "galore_adamw8bit", "continuous_adam8bit", learning_rate=0.1, rank=128,
+        select=llama.is_projected, dimension_numbers=llama.dimension_numbers,
+    )  # fmt: skip
+    to_bfloat16 = lambda x: x.astype(jnp.bfloat16)
+    return jax.eval_shape(lambda: init_state(jax.tree.map(to_bfloat16, llama.init(config, 0)), tx))
+
+
+def products(layerwise: bool) -> float:
+    """Operations of a step but for P's first value and measurement."""
+    tokens, h, i, v, rank = 8 * 128, 256, 512, 512, 128
+    kernels = [(h, h)] * 4 + [(h, i)] * 3
+    linear = 2 * tokens * sum(p * q for p, q in kernels)
+    attention = 2 * 2 * tokens * 128 * h
+    # P^T G, G R^T and P D; P^T A, P^T P, P (P^T A) and A (P^T P).
+    optimizer = sum(3 * 2 * p * q * rank + 4 * 2 * p * rank * rank for p, q in kernels)
+    # The backward pass takes twice the forward; the plain step keeps what a kernel gives.
+    layer = (4 if layerwise else 3) * linear + 4 * attention + optimizer
+    return 2 * layer + 3 * 2 * tokens * h * v
+
+
+@needs_compiler
+def test_a_step_on_a_mesh_exchanges(flags: list[str]) -> None:
+    alone = compile_tpu.compile_step("v5e:1x1", flags)
+    report = compile_tpu.compile_step("v5e:2x2", [*flags, "--mesh", "data=2,fsdp=2"])
+    assert (report.chips, report.mesh, report.fits) == (4, "data=2,fsdp=2", True)
+    assert alone.arguments is not None and report.arguments is not None
+    assert 0.5 <= report.arguments / alone.arguments < 0.65  # halves, and what does not divide
+    assert report.product_flops == alone.product_flops / 4
+    assert {"all-gather", "all-reduce"} <= report.collectives.keys()
+    assert all(found["bytes_sent"] > 0 for found in report.collectives.values())
+
+
+@needs_compiler
+def test_a_step_that_does_not_fit_ends_with_1(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head of 16 GiB."""
+    large = SMALL | {"hidden_size": 2**14, "vocab_size": 2**18, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(large))
+    assert compile_tpu.main(["--topology", "v5e:1x1", *flags]) == 1
+    shown = capsys.readouterr().out
+    assert "It does not fit: " in shown and "of 15.75G" in shown or "HBM (15.75G)" in shown
+
+
+def test_mistakes_come_before_any_work(flags: list[str]) -> None:
+    with pytest.raises(UsageError, match="--compile"):
+        compile_tpu.compile_step("v5e:1x1", [*flags, "--compile"])
+    with pytest.raises(UsageError, match="--per_layer.*there are 4"):
+        compile_tpu.compile_step("v5e:2x2", [*flags, "--per_layer"])
+    with pytest.raises(UsageError, match="--batch_size: 8 rows do not divide"):
+        compile_tpu.compile_step("v6e:4x4", [*flags, "--mesh", "data=16", "--batch_size", "6"])
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+@needs_compiler
+def test_every_row_is_a_run_of_the_recipe() -> None:
+    names = set()
+    for row in tpu_table.rows():
+        options = Options.parse(tpu_table.recipe_flags(row))
+        assert options.model_config == f"configs/llama_{row.size}.json"
+        assert options.projector_init == "qr"
+        devices = find_topology(row.topology)
+        rows = options.batch_size * len({device.process_index for device in devices})
+        assert 512 % rows == 0 and rows >= len(devices)
+        names.add(row.key)
+    assert len(names) == len(list(tpu_table.rows()))
+
+
+def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [row for row in tpu_table.rows() if row.size == "60m"][:2]
+    asked = []
+
+    def compiled(row: tpu_table.Row) -> Report:
+        asked.append(row.topology)
+        fits = row.topology == "v5e:1x1"
+        return Report(
+            topology=row.topology, chips=1, mesh="", fits=fits, memory=16 * 2**30,
+            arguments=2**30 if fits else None, temporaries=2**29 if fits else None,
+            peak=math.pi * 2**30, code=7, product_flops=2e12, seconds=1.0,
+            collectives={"all-reduce": {"count": 3, "bytes_sent": 5e6}} if fits else {},
+        )  # fmt: skip
+
+    monkeypatch.setattr(tpu_table, "compiled", compiled)
+    tpu_table.make_table(wanted[:1], tmp_path)
+    text = tpu_table.make_table(wanted, tmp_path)
+    assert asked == ["v5e:1x1", "v5e:4x4"]
+    assert (tmp_path / "tpu.md").read_text() == text
+    row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB |"
+    assert row in text and "**does not fit** (3.14 GiB)" in text
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_compiler
+def test_7b_fits_one_v6e_chip() -> None:
+    """The published figure is 22.8 GiB, of a GPU, without the head's and embedding's state."""
+    row = next(row for row in tpu_table.rows() if row.key == "v6e:1x1 7b layer by layer")
+    report = tpu_table.compiled(row)
+    assert report.fits and report.peak <= 22.8 * 2**30
