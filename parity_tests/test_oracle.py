@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 RATIO = np.concatenate([np.arange(4) / 4, np.cos(np.linspace(0, 1.4, STEPS - 4))])  # from 0
 
-# P at every third step: by every rule that moves it, with W's every kind, and with all that P takes.
+# P at every third step: by each rule that moves it, with each of W, and with all that P takes.
 EVERY_THIRD: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{kind: ("galore_adamw", kind, {}) for kind in PROJ_TYPES if kind.startswith("continuous")},
     "lion": ("galore_lion", "continuous", {}),
