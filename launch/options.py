@@ -1,8 +1,9 @@
 """Every flag of a training run, in one frozen dataclass that both trainers share.
 
-Names, meanings and defaults are those of the published commands; what this project adds stands in
-the groups "data", "paper", "run", "memory and devices", "jax" and "pytorch". Importing this module
-is cheap, so that a mistake is reported before anything heavy is loaded:
+Names, meanings and defaults are those of the published commands; what this project adds is
+`update_proj_every` and what stands in the groups "data", "paper", "run", "memory and devices",
+"jax" and "pytorch". Importing this module is cheap, so that a mistake is reported before anything
+heavy is loaded:
 
     options = Options.parse(sys.argv[1:]).check()
 
@@ -38,10 +39,11 @@ LionSign = Literal["lifted", "subspace"]
 MoveProjector = Literal["after", "before"]
 ProjectorInit = Literal["svd", "qr"]
 
-# A run goes on only with these unchanged: they fix the state's shapes or the order of the data.
+# A run goes on only with these unchanged: they fix the state's shapes, what its counts mean or the
+# order of the data.
 FIXED = (
-    "optimizer", "proj_type", "rank", "basis_dtype", "dataset", "tokenizer", "max_length", "pack",
-    "seed", "total_batch_size",
+    "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset", "tokenizer",
+    "max_length", "pack", "seed", "total_batch_size",
 )  # fmt: skip
 
 GROUPS = {
@@ -247,6 +249,13 @@ class Options:
         low=1,
         help="updates between two new projectors; for continuous kinds the projector's step size "
         "is 1/this",
+    )
+    update_proj_every: int = _flag(
+        "subspace",
+        1,
+        low=1,
+        help="continuous kinds move the projector at every so manieth update only, by a step of "
+        "the same size",
     )
     galore_scale: float = _flag("subspace", 1.0, above=0, help="factor on the lifted update")
     proj_type: str = _flag(
@@ -521,9 +530,11 @@ class Options:
         for name in ("proj_type", "rank", "update_proj_gap", "galore_scale", "basis_dtype"):
             takers[name] = takers["compress_gradients"]
         online_pca = "a galore_* optimizer with a continuous* --proj_type"
-        for name in ("penalty", "projector_lr_multiple", "projector_weight_decay"):
+        for name in (
+            "update_proj_every", "penalty", "projector_lr_multiple", "projector_weight_decay",
+            "move_projector", "projector_init",
+        ):  # fmt: skip
             takers[name] = (online_pca, continuous)
-        takers["move_projector"] = takers["projector_init"] = takers["penalty"]
         for name, (taker, chosen) in takers.items():
             if not chosen and getattr(self, name) != _FIELDS[name].default:
                 raise UsageError(
@@ -695,7 +706,7 @@ class Options:
             raise UsageError(f"--name: {path} is damaged: {error}; use another --name") from None
 
     def check_same_run(self, kept: dict[str, Any], where: Path) -> None:
-        """Refuses to go on with other options than fix the state and the order of the data.
+        """Refuses to go on with other values of what `FIXED` names.
 
         Args:
             kept: The `record` of the run to go on with.
@@ -705,7 +716,9 @@ class Options:
             UsageError: an option of `FIXED`, or the model, is another one.
         """
         then, now = kept["options"], dataclasses.asdict(self)
-        pairs = [(f"--{name}", then.get(name), now[name]) for name in FIXED]
+        # An option that is younger than the run was at its default.
+        old = {name: then.get(name, _FIELDS[name].default) for name in FIXED}
+        pairs = [(f"--{name}", old[name], now[name]) for name in FIXED]
         then, now = kept["model"], self.model()
         pairs += [
             (f"--model_config: {key}", then.get(key), now.get(key)) for key in {**then, **now}

@@ -297,6 +297,7 @@ def optimizer_options(options: Options) -> dict[str, Any]:
     return {
         "rank": options.rank,
         "update_proj_gap": options.update_proj_gap,
+        "update_proj_every": options.update_proj_every,
         "scale": options.galore_scale,
         "weight_decay": options.weight_decay,
         "beta1": options.beta1 or None,

@@ -81,6 +81,7 @@ def make_optimizer(
     schedule: Schedule | None = None,
     rank: int = 128,
     update_proj_gap: int = 200,
+    update_proj_every: int = 1,
     scale: float = 1.0,
     weight_decay: float = 0.0,
     beta1: float | None = None,
@@ -114,6 +115,9 @@ def make_optimizer(
       rank: Columns of P; at most min(m, n) are used.
       update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA, P's
         step size is `1 / update_proj_gap`.
+      update_proj_every: Online PCA moves P at steps `update_proj_every`, twice that, ... only; its
+        step size then, on the same schedule as W's, is that of a step where it moves at all of
+        them. P's own count of steps follows from it, so it should not change within a run.
       scale: Multiplies the lifted update.
       weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers and
         `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the gradient.
@@ -165,10 +169,12 @@ def make_optimizer(
             f"slice_size is {slice_size!r}: expected None, or a whole number of at least {MIN_SIZE}"
         )
     check_rank(rank)
-    if type(update_proj_gap) is not int or update_proj_gap < 1:
-        raise ValueError(
-            f"update_proj_gap is {update_proj_gap!r}: expected a whole number of at least 1"
-        )
+    for name, period in (
+        ("update_proj_gap", update_proj_gap),
+        ("update_proj_every", update_proj_every),
+    ):
+        if type(period) is not int or period < 1:
+            raise ValueError(f"{name} is {period!r}: expected a whole number of at least 1")
     if callable(learning_rate):
         raise ValueError(
             f"learning_rate is {learning_rate!r}: expected the peak, a number of at least 0; a "
@@ -191,6 +197,7 @@ def make_optimizer(
     _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
     _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
     for name, value, default in (
+        ("update_proj_every", update_proj_every, 1),
         ("penalty", penalty, 0.0),
         ("projector_lr_multiple", projector_lr_multiple, None),
         ("projector_weight_decay", projector_weight_decay, None),
@@ -208,15 +215,18 @@ def make_optimizer(
         return in_parts(_guarded(in_float32(tx), projects=False), None)
 
     rule = _subspace_rule(optimizer, lr, beta1, lion_sign, slice_size)
+
+    def projector_step_size(count: Any) -> Any:
+        step = update_proj_every * (count + 1)  # of W, where OptimizerP has taken `count` steps
+        if projector_lr_multiple is None:
+            return factor(step) / update_proj_gap
+        return projector_lr_multiple * lr(step)
+
     projector = _projector(
         proj_type,
-        every=update_proj_gap,
-        # OptimizerP's own count starts at the second step of W.
-        step_size=lambda count: (
-            factor(count + 1) / update_proj_gap
-            if projector_lr_multiple is None
-            else projector_lr_multiple * lr(count + 1)
-        ),
+        gap=update_proj_gap,
+        every=update_proj_every,
+        step_size=projector_step_size,
         weight_decay=projector_weight_decay,
         penalty=penalty,
         moves_first=move_projector == "before",
@@ -311,6 +321,7 @@ def _full_rank(
 def _projector(
     proj_type: str,
     *,
+    gap: int,
     every: int,
     step_size: Schedule,
     weight_decay: float | None,
@@ -319,7 +330,7 @@ def _projector(
     init: str,
 ) -> Projector:
     if not proj_type.startswith("continuous"):
-        return random(every) if proj_type == "random" else svd(every)
+        return random(gap) if proj_type == "random" else svd(gap)
     rules: dict[str, tuple[Callable[[], optax.GradientTransformation], float]] = {
         "continuous": (optax.scale_by_adam, 0.01),
         "continuous_adam8bit": (lambda: _scale_by_adam_8bit(None), 0.0),
@@ -337,7 +348,7 @@ def _projector(
         optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
-    return online_pca(optimizer, penalty=penalty, init=init, moves_first=moves_first)
+    return online_pca(optimizer, penalty=penalty, init=init, moves_first=moves_first, every=every)
 
 
 def is_attention_or_mlp(path: str, array: jax.Array) -> bool:

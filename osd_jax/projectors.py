@@ -47,7 +47,7 @@ ResolvedSide = Literal["input", "output", "both"]
 FreshBasis = Callable[[jax.Array, jax.Array, Basis, ResolvedSide], Basis]
 PROJECTOR_INITS = ("svd", "qr")
 Reduce = Callable[[jax.Array], jax.Array]
-MakeSketch = Callable[[Basis, jax.Array, Reduce | None], Sketch]
+MakeSketch = Callable[[Basis, jax.Array, Reduce | None, bool], Sketch]
 
 
 class ProjectorState(NamedTuple):
@@ -63,12 +63,14 @@ class Projector(NamedTuple):
     Attributes:
       is_due: (count) -> whether P is set anew from the gradient at this step, before projecting.
       fresh_basis: (key, M (..., p, q), old P, the side p is) -> P, of the same shape and dtype.
-      sketch: (P, M, reduce) -> Sketch; `reduce` is None, or the mean over devices of which each
-        has a part of M.
+      sketch: (P, M, reduce, moves) -> Sketch; `reduce` is None, or the mean over devices of which
+        each has a part of M; `moves`: whether P moves at this step, or else only R need be right.
       init: (bases) -> the state of P's optimizer.
-      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), after W's step.
+      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), after W's step,
+        of the steps at which P moves.
       two_sided: Whether it serves side="both".
       moves_first: Whether P moves before W's step, which costs one more product with the gradient.
+      every: P moves at steps `every`, 2 `every`, ...
     """
 
     is_due: Callable[[jax.Array], jax.Array]
@@ -78,6 +80,11 @@ class Projector(NamedTuple):
     move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]]
     two_sided: bool = False
     moves_first: bool = False
+    every: int = 1
+
+    def moves_at(self, count: jax.Array) -> jax.Array:
+        """Whether P moves at the step with this count, from 0."""
+        return (count % self.every == 0) & (count > 0)
 
 
 def online_pca(
@@ -86,27 +93,31 @@ def online_pca(
     penalty: float = 0.0,
     init: str = "svd",
     moves_first: bool = False,
+    every: int = 1,
 ) -> Projector:
     """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
 
     The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
     (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
-    P is set from that gradient and not moved; from then on `optimizer` takes one step a time. Where
-    a gradient is zero, or its squared norm overflows, P stays.
+    P is set from that gradient and not moved; from then on `optimizer` takes one step a time, or
+    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays.
 
     Args:
       optimizer: Any Optax optimizer, with its learning rate; it may read P as its parameters
-        (weight decay). Its own count starts at the second step of W.
+        (weight decay). It counts its own steps, of which step `every` of W, from 0, is the first.
       penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
       init: "svd": the leading singular vectors of the first gradient (the release). "qr": an
         orthonormal basis of a random sketch of its range, which needs no SVD, for TPUs, where one
         compiles for minutes (Halko et al. 2011, algorithm 4.1).
       moves_first: P moves before W's step, and R is taken again with the new P.
+      every: P moves at steps `every`, 2 `every`, ... with that step's gradient. At all others P and
+        its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
 
     Raises:
-      ValueError: for a negative penalty or an unknown `init`.
+      ValueError: for a negative penalty, an unknown `init`, or a period below 1.
     """
     check_number("penalty", penalty)
+    check_period(every)
     if init not in PROJECTOR_INITS:
         raise ValueError(f"init is {init!r}: expected one of {', '.join(PROJECTOR_INITS)}")
 
@@ -116,9 +127,16 @@ def online_pca(
             return leading_singular_vectors(matrix, old, side)
         return random_range(key, matrix, old)
 
-    def sketch(basis: Basis, matrix: jax.Array, reduce: Reduce | None = None) -> Sketch:
+    def sketch(
+        basis: Basis, matrix: jax.Array, reduce: Reduce | None = None, moves: bool = True
+    ) -> Sketch:
         assert not isinstance(basis, TwoSided)
         low_rank = low_rank_gradient(basis, matrix)
+        if not moves:
+            # Zeros in place of A and s, laid out as they are: a `lax.cond` chooses between the two.
+            nothing = jnp.zeros_like(basis, low_rank.dtype)
+            low_rank = low_rank if reduce is None else reduce(low_rank)
+            return Sketch(low_rank, nothing, jnp.sum(nothing, axis=(-2, -1)))
         if reduce is not None:
             return reduced_sketch(matrix, low_rank, reduce)
         return Sketch(low_rank, correlation(matrix, low_rank), squared_norm(matrix))
@@ -150,6 +168,7 @@ def online_pca(
         init=init_state,
         move=move,
         moves_first=moves_first,
+        every=every,
     )
 
 
@@ -238,7 +257,9 @@ def random(every: int) -> Projector:
 def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
 
-    def sketch(basis: Basis, matrix: jax.Array, reduce: Reduce | None = None) -> Sketch:
+    def sketch(
+        basis: Basis, matrix: jax.Array, reduce: Reduce | None = None, moves: bool = True
+    ) -> Sketch:
         low_rank = low_rank_gradient(basis, matrix)
         return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
 

@@ -17,6 +17,7 @@ then the other one. P has shape (..., p, r), and its columns are the basis.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -337,18 +338,37 @@ def scale_by_subspace(
             return jax.tree.map(one, layouts(grads), grads, bases)
 
         bases = _cond_once(
-            fresh, projector.is_due(state.count) & when, state.count, grads, state.projector.basis
+            projector.is_due(state.count) & when,
+            fresh,
+            lambda count, grads, bases: bases,
+            *(state.count, grads, state.projector.basis),
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
+    def if_moving(
+        count: jax.Array, move: Callable[..., Any], stay: Callable[..., Any], *args: Any
+    ) -> Any:
+        """`move(*args)` at the steps at which P moves, else `stay(*args)`."""
+        if projector.every == 1:
+            return move(*args)
+        return _cond_once(projector.moves_at(count), move, stay, *args)
+
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
-        return jax.tree.map(
-            lambda layout, g, basis: projector.sketch(basis, layout.to_matrix(g), reduce),
-            layouts(grads),
-            grads,
-            state.projector.basis,
-        )
+        tree = layouts(grads)
+
+        def sketch(moves: bool, grads: optax.Updates, bases: Any) -> Any:
+            return jax.tree.map(
+                lambda layout, g, basis: projector.sketch(
+                    basis, layout.to_matrix(g), reduce, moves
+                ),
+                tree,
+                grads,
+                bases,
+            )
+
+        move, stay = functools.partial(sketch, True), functools.partial(sketch, False)
+        return if_moving(state.count, move, stay, grads, state.projector.basis)
 
     def apply(
         sketches: Any,
@@ -370,17 +390,26 @@ def scale_by_subspace(
         tree = layouts(params)
         is_sketch = lambda x: isinstance(x, Sketch)
         bases, count = state.projector.basis, state.count
-        moved = projector.move(bases, sketches, state.projector.optimizer, count)
+        moved = if_moving(
+            count,
+            projector.move,
+            lambda bases, sketches, optimizer, count: (bases, optimizer),
+            *(bases, sketches, state.projector.optimizer, count),
+        )
+        low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
         if projector.moves_first:
             if grads is None:
                 raise ValueError("a projector with moves_first=True needs apply(..., grads=...)")
+
+            def again(grads: optax.Updates, bases: Any, low_rank: Any) -> Any:
+                return jax.tree.map(
+                    lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
+                    tree, grads, bases,
+                )  # fmt: skip
+
             bases = moved[0]
-            low_rank = jax.tree.map(
-                lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
-                tree, grads, bases,
-            )  # fmt: skip
-        else:
-            low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
+            still = lambda grads, bases, low_rank: low_rank
+            low_rank = if_moving(count, again, still, grads, bases, low_rank)
         directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
 
         def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
@@ -498,40 +527,35 @@ def lift(basis: Basis, direction: jax.Array) -> jax.Array:
     return contract("pr,rq->pq", basis, direction)
 
 
-def _cond_once(
-    fresh: Callable[[jax.Array, Any, Any], Any],
-    due: jax.Array,
-    count: jax.Array,
-    grads: Any,
-    bases: Any,
-) -> Any:
-    """`fresh(count, grads, bases)` if `due`, else `bases`.
+def _cond_once(due: jax.Array, do: Callable[..., Any], keep: Callable[..., Any], *args: Any) -> Any:
+    """`do(*args)` if `due`, else `keep(*args)`, which has to cost less.
 
     Plain `lax.cond`, except under `jax.vmap` with a batched `due`: there `cond` would run both
     branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
     """
 
     @jax.custom_batching.custom_vmap
-    def choose(due: jax.Array, count: jax.Array, grads: Any, bases: Any) -> Any:
-        return jax.lax.cond(due, fresh, lambda count, grads, bases: bases, count, grads, bases)
+    def choose(due: jax.Array, *args: Any) -> Any:
+        return jax.lax.cond(due, do, keep, *args)
 
     @choose.def_vmap
-    def batched(axis_size, in_batched, due, count, grads, bases):  # type: ignore[no-untyped-def]
+    def batched(axis_size, in_batched, due, *args):  # type: ignore[no-untyped-def]
         def spread(x: jax.Array, is_batched: bool) -> jax.Array:
             return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
 
-        args = (due, count, grads, bases)
-        due_all, *rest = (jax.tree.map(spread, x, b) for x, b in zip(args, in_batched, strict=True))
+        due_all, *rest = (
+            jax.tree.map(spread, x, b) for x, b in zip((due, *args), in_batched, strict=True)
+        )
 
-        def some(count: jax.Array, grads: Any, bases: Any) -> Any:
-            pick = lambda due, new, old: jnp.where(due, new, old)
-            new = jax.vmap(fresh)(count, grads, bases)
-            return jax.tree.map(lambda n, o: jax.vmap(pick)(due_all, n, o), new, bases)
+        def some(*args: Any) -> Any:
+            pick = jax.vmap(lambda due, new, old: jnp.where(due, new, old))
+            new, old = jax.vmap(do)(*args), jax.vmap(keep)(*args)
+            return jax.tree.map(functools.partial(pick, due_all), new, old)
 
-        out = jax.lax.cond(jnp.any(due), some, lambda count, grads, bases: bases, *rest)
+        out = jax.lax.cond(jnp.any(due), some, jax.vmap(keep), *rest)
         return out, jax.tree.map(lambda _: True, out)
 
-    return choose(due, count, grads, bases)
+    return choose(due, *args)
 
 
 def check_rank(rank: int) -> None:

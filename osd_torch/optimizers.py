@@ -65,6 +65,7 @@ PROJECTOR_RULES: dict[str, tuple[Rule, float]] = {
 SUBSPACE_DEFAULTS: dict[str, Any] = {
     "rank": None,
     "update_proj_gap": 200,
+    "update_proj_every": 1,
     "scale": 1.0,
     "proj_type": "std",
     "penalty": 0.0,
@@ -85,6 +86,7 @@ class PublishedOptimizer(SubspaceOptimizer):
                                 PCA, P's step size is 1 / update_proj_gap times lr / peak lr (200)
         scale                   multiplies the lifted update (1.0)
         proj_type               one of `PROJ_TYPES` ("std")
+        update_proj_every       online PCA moves P at every so manieth step only (1)
         penalty                 weight of the orthogonality penalty in P's loss (0.0)
         projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
         projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
@@ -109,7 +111,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         super().check_group(group)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("move_projector", group["move_projector"], get_args(MoveProjector))
-        check_period(group["update_proj_gap"])
+        for name in ("update_proj_gap", "update_proj_every"):
+            check_period(group[name], name)
         check_number("scale", group["scale"])
         check_number("penalty", group["penalty"])
         check_basis_dtype(group["basis_dtype"])
@@ -136,6 +139,7 @@ class PublishedOptimizer(SubspaceOptimizer):
             penalty=group["penalty"],
             weight_decay=release_decay if decay is None else decay,
             moves_first=group["move_projector"] == "before",
+            every=group["update_proj_every"],
         )
 
     def projector_lr(self, group: Group) -> float:
@@ -370,6 +374,7 @@ def make_optimizer(
     lr: float,
     rank: int = 128,
     update_proj_gap: int = 200,
+    update_proj_every: int = 1,
     scale: float = 1.0,
     weight_decay: float = 0.0,
     beta1: float | None = None,
@@ -401,6 +406,9 @@ def make_optimizer(
         rank: Columns of P; at most min(m, n) are used.
         update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA,
             P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
+        update_proj_every: Online PCA moves P at steps `update_proj_every`, twice that, ... only;
+            its step size then, on the same schedule as W's, is that of a step where it moves at all
+            of them. P's own count of steps follows from it, so it should not change within a run.
         scale: Multiplies the lifted update.
         weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers
             and `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the
@@ -441,6 +449,7 @@ def make_optimizer(
     check_choice("move_projector", move_projector, get_args(MoveProjector))
     check_rank(rank)
     check_period(update_proj_gap)
+    check_period(update_proj_every, "update_proj_every")
     check_seed(seed)
     check_number("lr", lr)
     if select is not None and not callable(select):
@@ -451,6 +460,7 @@ def make_optimizer(
     _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
     _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
     for name, value, default in (
+        ("update_proj_every", update_proj_every, 1),
         ("penalty", penalty, 0.0),
         ("projector_lr_multiple", projector_lr_multiple, None),
         ("projector_weight_decay", projector_weight_decay, None),
@@ -481,6 +491,7 @@ def make_optimizer(
     options = {
         "rank": rank,
         "update_proj_gap": update_proj_gap,
+        "update_proj_every": update_proj_every,
         "scale": scale,
         "proj_type": proj_type,
         "penalty": penalty,

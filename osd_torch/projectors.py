@@ -49,7 +49,9 @@ FreshBasis = Callable[[Tensor, str, int, torch.dtype, str], Basis]
 class MakeSketch(Protocol):
     """How a projector sketches a gradient."""
 
-    def __call__(self, basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
+    def __call__(
+        self, basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+    ) -> Sketch:
         """P and M -> the sketch of M.
 
         Args:
@@ -57,6 +59,7 @@ class MakeSketch(Protocol):
             matrix: M, or this process' part of a mean.
             reduce: The mean over processes, if M is only a part; the sketch is then that of the
                 mean, but for its squared norm: see `reduced_sketch`.
+            moves: Whether P moves at this step, or else only R is read.
         """
 
 
@@ -69,10 +72,12 @@ class Projector(NamedTuple):
             or "both". The key is text that names the draw.
         sketch: (P, M) -> Sketch; see `MakeSketch`.
         init: (P, side) -> the state of P's optimizer.
-        move: (P, side, sketch, that state, step, step size) -> None; moves P in place.
+        move: (P, side, sketch, that state, step, step size) -> None; moves P in place, at the steps
+            at which it moves.
         two_sided: Whether it serves side "both".
         moves_first: Whether P moves before W's step, at the cost of one more product with the
             gradient.
+        every: P moves at steps `every`, 2 `every`, ...
     """
 
     is_due: Callable[[int], bool]
@@ -82,6 +87,11 @@ class Projector(NamedTuple):
     move: Callable[[Basis, str, Sketch, State, int, float], None]
     two_sided: bool = False
     moves_first: bool = False
+    every: int = 1
+
+    def moves_at(self, step: int) -> bool:
+        """Whether P moves at this step, from 0."""
+        return step % self.every == 0 and step > 0
 
 
 def online_pca(
@@ -90,30 +100,39 @@ def online_pca(
     penalty: float = 0.0,
     weight_decay: float = 0.0,
     moves_first: bool = False,
+    every: int = 1,
 ) -> Projector:
     """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
 
     The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
     (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
-    P is set from that gradient and not moved; from then on `optimizer` takes one step a time. Where
-    a gradient is zero, or its squared norm overflows, P stays.
+    P is set from that gradient and not moved; from then on `optimizer` takes one step a time, or
+    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays.
 
     Args:
-        optimizer: The rule of P's step. Its own count starts at the second step of W.
+        optimizer: The rule of P's step. It counts its own steps, of which step `every` of W, from
+            0, is the first.
         penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
         weight_decay: Decoupled, of P, before the step.
         moves_first: P moves before W's step, and R is taken again with the new P.
+        every: P moves at steps `every`, 2 `every`, ... with that step's gradient. At all others P
+            and its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
 
     Raises:
-        ValueError: for a negative penalty or weight decay.
+        ValueError: for a negative penalty or weight decay, or a period below 1.
     """
+    check_period(every, "update_proj_every")
     for name, value in (("penalty", penalty), ("projector_weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
-    def sketch(basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
+    def sketch(
+        basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+    ) -> Sketch:
         assert not isinstance(basis, TwoSided)
         low_rank = low_rank_gradient(basis, matrix)
+        if not moves:
+            return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
         if reduce is not None:
             return reduced_sketch(matrix, low_rank, reduce)
         norm = squared_norm(matrix, accumulator_dtype(matrix.dtype))
@@ -125,11 +144,9 @@ def online_pca(
 
     def move(basis: Basis, side: str, sketch: Sketch, state: State, step: int, lr: float) -> None:
         assert not isinstance(basis, TwoSided) and sketch.squared_norm is not None
-        if step == 0:
-            return
         gradient = online_pca_gradient(_float32_or_more(basis), sketch, penalty)
         # The release holds the basis of the input side as rows, and 8-bit blocks run along them.
-        direction, rate = optimizer.step(to_matrix(gradient, side), state, step, lr)
+        direction, rate = optimizer.step(to_matrix(gradient, side), state, step // every, lr)
         moves = has_direction(sketch.squared_norm).to(basis.dtype)  # on the device: no sync
         if weight_decay:
             local(basis).mul_(1 - moves * (lr * weight_decay))
@@ -143,6 +160,7 @@ def online_pca(
         init=init,
         move=move,
         moves_first=moves_first,
+        every=every,
     )
 
 
@@ -240,7 +258,9 @@ def random(every: int) -> Projector:
 def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
 
-    def sketch(basis: Basis, matrix: Tensor, reduce: Reduce | None = None) -> Sketch:
+    def sketch(
+        basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+    ) -> Sketch:
         low_rank = low_rank_gradient(basis, matrix)
         return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
 
@@ -254,10 +274,10 @@ def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     )
 
 
-def check_period(every: int) -> None:
+def check_period(every: int, name: str = "update_proj_gap") -> None:
     """Raises ValueError unless `every` is a whole number of steps, at least 1."""
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"update_proj_gap is {every!r}: expected a whole number of at least 1")
+        raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")
 
 
 def leading_singular_vectors(

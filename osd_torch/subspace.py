@@ -61,6 +61,8 @@ PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter
 RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
 )  # fmt: skip
+# Options that are younger than some saved states, and what those were trained with.
+LATER_OPTIONS = {"update_proj_every": 1}
 # Stands for a sketch whose gradient had a value that is not finite.
 NOT_FINITE = Sketch(torch.tensor(math.nan), None, None)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -312,8 +314,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def project(self, group: Group, param: Tensor) -> Sketch:
         """The gradient of one projected parameter -> what the projector needs of it."""
+        projector, state = self.projector(group), self.state[param]
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        return self.projector(group).sketch(basis_of(self.state[param]), matrix, self._reduce)
+        moves = projector.moves_at(int(state.get("step", 0)))
+        return projector.sketch(basis_of(state), matrix, self._reduce, moves)
 
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
@@ -336,14 +340,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             lr = self.projector_lr(group)
             projector.move(basis, side, sketch, projector_state, step, lr)
 
-        if projector.moves_first:
+        moves = projector.moves_at(step)
+        if moves and projector.moves_first:
             move()
             matrix = to_matrix(_gradient(param), side)
             low_rank = to_matrix(low_rank_gradient(basis, matrix), side)
         direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
         weight, direction = to_matrix(param, side), to_matrix(direction, side)
         self.lift(group, weight, basis, direction, rate * group["scale"])
-        if not projector.moves_first:
+        if moves and not projector.moves_first:
             move()
         state["step"] += 1
 
@@ -384,6 +389,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ValueError: for the state of another optimizer, or of other parameters, by the first
                 difference. Nothing is changed.
         """
+        groups = [{**LATER_OPTIONS, **group} for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
         check_state(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
         indices = chain.from_iterable(g["params"] for g in state_dict["param_groups"])

@@ -126,6 +126,7 @@ class Oracle:
     lr: float = 0.01
     rank: int = 4
     update_proj_gap: int = 7
+    update_proj_every: int = 1
     scale: float = 1.0
     weight_decay: float = 0.0
     beta1: float | None = None
@@ -209,7 +210,8 @@ class Oracle:
         return {k: P * np.sign(np.sum(P * reported[k], axis=0)) for k, P in bases.items()}
 
     def _move(self, G: Array) -> None:
-        if self.steps == 0:  # P is of this very gradient
+        # At step 0, P is of this very gradient.
+        if self.steps == 0 or self.steps % self.update_proj_every:
             return
         ((side, P),) = self.bases.items()
         rule, decay = PROJECTOR_RULES[str(self.proj_type)]
@@ -220,5 +222,6 @@ class Oracle:
         if self.projector_lr_multiple is not None:
             size = self.projector_lr_multiple * self.lr * factor
         gradient = pca_gradient(P, G if side == "output" else G.T, self.penalty)
-        step = rule(gradient, self.projector_state, self.steps, size)
+        number = self.steps // self.update_proj_every
+        step = rule(gradient, self.projector_state, number, size)
         self.bases = {side: (1 - size * decay) * P - step}

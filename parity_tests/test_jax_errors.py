@@ -163,6 +163,9 @@ BAD_ARGUMENTS = [
     ({"update_proj_gap": -1}, "update_proj_gap is -1: expected"),
     ({"update_proj_gap": 1.5}, "update_proj_gap is 1.5: expected"),
     ({"update_proj_gap": True}, "update_proj_gap is True: expected"),
+    ({"update_proj_every": 0}, "update_proj_every is 0: expected a whole number of at least 1"),
+    ({"update_proj_every": 2.0}, "update_proj_every is 2.0: expected"),
+    ({"update_proj_every": 5}, "update_proj_every is 5: only online PCA"),
     ({"optimizer": "adamW"}, "optimizer is 'adamW': "),
     ({"optimizer": "adamW"}, choices(SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)),
     ({"proj_type": "svd"}, "proj_type is 'svd': " + choices(PROJ_TYPES)),
@@ -192,6 +195,7 @@ def test_make_optimizer_names_the_argument_and_the_choices(
         (lambda: osd_jax.svd(0), "the period of P is 0: expected a whole number of at least 1"),
         (lambda: osd_jax.random(-2), "the period of P is -2: expected"),
         (lambda: osd_jax.online_pca(optax.adam(0.1), penalty=-1), "penalty is -1: expected"),
+        (lambda: osd_jax.online_pca(optax.adam(0.1), every=0), "the period of P is 0: expected"),
         (
             lambda: osd_jax.online_pca(optax.adam(0.1), init="eigh"),
             "'eigh': expected one of svd, qr",

@@ -52,6 +52,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 RATIO = np.concatenate([np.arange(4) / 4, np.cos(np.linspace(0, 1.4, STEPS - 4))])  # from 0
 
+# P at every third step: by each rule that moves it, with each of W, and with all that P takes.
+EVERY_THIRD: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{kind: ("galore_adamw", kind, {}) for kind in PROJ_TYPES if kind.startswith("continuous")},
+    "lion": ("galore_lion", "continuous", {}),
+    "adafactor": ("galore_adafactor", "continuous", {}),
+    "paper": ("galore_lion", "continuous", PAPER),
+    "paper, P first": ("galore_lion", "continuous", {**PAPER, "move_projector": "before"}),
+}
+
 both_sides = pytest.mark.parametrize("run", [run_jax, run_torch], ids=["jax", "torch"])
 
 
@@ -116,6 +125,13 @@ def test_full_rank(run: Run, rule: str) -> None:
 def test_the_papers_side(run: Run, option: str) -> None:
     optimizer = "galore_lion" if "lion_sign" in OPTIONS[option] else "galore_adamw"
     compare(run, optimizer, "continuous", **OPTIONS[option])
+
+
+@both_sides
+@pytest.mark.parametrize("case", EVERY_THIRD)
+def test_the_basis_moved_every_third_step(run: Run, case: str) -> None:
+    optimizer, proj_type, options = EVERY_THIRD[case]
+    compare(run, optimizer, proj_type, update_proj_every=3, **options)
 
 
 @both_sides

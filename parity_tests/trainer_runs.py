@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8bit": {
         "optimizer": "galore_adamw8bit",
         "proj_type": "continuous_adam8bit",
+        "update_proj_every": 2,
         "dtype": "bfloat16",
         "activation_checkpointing": True,
         "workers": 1,
