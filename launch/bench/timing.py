@@ -106,6 +106,9 @@ def prepare(device: str, threads: int | None) -> None:
             raise UsageError(f"--threads: {threads} is more than the {len(cores)} cores there are")
         os.sched_setaffinity(0, cores[:threads])
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Else PyTorch's threads, waiting for work, take the cores from JAX's, and for milliseconds from
+    # its own where other programs run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["JAX_PLATFORMS"] = device
     # The two share the GPU; JAX would take most of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
