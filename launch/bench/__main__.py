@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import report, timing
-from launch.options import UsageError, run_cli
+from launch.options import UsageError, count, run_cli
 from launch.run_log import write_atomic
 
 
 def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     """Writes what was measured, with where and how, to OUT/MODE.json."""
-    how = {name: value for name, value in vars(args).items() if name not in ("out", "machine")}
+    how = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    for name in ("mode", "out", "machine"):
+        del how[name]
     found = {"mode": args.mode, **timing.machine(args.machine, args.device), "how": how}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.mode}.json"
@@ -48,7 +50,39 @@ def optimizer(args: argparse.Namespace) -> None:
     report.plot_optimizer(records, args.out / "optimizer.png")
 
 
-MODES = {"optimizer": optimizer}
+def train(args: argparse.Namespace) -> None:
+    """Tokens a second of the whole train step, by method and framework, plain and layerwise."""
+    from launch.bench.train import run
+
+    records = run(setting(args), args.rounds)
+    print(report.train_text(records))
+    write(args, records)
+    report.plot_train(records, args.out / "train.png")
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Bytes of optimizer state, and the most bytes alive within a train step."""
+    from launch.bench.memory import run
+
+    records = run(setting(args))
+    print(report.memory_text(records))
+    write(args, records)
+    report.plot_memory(records, args.out / "memory.png")
+
+
+def setting(args: argparse.Namespace) -> Any:
+    """What the flags say is trained."""
+    from launch.bench.train import Setting
+
+    if args.tokens < args.length or args.tokens % args.length:
+        raise UsageError(f"--tokens: {args.tokens} is not a number of rows of {args.length}")
+    if not args.model_config.is_file():
+        raise UsageError(f"--model_config: no file {args.model_config}; see configs/")
+    rows = args.tokens // args.length
+    return Setting(args.model_config, rows, args.length, args.rank, args.device, args.dtype)
+
+
+MODES = {"optimizer": optimizer, "train": train, "memory": memory}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,17 +96,28 @@ def main(argv: Sequence[str]) -> None:
     add("--threads", type=int, help="of either framework (as many as there are cores)")
     add("--machine", help="the machine's name in the files (what it calls itself)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)")
-    add("--rounds", type=int, default=15, help="turns of each contender (15)")
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--rounds", type=int, help="turns of each contender (optimizer 15, train 7)")
+    trained = argparse.ArgumentParser(add_help=False)
+    add = trained.add_argument
+    add("--model_config", type=Path, default=Path("configs/llama_60m.json"), help="(60M)")
+    add("--tokens", type=count, default=4096, help="of a step (4096)")
+    add("--length", type=int, default=256, help="tokens of a row (256)")
+    add("--rank", type=int, default=128, help="of P (128)")
 
-    mode = modes.add_parser("optimizer", parents=[shared], help=optimizer.__doc__)
+    mode = modes.add_parser("optimizer", parents=[shared, timed], help=optimizer.__doc__)
+    mode.set_defaults(rounds=15)
     mode.add_argument("--models", nargs="+", help="which sizes, such as 60M 350M (all)")
     mode.add_argument("--turn_seconds", type=float, default=0.05, help="of a turn (0.05)")
     mode.add_argument(
         "--svd_seconds", type=float, default=10.0, help="no SVD is begun after so many (10)"
     )
+    mode = modes.add_parser("train", parents=[shared, timed, trained], help=train.__doc__)
+    mode.set_defaults(rounds=7)
+    modes.add_parser("memory", parents=[shared, trained], help=memory.__doc__)
 
     args = parser.parse_args(argv)
-    if args.rounds < 1:
+    if vars(args).get("rounds", 1) < 1:
         raise UsageError(f"--rounds: {args.rounds} is too small; expected 1 or more")
     timing.prepare(args.device, args.threads)
     MODES[args.mode](args)

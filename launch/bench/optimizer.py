@@ -202,8 +202,8 @@ class PublishedStep:
     def move(self) -> None:
         """P's step alone."""
         unit = self.gradient / self.gradient.norm()
-        basis = self.basis
-        found = unit @ basis @ basis.mT if self.right else basis @ basis.mT @ unit
+        onto = self.basis @ self.basis.mT
+        found = unit @ onto if self.right else onto @ unit
         (found - unit).square().sum().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -228,7 +228,7 @@ def _osd_torch(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, s
             update_proj_gap=GAP if online else 10**9,
         )  # fmt: skip
         assert isinstance(made, osd_torch.SubspaceOptimizer)
-        _start_after_first_step(made, weight, basis)
+        torch_after_first_step(made, lambda p, rank: basis)
         side = made.side(made.param_groups[0], weight)
         refresh = lambda: leading_singular_vectors(gradient, side, case.rank, torch.float32)
         step = _torch_done(made.step, device)
@@ -237,26 +237,32 @@ def _osd_torch(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, s
     return build
 
 
-def _start_after_first_step(optimizer: Any, weight: Any, basis: Any) -> None:
+def torch_after_first_step(optimizer: Any, basis_of: Callable[[int, int], Any]) -> None:
     """Gives an `osd_torch` optimizer the state of one step, without the SVD that the first takes.
 
     That one takes minutes at the larger shapes.
+
+    Args:
+        optimizer: Just made.
+        basis_of: (p, r) -> P.
     """
     import torch
 
     from osd_torch.projectors import low_rank_gradient, to_matrix
     from osd_torch.subspace import PREFIX
 
-    group = optimizer.param_groups[0]
-    side = optimizer.side(group, weight)
-    low_rank = to_matrix(low_rank_gradient(basis, to_matrix(weight.grad, side)), side)
-    moments = optimizer.projector(group).init(basis, side)
-    optimizer.state[weight] = {
-        "step": torch.tensor(1.0),
-        "basis": basis,
-        **optimizer.rule(group).init(low_rank),
-        **{PREFIX + name: x for name, x in moments.items()},
-    }
+    for group in optimizer.param_groups:
+        for param in group["params"] if group["rank"] is not None else ():
+            side = optimizer.side(group, param)
+            matrix = to_matrix(param.detach(), side)
+            basis = basis_of(len(matrix), group["rank"])
+            moments = optimizer.projector(group).init(basis, side)
+            optimizer.state[param] = {
+                "step": torch.tensor(1.0),
+                "basis": basis,
+                **optimizer.rule(group).init(to_matrix(low_rank_gradient(basis, matrix), side)),
+                **{PREFIX + name: x for name, x in moments.items()},
+            }
 
 
 def _torch_adamw(case: Case, given: Arrays, device: str, dtype: str) -> Built:
@@ -307,32 +313,43 @@ def _jax_svd(given: Arrays) -> Step:
     return lambda: jax.block_until_ready(decompose(gradient))
 
 
+def jax_after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
+    """The state of an `osd_jax` optimizer after a step, without the SVD that the first takes.
+
+    Args:
+        state: From `init`.
+        basis_of: P before -> P, of the same shape and dtype.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from osd_jax.subspace import SubspaceState
+
+    is_subspace = lambda x: isinstance(x, SubspaceState)
+
+    def moved(part: Any) -> Any:
+        if not is_subspace(part):
+            return part
+        projector = part.projector._replace(basis=jax.tree.map(basis_of, part.projector.basis))
+        return part._replace(count=jnp.ones_like(part.count), projector=projector)
+
+    return jax.tree.map(moved, state, is_leaf=is_subspace)
+
+
 def _osd_jax(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
-        import jax
         import jax.numpy as jnp
 
         import osd_jax
-        from osd_jax.subspace import SubspaceState
 
         online = proj_type.startswith("continuous")
         tx = osd_jax.make_optimizer(
             optimizer, proj_type, learning_rate=LR, rank=case.rank, scale=SCALE,
             update_proj_gap=GAP if online else 10**9,
         )  # fmt: skip
-        is_subspace = lambda x: isinstance(x, SubspaceState)
-
-        def after_first_step(state: Any) -> Any:
-            if not is_subspace(state):
-                return state
-            moved = jax.tree.map(
-                lambda old: jnp.array(given.basis, old.dtype, copy=True), state.projector.basis
-            )
-            projector = state.projector._replace(basis=moved)
-            return state._replace(count=jnp.ones_like(state.count), projector=projector)
-
-        start = lambda state: jax.tree.map(after_first_step, state, is_leaf=is_subspace)
-        return Built(_jax_step(tx, given, dtype, start), None if online else _jax_svd(given))
+        basis_of = lambda old: jnp.array(given.basis, old.dtype, copy=True)
+        step = _jax_step(tx, given, dtype, lambda state: jax_after_first_step(state, basis_of))
+        return Built(step, None if online else _jax_svd(given))
 
     return build
 

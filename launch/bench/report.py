@@ -48,6 +48,26 @@ OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {
 }
 
 
+TRAIN_COLUMNS: Mapping[str, Callable[[Record], str]] = {
+    "contender": lambda r: r["contender"],
+    "tokens a second": lambda r: _with_quartiles(r["tokens_per_second"], 1),
+    "of AdamW's": lambda r: ratio(r["of_full_rank"]),
+    "of plain AdamW's": lambda r: ratio(r["of_plain_full_rank"]),
+    "of the other framework's": lambda r: ratio(r["of_other_framework"]),
+}
+MEMORY_COLUMNS: Mapping[str, Callable[[Record], str]] = {
+    "contender": lambda r: r["contender"],
+    "weights, MB": lambda r: megabytes(r["weight_bytes"]),
+    "optimizer state, MB": lambda r: megabytes(r["state_bytes"]),
+    "peak of a step, MB": lambda r: megabytes(r["peak_bytes"]),
+}
+
+
+def megabytes(value: int) -> str:
+    """In units of 10^6 bytes."""
+    return f"{value / 1e6:,.1f}"
+
+
 def svd_note(record: Record) -> str:
     """How an amortised step is made up."""
     if "svd" not in record:
@@ -89,6 +109,16 @@ def optimizer_text(records: Sequence[Record]) -> str:
     )
 
 
+def train_text(records: Sequence[Record]) -> str:
+    """The table of the train steps, to print."""
+    return text_table(list(TRAIN_COLUMNS), rows(records, TRAIN_COLUMNS))
+
+
+def memory_text(records: Sequence[Record]) -> str:
+    """The table of bytes, to print."""
+    return text_table(list(MEMORY_COLUMNS), rows(records, MEMORY_COLUMNS))
+
+
 def plot_optimizer(records: Sequence[Record], out: Path) -> None:
     """Draws each case's steps over the floor of their framework, with quartiles."""
     from matplotlib.figure import Figure
@@ -99,7 +129,8 @@ def plot_optimizer(records: Sequence[Record], out: Path) -> None:
     figure = Figure(figsize=(13, 0.6 + lines * (0.9 + 0.24 * height)), layout="constrained")
     axes = figure.subplots(lines, 2, squeeze=False).flat
     for ax, (name, group) in zip(axes, cases, strict=False):
-        _bars(ax, [r for r in group if "missing" not in r], "over_floor")
+        there = [r for r in group if "missing" not in r]
+        _bars(ax, there, [r["over_floor"] for r in there], "{:.2f}")
         ax.set_xscale("log")
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_title(name, fontsize=10)
@@ -109,8 +140,34 @@ def plot_optimizer(records: Sequence[Record], out: Path) -> None:
     _save(figure, out)
 
 
-def _bars(ax: Any, records: Sequence[Record], key: str) -> None:
-    values = [r[key] for r in records]
+def plot_train(records: Sequence[Record], out: Path) -> None:
+    """Draws each contender's tokens a second, with quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.3 * len(records)), layout="constrained")
+    ax = figure.subplots()
+    _bars(ax, records, [r["tokens_per_second"] for r in records], "{:.0f}")
+    ax.set_xlabel("tokens a second")
+    _save(figure, out)
+
+
+def plot_memory(records: Sequence[Record], out: Path) -> None:
+    """Draws the peak of each contender's step, and how much of it are weights and state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.3 * len(records)), layout="constrained")
+    ax = figure.subplots()
+    as_spread = lambda value: dict.fromkeys(("median", "low", "high"), value / 1e6)
+    _bars(ax, records, [as_spread(r["peak_bytes"]) for r in records], "{:,.0f}")
+    kept = [(r["weight_bytes"] + r["state_bytes"]) / 1e6 for r in records]
+    ax.barh(range(len(records)), kept, color="black", alpha=0.35, height=0.35)
+    ax.set_xlabel("MB: the peak of a step; dark, weights and optimizer state")
+    _save(figure, out)
+
+
+def _bars(
+    ax: Any, records: Sequence[Record], values: Sequence[Mapping[str, float]], form: str
+) -> None:
     medians = [v["median"] for v in values]
     around = [[v["median"] - v["low"] for v in values], [v["high"] - v["median"] for v in values]]
     places = range(len(records))
@@ -122,7 +179,7 @@ def _bars(ax: Any, records: Sequence[Record], key: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     for place, median in zip(places, medians, strict=True):
         ax.annotate(
-            f"{median:.2f}", (median, place), xytext=(4, 0), textcoords="offset points",
+            form.format(median), (median, place), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=6,
         )  # fmt: skip
 

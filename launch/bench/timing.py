@@ -46,7 +46,12 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> Spread:
 
 
 def time_in_rounds(
-    steps: Mapping[str, Step], *, rounds: int, turn_seconds: float, seed: int = 0
+    steps: Mapping[str, Step],
+    *,
+    rounds: int,
+    turn_seconds: float = 0.0,
+    settle: bool = True,
+    seed: int = 0,
 ) -> Times:
     """Seconds a step, by contender and round.
 
@@ -57,6 +62,7 @@ def time_in_rounds(
         steps: By contender.
         rounds: How many.
         turn_seconds: How long a turn should last.
+        settle: Whether a turn has that first step; a long step need not.
         seed: Of the order of turns, drawn anew for each round.
     """
     counts = {name: _steps_in(step, turn_seconds) for name, step in steps.items()}
@@ -64,7 +70,8 @@ def time_in_rounds(
     times: Times = {name: [] for name in steps}
     for _ in range(rounds):
         for name in draw.sample(list(steps), len(steps)):
-            steps[name]()
+            if settle:
+                steps[name]()
             times[name].append(_seconds_of(steps[name], counts[name]))
     return times
 
