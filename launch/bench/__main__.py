@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.bench import report, timing
+from launch.bench import page, report, timing
 from launch.options import UsageError, count, run_cli
 from launch.run_log import write_atomic
 
@@ -47,7 +47,7 @@ def optimizer(args: argparse.Namespace) -> None:
         print(report.optimizer_text(found), end="\n\n", flush=True)
         records += found
         write(args, records)
-    report.plot_optimizer(records, args.out / "optimizer.png")
+    report.plot_all({"optimizer": records}, args.out / "optimizer.png")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace) -> None:
     records = run(setting(args), args.rounds)
     print(report.train_text(records))
     write(args, records)
-    report.plot_train(records, args.out / "train.png")
+    report.plot_all({"train": records}, args.out / "train.png")
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -67,7 +67,7 @@ def memory(args: argparse.Namespace) -> None:
     records = run(setting(args))
     print(report.memory_text(records))
     write(args, records)
-    report.plot_memory(records, args.out / "memory.png")
+    report.plot_all({"memory": records}, args.out / "memory.png")
 
 
 def setting(args: argparse.Namespace) -> Any:
@@ -82,7 +82,13 @@ def setting(args: argparse.Namespace) -> Any:
     return Setting(args.model_config, rows, args.length, args.rank, args.device, args.dtype)
 
 
-MODES = {"optimizer": optimizer, "train": train, "memory": memory}
+def docs(args: argparse.Namespace) -> None:
+    """Writes docs/benchmark.md, .json and .png from what the other modes have left."""
+    page.write(page.read(args.out), args.docs)
+    print(args.docs / "benchmark.md")
+
+
+MODES = {"optimizer": optimizer, "train": train, "memory": memory, "docs": docs}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,8 +97,10 @@ def main(argv: Sequence[str]) -> None:
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
+    add("--out", type=Path, default=Path("runs/bench"), help="where files are (runs/bench)")
+    measured = argparse.ArgumentParser(add_help=False, parents=[shared])
+    add = measured.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="what to run on (cpu)")
-    add("--out", type=Path, default=Path("runs/bench"), help="where files go (runs/bench)")
     add("--threads", type=int, help="of either framework (as many as there are cores)")
     add("--machine", help="the machine's name in the files (what it calls itself)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)")
@@ -105,21 +113,24 @@ def main(argv: Sequence[str]) -> None:
     add("--length", type=int, default=256, help="tokens of a row (256)")
     add("--rank", type=int, default=128, help="of P (128)")
 
-    mode = modes.add_parser("optimizer", parents=[shared, timed], help=optimizer.__doc__)
+    mode = modes.add_parser("optimizer", parents=[measured, timed], help=optimizer.__doc__)
     mode.set_defaults(rounds=15)
     mode.add_argument("--models", nargs="+", help="which sizes, such as 60M 350M (all)")
     mode.add_argument("--turn_seconds", type=float, default=0.05, help="of a turn (0.05)")
     mode.add_argument(
         "--svd_seconds", type=float, default=10.0, help="no SVD is begun after so many (10)"
     )
-    mode = modes.add_parser("train", parents=[shared, timed, trained], help=train.__doc__)
+    mode = modes.add_parser("train", parents=[measured, timed, trained], help=train.__doc__)
     mode.set_defaults(rounds=7)
-    modes.add_parser("memory", parents=[shared, trained], help=memory.__doc__)
+    modes.add_parser("memory", parents=[measured, trained], help=memory.__doc__)
+    mode = modes.add_parser("docs", parents=[shared], help=docs.__doc__)
+    mode.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes (docs)")
 
     args = parser.parse_args(argv)
     if vars(args).get("rounds", 1) < 1:
         raise UsageError(f"--rounds: {args.rounds} is too small; expected 1 or more")
-    timing.prepare(args.device, args.threads)
+    if "device" in args:
+        timing.prepare(args.device, args.threads)
     MODES[args.mode](args)
 
 

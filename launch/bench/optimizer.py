@@ -32,11 +32,6 @@ class Case(NamedTuple):
     shape: tuple[int, int]
     rank: int
 
-    @property
-    def title(self) -> str:
-        """Such as `512x1376, rank 128 (60M)`."""
-        return f"{self.shape[0]}x{self.shape[1]}, rank {self.rank} ({self.model})"
-
 
 CASES = (
     Case("60M", (512, 512), 128),
@@ -491,11 +486,15 @@ def run_case(case: Case, settings: Settings, device: str, dtype: str) -> list[di
             missing[name] = f"{contender.package} is not installed"
         else:
             built[name] = contender.build(case, given, device, dtype)
-    refreshes = {
-        name: spread(samples(it.refresh, most=3, seconds=settings.svd_seconds))
-        for name, it in built.items()
-        if it.refresh is not None
-    }
+    by_framework: dict[str, Spread] = {}  # the same SVD serves all of one
+    refreshes: dict[str, Spread] = {}
+    for name, it in built.items():
+        framework = CONTENDERS[name].framework
+        if it.refresh is not None:
+            if framework not in by_framework:
+                taken = samples(it.refresh, most=3, seconds=settings.svd_seconds)
+                by_framework[framework] = spread(taken)
+            refreshes[name] = by_framework[framework]
     times = time_in_rounds(
         {name: it.step for name, it in built.items()},
         rounds=settings.rounds,

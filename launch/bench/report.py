@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,8 +35,14 @@ def ratio(value: Mapping[str, float]) -> str:
 
 
 def _with_quartiles(value: Mapping[str, float], unit: float) -> str:
-    median, low, high = (f"{value[key] * unit:.3g}" for key in ("median", "low", "high"))
+    median, low, high = (number(value[key] * unit) for key in ("median", "low", "high"))
     return f"{median} ({low}-{high})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no exponent: 0.0123, 1.23, 12,300."""
+    places = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{round(value, places):,.{max(0, places)}f}"
 
 
 OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {
@@ -119,54 +127,67 @@ def memory_text(records: Sequence[Record]) -> str:
     return text_table(list(MEMORY_COLUMNS), rows(records, MEMORY_COLUMNS))
 
 
-def plot_optimizer(records: Sequence[Record], out: Path) -> None:
-    """Draws each case's steps over the floor of their framework, with quartiles."""
+def plot_all(results: Mapping[str, Sequence[Record]], out: Path) -> None:
+    """Draws what was measured into one picture: each case's steps, train steps and memory.
+
+    Args:
+        results: Records by mode, any of "optimizer", "train" and "memory".
+        out: The picture.
+    """
     from matplotlib.figure import Figure
 
-    cases = by_case(records)
-    height = max(len(group) for _, group in cases)
-    lines = -(-len(cases) // 2)
-    figure = Figure(figsize=(13, 0.6 + lines * (0.9 + 0.24 * height)), layout="constrained")
-    axes = figure.subplots(lines, 2, squeeze=False).flat
-    for ax, (name, group) in zip(axes, cases, strict=False):
-        there = [r for r in group if "missing" not in r]
-        _bars(ax, there, [r["over_floor"] for r in there], "{:.2f}")
-        ax.set_xscale("log")
-        ax.axvline(1, color="black", linewidth=0.8)
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("time of a step, over the seven products alone", fontsize=8)
-    for ax in list(axes)[len(cases) :]:
-        ax.set_visible(False)
-    _save(figure, out)
+    panels: list[tuple[int, Callable[[Any], None]]] = [
+        (len(group), functools.partial(_draw_case, name, group))
+        for name, group in by_case(results.get("optimizer", ()))
+    ]
+    panels += [
+        (len(results[mode]), functools.partial(draw, results[mode]))
+        for mode, draw in (("train", _draw_train), ("memory", _draw_memory))
+        if mode in results
+    ]
+    width = min(2, len(panels))
+    lines = [panels[i : i + width] for i in range(0, len(panels), width)]
+    heights = [1.0 + 0.2 * max(count for count, _ in line) for line in lines]
+    figure = Figure(figsize=(7 * width, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(lines), width, squeeze=False, height_ratios=heights)
+    for line, line_axes in zip(lines, axes, strict=True):
+        for (_, draw), ax in zip(line, line_axes, strict=False):
+            draw(ax)
+        for ax in line_axes[len(line) :]:
+            ax.set_visible(False)
+    temporary = out.with_name(f".{out.name}")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(out)
 
 
-def plot_train(records: Sequence[Record], out: Path) -> None:
-    """Draws each contender's tokens a second, with quartiles."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 1 + 0.3 * len(records)), layout="constrained")
-    ax = figure.subplots()
-    _bars(ax, records, [r["tokens_per_second"] for r in records], "{:.0f}")
-    ax.set_xlabel("tokens a second")
-    _save(figure, out)
+def _draw_case(name: str, group: Sequence[Record], ax: Any) -> None:
+    there = [r for r in group if "missing" not in r]
+    _bars(ax, there, [r["over_floor"] for r in there], name, "{:.2f}")
+    ax.set_xscale("log")
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_xlabel("time of a step, over the seven products alone", fontsize=8)
 
 
-def plot_memory(records: Sequence[Record], out: Path) -> None:
-    """Draws the peak of each contender's step, and how much of it are weights and state."""
-    from matplotlib.figure import Figure
+def _draw_train(records: Sequence[Record], ax: Any) -> None:
+    values = [r["tokens_per_second"] for r in records]
+    _bars(ax, records, values, "whole train step", "{:,.0f}")
+    ax.set_xlabel("tokens a second", fontsize=8)
 
-    figure = Figure(figsize=(9, 1 + 0.3 * len(records)), layout="constrained")
-    ax = figure.subplots()
-    as_spread = lambda value: dict.fromkeys(("median", "low", "high"), value / 1e6)
-    _bars(ax, records, [as_spread(r["peak_bytes"]) for r in records], "{:,.0f}")
+
+def _draw_memory(records: Sequence[Record], ax: Any) -> None:
+    values = [dict.fromkeys(("median", "low", "high"), r["peak_bytes"] / 1e6) for r in records]
+    _bars(ax, records, values, "peak of a train step", "{:,.0f}")
     kept = [(r["weight_bytes"] + r["state_bytes"]) / 1e6 for r in records]
     ax.barh(range(len(records)), kept, color="black", alpha=0.35, height=0.35)
-    ax.set_xlabel("MB: the peak of a step; dark, weights and optimizer state")
-    _save(figure, out)
+    ax.set_xlabel("MB; dark: weights and optimizer state", fontsize=8)
 
 
 def _bars(
-    ax: Any, records: Sequence[Record], values: Sequence[Mapping[str, float]], form: str
+    ax: Any,
+    records: Sequence[Record],
+    values: Sequence[Mapping[str, float]],
+    title: str,
+    form: str,
 ) -> None:
     medians = [v["median"] for v in values]
     around = [[v["median"] - v["low"] for v in values], [v["high"] - v["median"] for v in values]]
@@ -175,6 +196,7 @@ def _bars(
     ax.barh(places, medians, xerr=around, color=colors, height=0.7, error_kw={"linewidth": 0.8})
     ax.set_yticks(places, [r["contender"] for r in records], fontsize=7)
     ax.invert_yaxis()
+    ax.set_title(title, fontsize=10)
     ax.grid(axis="x", alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     for place, median in zip(places, medians, strict=True):
@@ -182,9 +204,3 @@ def _bars(
             form.format(median), (median, place), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=6,
         )  # fmt: skip
-
-
-def _save(figure: Any, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(out)
