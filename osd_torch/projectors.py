@@ -201,21 +201,26 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     """
     a, s = sketch.correlation, sketch.squared_norm
     assert a is not None and s is not None
-    usable = has_direction(s)
-    scaled = torch.where(usable, local(a), 0) * (2 / torch.where(usable, s, 1))
-    gram = local(product(basis.mT, basis))
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    # Where s overflows so may A, and infinity times 0 is no number.
+    scaled = (local(a) * (has_direction(s) * 2 / normal(s))).nan_to_num_(0, 0, 0)
     inner = local(product(basis.mT, parted_like(scaled, a)))
+    gram = local(product(basis.mT, basis))
+    gram.diagonal().sub_(1)
     if penalty:
-        inner.add_(gram - identity, alpha=4 * penalty)
-    gradient = torch.addmm(local(basis) @ inner, scaled, gram - 2 * identity)
-    return parted_like(gradient, basis)
+        inner.add_(gram, alpha=4 * penalty)
+    gram.diagonal().sub_(1)  # now P^T P - 2 I
+    return parted_like((local(basis) @ inner).addmm_(scaled, gram), basis)
 
 
 def has_direction(squared_norm: Tensor) -> Tensor:
     """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
-    tiny = torch.finfo(squared_norm.dtype).tiny
-    return (squared_norm >= tiny) & torch.isfinite(squared_norm)
+    return normal(squared_norm) == squared_norm
+
+
+def normal(value: Tensor) -> Tensor:
+    """The nearest positive number that is normal: neither subnormal nor infinite."""
+    limits = torch.finfo(value.dtype)
+    return value.clamp(limits.tiny, limits.max)
 
 
 def svd(every: int) -> Projector:
@@ -345,6 +350,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plain_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == b.dtype == accumulator_dtype(a.dtype):
+        return a @ b
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     wide, a, b = accumulator_dtype(narrow), a.to(narrow), b.to(narrow)
     if a.is_cuda and narrow != wide:

@@ -71,8 +71,9 @@ class Adam:
         second.mul_(beta2).addcmul_(own, own, value=1 - beta2)
         root_correction = math.sqrt(1 - beta2**t)
         eps = self.eps if self.eps_first else self.eps * root_correction
-        direction = parted_like(first / second.sqrt().add_(eps), gradient)
-        return direction, lr * root_correction / (1 - beta1**t)
+        root = second.sqrt().add_(eps)
+        direction = torch.div(first, root, out=root)
+        return parted_like(direction, gradient), lr * root_correction / (1 - beta1**t)
 
 
 @dataclass(frozen=True)

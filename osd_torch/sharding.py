@@ -299,11 +299,18 @@ def zeros_placed_as(
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every value is finite, on all processes that share a tensor; one device sync."""
-    # The largest absolute value cannot overflow, where a sum of squares can.
+    """Whether every value is finite, on all processes that share a tensor; one device sync.
+
+    Two where the sum of the squares is not finite, which may have overflown: the largest absolute
+    value cannot, but takes 30 times as long on a CPU.
+    """
+    return _norm_is_finite(tensors, 2) or _norm_is_finite(tensors, math.inf)
+
+
+def _norm_is_finite(tensors: Sequence[Tensor], order: float) -> bool:
     parts = [local(tensor) for tensor in tensors]
-    largest = torch.nn.utils.get_total_norm([x for x in parts if x.numel()], norm_type=math.inf)
-    bad = ~torch.isfinite(largest)
+    norm = torch.nn.utils.get_total_norm([x for x in parts if x.numel()], norm_type=order)
+    bad = ~torch.isfinite(norm)
     shared = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
     if shared is not None:
         everywhere = [Partial()] * shared.device_mesh.ndim

@@ -1,0 +1,138 @@
+"""Measures how fast and how large the optimizers are, on the machine at hand.
+
+    python -m launch.bench optimizer     # one step on the matrices of LLaMA 60M, 350M and 1B
+
+prints a table and writes it as JSON and as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.bench import page, report, timing
+from launch.options import UsageError, count, run_cli
+from launch.run_log import write_atomic
+
+
+def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Writes what was measured, with where and how, to OUT/MODE.json."""
+    how = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    for name in ("mode", "out", "machine"):
+        del how[name]
+    found = {"mode": args.mode, **timing.machine(args.machine, args.device), "how": how}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.mode}.json"
+    write_atomic(path, json.dumps({**found, "records": records}, indent=1) + "\n")
+
+
+def optimizer(args: argparse.Namespace) -> None:
+    """One optimizer step, case by case; what is done is written after each."""
+    from launch.bench.optimizer import CASES, CASES_ON_GPU, Settings, run_case
+
+    cases = CASES + (CASES_ON_GPU if args.device == "cuda" else ())
+    if args.models:
+        known = {case.model for case in cases}
+        if unknown := set(args.models) - known:
+            raise UsageError(f"--models: {min(unknown)} is unknown; expected {', '.join(known)}")
+        cases = tuple(case for case in cases if case.model in args.models)
+    settings = Settings(args.rounds, args.turn_seconds, args.svd_seconds)
+    records: list[dict[str, Any]] = []
+    for case in cases:
+        found = run_case(case, settings, args.device, args.dtype)
+        print(report.optimizer_text(found), end="\n\n", flush=True)
+        records += found
+        write(args, records)
+    report.plot_all({"optimizer": records}, args.out / "optimizer.png")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Tokens a second of the whole train step, by method and framework, plain and layerwise."""
+    from launch.bench.train import run
+
+    records = run(setting(args), args.rounds)
+    print(report.train_text(records))
+    write(args, records)
+    report.plot_all({"train": records}, args.out / "train.png")
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Bytes of optimizer state, and the most bytes alive within a train step."""
+    from launch.bench.memory import run
+
+    records = run(setting(args))
+    print(report.memory_text(records))
+    write(args, records)
+    report.plot_all({"memory": records}, args.out / "memory.png")
+
+
+def setting(args: argparse.Namespace) -> Any:
+    """What the flags say is trained."""
+    from launch.bench.train import Setting
+
+    if args.tokens < args.length or args.tokens % args.length:
+        raise UsageError(f"--tokens: {args.tokens} is not a number of rows of {args.length}")
+    if not args.model_config.is_file():
+        raise UsageError(f"--model_config: no file {args.model_config}; see configs/")
+    rows = args.tokens // args.length
+    return Setting(args.model_config, rows, args.length, args.rank, args.device, args.dtype)
+
+
+def docs(args: argparse.Namespace) -> None:
+    """Writes docs/benchmark.md, .json and .png from what the other modes have left."""
+    page.write(page.read(args.out), args.docs)
+    print(args.docs / "benchmark.md")
+
+
+MODES = {"optimizer": optimizer, "train": train, "memory": memory, "docs": docs}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__)
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--out", type=Path, default=Path("runs/bench"), help="where files are (runs/bench)")
+    measured = argparse.ArgumentParser(add_help=False, parents=[shared])
+    add = measured.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="what to run on (cpu)")
+    add("--threads", type=int, help="of either framework (as many as there are cores)")
+    add("--machine", help="the machine's name in the files (what it calls itself)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)")
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--rounds", type=int, help="turns of each contender (optimizer 15, train 7)")
+    trained = argparse.ArgumentParser(add_help=False)
+    add = trained.add_argument
+    add("--model_config", type=Path, default=Path("configs/llama_60m.json"), help="(60M)")
+    add("--tokens", type=count, default=4096, help="of a step (4096)")
+    add("--length", type=int, default=256, help="tokens of a row (256)")
+    add("--rank", type=int, default=128, help="of P (128)")
+
+    mode = modes.add_parser("optimizer", parents=[measured, timed], help=optimizer.__doc__)
+    mode.set_defaults(rounds=15)
+    mode.add_argument("--models", nargs="+", help="which sizes, such as 60M 350M (all)")
+    mode.add_argument("--turn_seconds", type=float, default=0.05, help="of a turn (0.05)")
+    mode.add_argument(
+        "--svd_seconds", type=float, default=10.0, help="no SVD is begun after so many (10)"
+    )
+    mode = modes.add_parser("train", parents=[measured, timed, trained], help=train.__doc__)
+    mode.set_defaults(rounds=7)
+    modes.add_parser("memory", parents=[measured, trained], help=memory.__doc__)
+    mode = modes.add_parser("docs", parents=[shared], help=docs.__doc__)
+    mode.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes (docs)")
+
+    args = parser.parse_args(argv)
+    if vars(args).get("rounds", 1) < 1:
+        raise UsageError(f"--rounds: {args.rounds} is too small; expected 1 or more")
+    if "device" in args:
+        timing.prepare(args.device, args.threads)
+    MODES[args.mode](args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

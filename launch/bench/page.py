@@ -1,0 +1,212 @@
+"""`docs/benchmark.md` and its picture, made from what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.bench import report
+from launch.options import UsageError
+from launch.run_log import write_atomic
+
+MODES = ("optimizer", "train", "memory")
+PRODUCTS = (
+    # what it is, operations and numbers read and written, of M (p, q) and P (p, r)
+    ("R = P^T M", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + p * r + q * r)),
+    ("W += P D", "2 p q r", lambda p, q, r: (2 * p * q * r, 2 * p * q + p * r + q * r)),
+    ("A = M R^T", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + q * r + p * r)),
+    ("P^T A", "2 p r r", lambda p, q, r: (2 * p * r * r, 2 * p * r + r * r)),
+    ("P^T P", "2 p r r", lambda p, q, r: (2 * p * r * r, p * r + r * r)),
+    ("P (P^T A)", "2 p r r", lambda p, q, r: (2 * p * r * r, 2 * p * r + r * r)),
+    ("+ A (P^T P)", "2 p r r", lambda p, q, r: (2 * p * r * r, 3 * p * r + r * r)),
+)
+NUMBERS_MOVED = (
+    "p q + p r + q r", "2 p q + p r + q r", "p q + q r + p r",
+    "2 p r + r r", "p r + r r", "2 p r + r r", "3 p r + r r",
+)  # fmt: skip
+
+
+def floor_of(shape: Sequence[int], rank: int) -> tuple[int, int]:
+    """Operations of the seven products, and the numbers that they read and write at least."""
+    p, q = sorted(shape)
+    each = [count(p, q, rank) for _, _, count in PRODUCTS]
+    return sum(ops for ops, _ in each), sum(numbers for _, numbers in each)
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What was measured, by mode.
+
+    Raises:
+        UsageError: there is nothing, or a file is damaged.
+    """
+    found = {}
+    for mode in MODES:
+        path = directory / f"{mode}.json"
+        if path.is_file():
+            try:
+                found[mode] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UsageError(f"--out: {path} is damaged: {error}; measure again") from None
+    if not found:
+        raise UsageError(
+            f"--out: {directory} holds no results; run python -m launch.bench optimizer first"
+        )
+    return found
+
+
+def write(results: Mapping[str, Any], docs: Path) -> None:
+    """Writes the page, its numbers and its picture into a folder."""
+    docs.mkdir(parents=True, exist_ok=True)
+    write_atomic(docs / "benchmark.json", json.dumps(results, indent=1) + "\n")
+    report.plot_all({mode: found["records"] for mode, found in results.items()},
+                    docs / "benchmark.png")  # fmt: skip
+    write_atomic(docs / "benchmark.md", "\n".join(lines(results)) + "\n")
+
+
+def lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """The page."""
+    yield from (
+        "# How fast a step is, and how large",
+        "",
+        "What one step costs beside its floor, beside the published way of taking it, and beside "
+        "other optimizers. In every round each contender has its turn in the same process; ratios "
+        "are of two times of one round. All figures are medians, with quartiles in brackets.",
+        "",
+        "![Times and sizes](benchmark.png)",
+        "",
+        *_floor(results),
+    )
+    if "optimizer" in results:
+        yield from _optimizer(results["optimizer"])
+    if "train" in results:
+        yield from _train(results["train"])
+    if "memory" in results:
+        yield from _memory(results["memory"])
+    yield from (
+        "## How to repeat it",
+        "",
+        "```",
+        *(command(mode, found) for mode, found in results.items()),
+        "python -m launch.bench docs       # writes this page from runs/bench",
+        "```",
+        "",
+        "`--device cuda` runs the same on a GPU, with the matrices of 7B too. Do so on a machine "
+        "that does nothing else: ratios within a round bear other programs, a pool of threads that "
+        "waits for one of its own does less well.",
+    )
+
+
+def _floor(results: Mapping[str, Any]) -> Iterator[str]:
+    yield from (
+        "## The floor",
+        "",
+        "A step of Online Subspace Descent needs of a gradient M (p, q), p the projected axis, its "
+        "projection R = P^T M, the correlation A = M R^T and ||M||. With them the gradient of P is "
+        "`(2 / ||M||^2) (P (P^T A) + A (P^T P) - 2 A)`: no autograd, no SVD, no other matrix of "
+        "M's size. So a step is seven matrix products, with P (p, r) and the direction D (r, q) "
+        "that the optimizer makes of R. The floor is the time of those seven alone, into memory "
+        "that is there already, in the same framework:",
+        "",
+        report.markdown_table(
+            ("product", "operations", "numbers read and written, at least"),
+            [
+                (f"`{name}`", ops, moved)
+                for (name, ops, _), moved in zip(PRODUCTS, NUMBERS_MOVED, strict=True)
+            ],
+        ),
+        "",
+        "All else reads or writes each number a few times: ||M|| and whether it is finite (twice "
+        "p q), the moments of R (q r numbers each) and those of P (p r each). That is what a step "
+        "may cost above 1 in the tables below. GaLore's step has two of the seven products, R and "
+        "W, and an SVD now and then.",
+        "",
+    )
+    if "optimizer" not in results:
+        return
+    rows = []
+    for name, records in report.by_case(results["optimizer"]["records"]):
+        ops, numbers = floor_of(records[0]["shape"], records[0]["rank"])
+        floors = [r["seconds"]["median"] for r in records if r["contender"].startswith("floor")]
+        rates = (f"{ops / seconds / 1e9:,.0f}" for seconds in floors)
+        rows.append((name, f"{ops / 1e6:,.0f}", f"{numbers * 4 / 1e6:,.1f}", *rates))
+    header = ("matrix", "10^6 operations", "MB in float32", "GFLOP/s, torch", "GFLOP/s, jax")
+    yield report.markdown_table(header, rows)
+    yield from (
+        "",
+        "Where the two frameworks' floors differ, their libraries of matrix products do: on a CPU, "
+        "PyTorch's float32 products are MKL's, JAX's are XLA's own.",
+        "",
+    )
+
+
+def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("## One optimizer step", "", about(found), "")
+    yield (
+        "GaLore's step has its SVD, measured alone, spread over 200 steps; optax.contrib.galore "
+        "projects the longer side, the others the shorter. The published way steps P by autograd "
+        "through `||P P^T G - G||^2`, for which it forms P P^T."
+    )
+    for name, records in report.by_case(found["records"]):
+        columns = report.OPTIMIZER_COLUMNS
+        table = report.markdown_table(list(columns), report.rows(records, columns))
+        yield from ("", f"### {name}", "", table)
+    yield ""
+
+
+def _train(found: Mapping[str, Any]) -> Iterator[str]:
+    how = found["how"]
+    table = report.markdown_table(
+        list(report.TRAIN_COLUMNS), report.rows(found["records"], report.TRAIN_COLUMNS)
+    )
+    yield from (
+        "## The whole train step",
+        "",
+        about(found),
+        "",
+        f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, by the "
+        "train steps of `launch.train_torch` and `launch.train_jax`. GaLore without its SVDs.",
+        "",
+        table,
+        "",
+    )
+
+
+def _memory(found: Mapping[str, Any]) -> Iterator[str]:
+    how = found["how"]
+    table = report.markdown_table(
+        list(report.MEMORY_COLUMNS), report.rows(found["records"], report.MEMORY_COLUMNS)
+    )
+    yield from (
+        "## Memory",
+        "",
+        f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, "
+        f"{how['dtype']}. State is counted on the arrays. The peak is of all that is alive within "
+        "a train step: as the compiler plans it in JAX; in PyTorch what the allocator hands out, "
+        "on a CPU by the profiler's events, on top of weights and state.",
+        "",
+        table,
+        "",
+    )
+
+
+def about(found: Mapping[str, Any]) -> str:
+    """The machine, the date and the versions of a measurement."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    device = "" if found["device"] == "cpu" else f", {found['device']}"
+    return (
+        f"{found['machine']}: {found['cpu']}{device}, {found['threads']} threads, "
+        f"{found['system']}, {found['date']}; {found['how']['rounds']} rounds, "
+        f"{found['how']['dtype']}; {versions}."
+    )
+
+
+def command(mode: str, found: Mapping[str, Any]) -> str:
+    """The command line that measured."""
+    given = {k: v for k, v in found["how"].items() if v is not None}
+    flags = " ".join(
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in given.items()
+    )
+    return f"python -m launch.bench {mode} {flags}"

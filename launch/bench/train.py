@@ -1,0 +1,213 @@
+"""The whole train step, as `launch.train_jax` and `launch.train_torch` run it, by method."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from launch.bench.optimizer import GAP, jax_after_first_step, torch_after_first_step
+from launch.bench.timing import Step, Times, ratios, spread, time_in_rounds
+
+FULL_RANK = "full-rank AdamW"
+METHODS: Mapping[str, tuple[str, str]] = {
+    "online PCA": ("galore_adamw", "continuous"),
+    "GaLore": ("galore_adamw", "std"),
+    FULL_RANK: ("adamw", "std"),
+    "8-bit online PCA": ("galore_adamw8bit", "continuous_adam8bit"),
+    "8-bit GaLore": ("galore_adamw8bit", "std"),
+    "8-bit Adam": ("adam8bit", "std"),
+}
+TIMED = ("online PCA", "GaLore", FULL_RANK)
+"""GaLore is timed between its SVDs."""
+LR, SCALE = 1e-3, 0.25
+
+
+class Setting(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        model_config: Path of the model's shape.
+        batch: Rows of a step.
+        length: Tokens of a row.
+        rank: Of P.
+        device: "cpu" or "cuda".
+        dtype: Of the weights.
+    """
+
+    model_config: Path
+    batch: int
+    length: int
+    rank: int
+    device: str
+    dtype: str
+
+    def shape(self) -> dict[str, Any]:
+        """The model's, in Hugging Face's terms."""
+        return {"model_type": "llama", **json.loads(self.model_config.read_text(encoding="utf-8"))}
+
+    def tokens(self) -> dict[str, np.ndarray]:
+        """One micro-batch, (1, B, S), of which none is padding."""
+        size = (1, self.batch, self.length)
+        drawn = np.random.default_rng(0).integers(3, self.shape()["vocab_size"], size)
+        return {"tokens": drawn.astype(np.int32), "mask": np.ones(size, bool)}
+
+
+class Contender(NamedTuple):
+    """A framework, a method, and whether layers are updated one by one."""
+
+    framework: str
+    method: str
+    layerwise: bool
+
+    @property
+    def name(self) -> str:
+        """Such as `osd_jax, online PCA, layerwise`."""
+        return f"osd_{self.framework}, {self.method}{', layerwise' * self.layerwise}"
+
+
+CONTENDERS = tuple(
+    Contender(framework, method, layerwise)
+    for framework in ("torch", "jax")
+    for layerwise in (False, True)
+    for method in TIMED
+)
+
+
+def optimizer_options(method: str, rank: int) -> dict[str, Any]:
+    """The keywords of both libraries' `make_optimizer`; GaLore's P is not set anew again."""
+    if not METHODS[method][0].startswith("galore"):
+        return {}
+    gap = GAP if METHODS[method][1] != "std" else 10**9
+    return {"rank": rank, "update_proj_gap": gap, "scale": SCALE}
+
+
+class TorchRun:
+    """A model, its optimizer and their train step.
+
+    Args:
+        setting: What is trained.
+        method: One of `METHODS`.
+        layerwise: Whether layers are updated one by one.
+    """
+
+    def __init__(self, setting: Setting, method: str, layerwise: bool) -> None:
+        import torch
+
+        import osd_torch
+        from osd_torch import llama
+        from osd_torch.train import make_train_step
+
+        config = llama.config_from_dict(setting.shape())
+        dtype = getattr(torch, setting.dtype)
+        self.model = llama.build(config, seed=0, dtype=dtype, device=setting.device)
+        self.optimizer = osd_torch.make_optimizer(
+            self.model.named_parameters(), *METHODS[method], lr=LR, select=llama.is_projected,
+            **optimizer_options(method, setting.rank),
+        )  # fmt: skip
+        if isinstance(self.optimizer, osd_torch.SubspaceOptimizer):
+            eye = functools.partial(torch.eye, device=setting.device)
+            torch_after_first_step(self.optimizer, eye)
+        self._step = make_train_step(
+            self.model, self.optimizer, lr=LR, schedule=lambda step: 1.0, per_layer=layerwise
+        )
+        self._batch = setting.tokens()
+
+    def __call__(self) -> None:
+        """One step; its metrics are read, so that it is done."""
+        self._step(0, self._batch, False)
+
+
+class JaxRun:
+    """The state of a method, and its train steps, which take it over from each other.
+
+    Args:
+        setting: What is trained.
+        method: One of `METHODS`.
+        shapes_only: Make no arrays; the steps can then be compiled, not run.
+    """
+
+    def __init__(self, setting: Setting, method: str, *, shapes_only: bool = False) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        import osd_jax
+        from osd_jax import llama
+        from osd_jax.train import init_state, make_train_step
+
+        config = llama.LlamaConfig.from_hf_dict(setting.shape())
+        tx = osd_jax.make_optimizer(
+            *METHODS[method], learning_rate=LR, select=llama.is_projected,
+            dimension_numbers=llama.dimension_numbers, **optimizer_options(method, setting.rank),
+        )  # fmt: skip
+        eye = lambda old: jnp.broadcast_to(jnp.eye(*old.shape[-2:], dtype=old.dtype), old.shape)
+
+        def start() -> Any:
+            params = jax.tree.map(lambda x: x.astype(setting.dtype), llama.init(config, 0))
+            state = init_state(params, tx)
+            return state._replace(opt_state=jax_after_first_step(state.opt_state, eye))
+
+        self.state = jax.eval_shape(start) if shapes_only else jax.jit(start)()
+        self.batch = setting.tokens()
+        self.steps = {
+            False: make_train_step(config, tx),
+            True: osd_jax.make_layerwise_train_step(config, tx),
+        }
+
+    def step(self, layerwise: bool) -> Step:
+        """One step; its metrics are read, so that it is done."""
+        import jax
+
+        def one() -> None:
+            self.state, metrics = self.steps[layerwise](self.state, self.batch, np.asarray(False))
+            jax.block_until_ready(self.state)
+            jax.device_get(metrics)
+
+        return one
+
+
+def steps(setting: Setting, contenders: Iterable[Contender]) -> dict[Contender, Step]:
+    """A train step for each contender."""
+    from launch.train_torch import keep_memory
+
+    if setting.device == "cpu":
+        keep_memory()  # as the trainer does
+    of_jax = functools.cache(lambda method: JaxRun(setting, method))
+    build: Mapping[str, Callable[[Contender], Step]] = {
+        "torch": lambda c: TorchRun(setting, c.method, c.layerwise),
+        "jax": lambda c: of_jax(c.method).step(c.layerwise),
+    }
+    return {contender: build[contender.framework](contender) for contender in contenders}
+
+
+def run(setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """One record for each contender: tokens a second, and ratios within rounds."""
+    built = {contender.name: step for contender, step in steps(setting, CONTENDERS).items()}
+    times = time_in_rounds(built, rounds=rounds, settle=False)
+    return records(times, setting.batch * setting.length)
+
+
+def records(times: Times, tokens: int) -> list[dict[str, Any]]:
+    """The times of all contenders as records."""
+    found = []
+    for contender in CONTENDERS:
+        own = times[contender.name]
+        other = contender._replace(framework="jax" if contender.framework == "torch" else "torch")
+        full_rank = contender._replace(method=FULL_RANK)
+        found.append(
+            {
+                "contender": contender.name,
+                **contender._asdict(),
+                "tokens_per_second": spread([tokens / x for x in own])._asdict(),
+                "of_full_rank": ratios(times[full_rank.name], own)._asdict(),
+                "of_plain_full_rank": ratios(
+                    times[full_rank._replace(layerwise=False).name], own
+                )._asdict(),
+                "of_other_framework": ratios(times[other.name], own)._asdict(),
+            }
+        )
+    return found
