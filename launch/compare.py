@@ -39,14 +39,25 @@ METHODS: Mapping[str, tuple[str, str, float]] = {
 
 
 def train_once(method: str, lr: float, seed: int, tokens: int) -> float:
+    """Trains a run of the comparison unless it is done; see `train`."""
+    command = f"{SHARED} {METHODS[method][1]} --lr {lr} --seed {seed}"
+    return train(f"{method}-lr{lr:g}-seed{seed}", command, tokens, RUN_DIR)
+
+
+def train(name: str, command: str, tokens: int, run_dir: Path) -> float:
     """Trains a run unless it is done, and returns its final validation loss in nats.
+
+    Args:
+        name: Of the run.
+        command: Its flags, but for its name and those of the next two.
+        tokens: Of the run.
+        run_dir: Where it is kept.
 
     Raises:
         UsageError: a run of this name was trained with other flags.
     """
-    name = f"{method}-lr{lr:g}-seed{seed}"
-    command = f"{SHARED} {METHODS[method][1]} --lr {lr} --seed {seed} --name {name} --resume"
-    flags = [*command.split(), "--max_train_tokens", str(tokens), "--run_dir", str(RUN_DIR)]
+    flags = [*command.split(), "--name", name, "--resume"]
+    flags += ["--max_train_tokens", str(tokens), "--run_dir", str(run_dir)]
     flags += ["--single_gpu"]  # a batch of 8 has few parts, and times are to compare
     wanted = Options.parse(flags).check()
     path = wanted.path / "options.json"

@@ -40,6 +40,7 @@ from osd_jax.subspace import (
     DimensionNumbers,
     Side,
     SubspaceTransformation,
+    all_finite,
     by_name,
     check_basis_dtype,
     check_dtype,
@@ -264,18 +265,21 @@ class _Rule(NamedTuple):
 def _subspace_rule(
     optimizer: str, lr: Schedule, beta1: float | None, lion_sign: str, slice_size: int | None
 ) -> _Rule:
+    # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
     descend = optax.scale_by_learning_rate(lr)
-    decay_after = lambda decay: optax.chain(descend, decay_after_update(decay, lr))
+    descending = lambda rule: optax.chain(rule, descend)
+    decay_after = lambda decay: decay_after_update(decay, lr)
     match optimizer:
         case "galore_adamw":
-            return _Rule(scale_by_adam_uncorrected_eps(), decay_after)
+            return _Rule(descending(scale_by_adam_uncorrected_eps()), decay_after)
         case "galore_adamw8bit":
-            return _Rule(_scale_by_adam_8bit(slice_size), decay_after, reads_matrices=True)
+            rule = descending(_scale_by_adam_8bit(slice_size))
+            return _Rule(rule, decay_after, reads_matrices=True)
         case "galore_lion" if lion_sign == "subspace":
-            return _Rule(optax.scale_by_lion(), decay_after)
+            return _Rule(descending(optax.scale_by_lion()), decay_after)
         case "galore_lion":
-            sign_after_lift = lambda decay: optax.chain(optax.scale_by_sign(), decay_after(decay))
-            return _Rule(interpolate_momentum(), sign_after_lift)
+            finish = lambda decay: optax.chain(optax.scale_by_sign(), descend, decay_after(decay))
+            return _Rule(interpolate_momentum(), finish)
         case "galore_adafactor":
             # The learning rate is inside, since the first moment averages scaled updates.
             decay_before = lambda decay: optax.chain(
@@ -401,7 +405,7 @@ def _guarded(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: optax.Params) -> optax.ApplyIfFiniteState:
         jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
         state = tx.init(params)
         names = list(by_name(params))
@@ -412,19 +416,36 @@ def _guarded(
                 "the matrices are of those that are not 2-D",
                 stacklevel=2,
             )
-        return state
+        zero = jnp.zeros([], jnp.int32)
+        return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, state)
 
     def update(
         grads: optax.Updates,
-        state: optax.OptState,
+        state: optax.ApplyIfFiniteState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = tx.update(grads, state, params, **extra_args)
-        return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads), state
+    ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
+        def step(grads: optax.Updates, inner: optax.OptState) -> Any:
+            updates, inner = tx.update(grads, inner, params, **extra_args)
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads), inner
 
-    checked = optax.GradientTransformationExtraArgs(init, update)
-    return optax.apply_if_finite(checked, max_consecutive_errors=jnp.iinfo(jnp.int32).max)
+        def skip(grads: optax.Updates, inner: optax.OptState) -> Any:
+            return optax.tree.zeros_like(grads), inner
+
+        # As `optax.apply_if_finite`, but for how finite gradients are told, which takes less time.
+        finite = all_finite(grads)
+        updates, inner = jax.lax.cond(finite, step, skip, grads, state.inner_state)
+        one_more = optax.safe_increment
+        return updates, optax.ApplyIfFiniteState(
+            notfinite_count=jnp.where(finite, 0, one_more(state.notfinite_count)),
+            last_finite=finite,
+            total_notfinite=jnp.where(
+                finite, state.total_notfinite, one_more(state.total_notfinite)
+            ),
+            inner_state=inner,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -> None:

@@ -66,18 +66,18 @@ class Projector(NamedTuple):
       sketch: (P, M, reduce, moves) -> Sketch; `reduce` is None, or the mean over devices of which
         each has a part of M; `moves`: whether P moves at this step, or else only R need be right.
       init: (bases) -> the state of P's optimizer.
-      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), after W's step,
-        of the steps at which P moves.
+      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), of the steps at
+        which P moves, after that of W. None: P is set anew, and does not move.
       two_sided: Whether it serves side="both".
       moves_first: Whether P moves before W's step, which costs one more product with the gradient.
-      every: P moves at steps `every`, 2 `every`, ...
+      every: P moves at steps `every`, 2 `every`, ..., not at step 0.
     """
 
     is_due: Callable[[jax.Array], jax.Array]
     fresh_basis: FreshBasis
     sketch: MakeSketch
     init: Callable[[Any], optax.OptState]
-    move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]]
+    move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]] | None
     two_sided: bool = False
     moves_first: bool = False
     every: int = 1
@@ -150,16 +150,13 @@ def online_pca(
         wide = jax.tree.map(_float32_or_more, bases)
         gradients = jax.tree.map(lambda p, s: online_pca_gradient(p, s, penalty), wide, sketches)
         steps, new_state = optimizer.update(gradients, state, wide)
-        first = count == 0
 
         def step(old: jax.Array, basis: jax.Array, step: jax.Array, sketch: Sketch) -> jax.Array:
             assert sketch.squared_norm is not None
-            moves = (~first & has_direction(sketch.squared_norm))[..., None, None]
+            moves = has_direction(sketch.squared_norm)[..., None, None]
             return jnp.where(moves, (basis + step).astype(old.dtype), old)
 
-        bases = jax.tree.map(step, bases, wide, steps, sketches)
-        keep = lambda new, old: jnp.where(first, old, new)
-        return bases, jax.tree.map(keep, new_state, state)
+        return jax.tree.map(step, bases, wide, steps, sketches), new_state
 
     return Projector(
         is_due=lambda count: count == 0,
@@ -209,13 +206,21 @@ def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) 
     """
     a, s = sketch.correlation, sketch.squared_norm
     assert a is not None and s is not None
-    gram = contract("pr,ps->rs", basis, basis)
+    transpose = written_transpose(basis)
+    gram = contract("rp,ps->rs", transpose, basis)
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     usable = has_direction(s)
-    a = (2 / jnp.where(usable, s, 1))[..., None, None] * jnp.where(usable[..., None, None], a, 0)
-    inner = contract("pr,ps->rs", basis, a)
+    factor = 2 / jnp.where(usable, s, 1)
+
+    def scaled(x: jax.Array) -> jax.Array:
+        return factor[..., None, None] * jnp.where(usable[..., None, None], x, 0)
+
+    # What A is multiplied with is small, and so is scaled in its place.
+    inner = scaled(contract("rp,ps->rs", transpose, a))
     if not known_zero(penalty):
-        inner += 4 * penalty * (gram - jnp.eye(gram.shape[-1], dtype=gram.dtype))
-    return contract("pr,rs->ps", basis, inner) + contract("pr,rs->ps", a, gram) - 2 * a
+        inner += 4 * penalty * (gram - identity)
+    off = scaled(contract("pr,rs->ps", a, gram - 2 * identity))
+    return contract("pr,rs->ps", basis, inner) + off
 
 
 def has_direction(squared_norm: jax.Array) -> jax.Array:
@@ -268,7 +273,7 @@ def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
         fresh_basis=fresh_basis,
         sketch=sketch,
         init=lambda bases: optax.EmptyState(),
-        move=lambda bases, sketches, state, count: (bases, state),
+        move=None,
         two_sided=True,
     )
 
@@ -359,12 +364,12 @@ def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
         # The output side first, as in PyTorch: that basis is the one that bfloat16 rounds.
         half = contract("pq,qs->ps", matrix, basis.output)
         return contract("pr,ps->rs", basis.input, half)
-    return contract("pr,pq->rq", basis, matrix)
+    return contract("rp,pq->rq", written_transpose(basis), matrix)
 
 
 def correlation(matrix: jax.Array, low_rank: jax.Array) -> jax.Array:
     """A = M R^T: (..., p, q), (..., r, q) -> (..., p, r), in float32 or float64."""
-    return contract("pq,rq->pr", matrix, low_rank)
+    return written_transpose(contract("rq,pq->rp", low_rank, matrix))
 
 
 def squared_norm(matrix: jax.Array) -> jax.Array:
@@ -399,6 +404,22 @@ def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
         preferred_element_type=accumulator_dtype(narrow),
         out_sharding=_sharding_by_letter({batch + a_axes: a, batch + b_axes: b}, batch + output),
     )
+
+
+def written_transpose(array: jax.Array) -> jax.Array:
+    """The transpose of (..., p, r) or (..., r, p): on a CPU made here, not within what reads it.
+
+    A matrix M may be a transposed view of the array that holds it. XLA's products on CPUs take 2 to
+    4 times as long where both factors are read against their layout, and its elementwise loops
+    longer still; and into either it folds a transposition. This one is of a factor that is small
+    beside M, and spares M's. Other devices read any layout alike.
+    """
+
+    def write(array: jax.Array) -> jax.Array:
+        barrier = jax.lax.optimization_barrier
+        return barrier(barrier(array).mT)
+
+    return jax.lax.platform_dependent(array, cpu=write, default=lambda array: array.mT)
 
 
 def zeros_of_axes(

@@ -345,14 +345,6 @@ def scale_by_subspace(
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
-    def if_moving(
-        count: jax.Array, move: Callable[..., Any], stay: Callable[..., Any], *args: Any
-    ) -> Any:
-        """`move(*args)` at the steps at which P moves, else `stay(*args)`."""
-        if projector.every == 1:
-            return move(*args)
-        return _cond_once(projector.moves_at(count), move, stay, *args)
-
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
         tree = layouts(grads)
@@ -368,7 +360,10 @@ def scale_by_subspace(
             )
 
         move, stay = functools.partial(sketch, True), functools.partial(sketch, False)
-        return if_moving(state.count, move, stay, grads, state.projector.basis)
+        if projector.every == 1:
+            return move(grads, state.projector.basis)
+        moves = projector.moves_at(state.count)
+        return _cond_once(moves, move, stay, grads, state.projector.basis)
 
     def apply(
         sketches: Any,
@@ -390,12 +385,11 @@ def scale_by_subspace(
         tree = layouts(params)
         is_sketch = lambda x: isinstance(x, Sketch)
         bases, count = state.projector.basis, state.count
-        moved = if_moving(
-            count,
-            projector.move,
-            lambda bases, sketches, optimizer, count: (bases, optimizer),
-            *(bases, sketches, state.projector.optimizer, count),
-        )
+        moves, moved = projector.moves_at(count), (bases, state.projector.optimizer)
+        if projector.move is not None:
+            stay = lambda bases, sketches, optimizer, count: (bases, optimizer)
+            args = (bases, sketches, state.projector.optimizer, count)
+            moved = _cond_once(moves, projector.move, stay, *args)
         low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
         if projector.moves_first:
             if grads is None:
@@ -409,11 +403,11 @@ def scale_by_subspace(
 
             bases = moved[0]
             still = lambda grads, bases, low_rank: low_rank
-            low_rank = if_moving(count, again, still, grads, bases, low_rank)
+            low_rank = _cond_once(moves, again, still, grads, bases, low_rank)
         directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
 
         def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
-            update = layout.from_matrix(scale * lift(basis, d))
+            update = layout.from_matrix(lift(basis, scale * d))
             return update if widen_updates else update.astype(x.dtype)
 
         updates = jax.tree.map(lift_one, tree, params, bases, directions)
@@ -510,7 +504,9 @@ def in_parts(
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+    # 0 x is 0, or NaN where x is not finite: a sum of floats, which is faster than one of booleans.
+    sums = [jnp.sum(0 * x, dtype=accumulator_dtype(x.dtype)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.isfinite(jnp.array(sums)))
 
 
 def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

@@ -316,7 +316,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The gradient of one projected parameter -> what the projector needs of it."""
         projector, state = self.projector(group), self.state[param]
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        moves = projector.moves_at(int(state.get("step", 0)))
+        moves = projector.every == 1 or projector.moves_at(int(state.get("step", 0)))
         return projector.sketch(basis_of(state), matrix, self._reduce, moves)
 
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:

@@ -129,8 +129,9 @@ def test_masked_with_dimension_numbers_of_all_parameters(numbers: str) -> None:
 def test_inject_hyperparams_around_make_optimizer() -> None:
     """Numbers move into the state; what shapes the computation stays static."""
     arguments = {"weight_decay": 0.1, "rank": 2, "update_proj_gap": 2}
-    static = ("rank", "update_proj_gap", "seed", "penalty", "select", "dimension_numbers")
-    factory = optax.inject_hyperparams(make_optimizer, static_args=("schedule", *static))
+    static = ("rank", "update_proj_gap", "update_proj_every", "seed", "penalty", "select")
+    static = (*static, "schedule", "dimension_numbers")
+    factory = optax.inject_hyperparams(make_optimizer, static_args=static)
     tx = factory("galore_adamw", "continuous", learning_rate=0.1, scale=0.5, **arguments)
     updates, state = run(tx, GRADS[:2], PARAMS)
     plain = make_optimizer(
