@@ -36,8 +36,8 @@ def optimizer(args: argparse.Namespace) -> None:
 
     cases = CASES + (CASES_ON_GPU if args.device == "cuda" else ())
     if args.models:
-        known = {case.model for case in cases}
-        if unknown := set(args.models) - known:
+        known = list(dict.fromkeys(case.model for case in cases))
+        if unknown := set(args.models) - set(known):
             raise UsageError(f"--models: {min(unknown)} is unknown; expected {', '.join(known)}")
         cases = tuple(case for case in cases if case.model in args.models)
     settings = Settings(args.rounds, args.turn_seconds, args.svd_seconds)
