@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from launch.bench.optimizer import (
 )
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.options import UsageError
+from launch.train_jax import keep_lapack_to_one_thread
 from osd_torch.projectors import Sketch, online_pca_gradient
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
@@ -136,6 +138,9 @@ def test_optimizer_runs_every_contender(
     found = json.loads((tmp_path / "optimizer.json").read_text())
     assert (found["machine"], found["how"]["rounds"]) == ("here", 1)
     assert {"cpu", "threads", "date", "versions"} <= set(found)
+    assert {k: set(v) for k, v in found["rates"].items()} == {
+        "torch": {"product", "copy"}, "jax": {"product", "copy"},
+    }  # fmt: skip
     assert len(found["records"]) == len(cases) * len(CONTENDERS)
     for record in found["records"]:
         assert record["contender"] in printed
@@ -229,6 +234,20 @@ def test_ratios_are_of_one_round_and_svds_are_spread() -> None:
     assert by_name["GaLore, osd_torch"]["seconds"]["median"] == 10 + 20 / GAP
     assert by_name["bitsandbytes AdamW8bit"]["missing"] == "absent"
     assert "absent" in report.optimizer_text(found)
+
+
+def test_lapack_has_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "4"}, "4")):
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        keep_lapack_to_one_thread()
+        assert os.environ["OPENBLAS_NUM_THREADS"] == expected
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    keep_lapack_to_one_thread()
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 def test_rounds_give_each_contender_its_turn() -> None:
