@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ SLICE_SIZE = 2**23
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
     options = Options.parse(argv, prog="python -m launch.train_jax")
+    keep_lapack_to_one_thread()
     with hosts.joined(options) as processes:
         with processes.together():
             options = options.check(processes=processes.count)
@@ -47,6 +49,17 @@ def main(argv: Sequence[str]) -> int:
         # Orbax tells of every file it misses; what matters comes as an exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return train(options, processes)
+
+
+def keep_lapack_to_one_thread() -> None:
+    """Makes OpenBLAS, with which JAX takes SVDs on a CPU, use one thread; before JAX is imported.
+
+    Its threads spin while they wait for each other. Beside XLA's, or other programs', each turn
+    then takes until the system takes the core away: seconds for a matrix that one thread takes in
+    40 ms. XLA takes the SVDs of several parameters at once, and its own products as before.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:  # which OpenBLAS reads too
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def refuse_torch_only(options: Options) -> None:

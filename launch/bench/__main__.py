@@ -19,12 +19,12 @@ from launch.options import UsageError, count, run_cli
 from launch.run_log import write_atomic
 
 
-def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+def write(args: argparse.Namespace, records: list[dict[str, Any]], **more: Any) -> None:
     """Writes what was measured, with where and how, to OUT/MODE.json."""
     how = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     for name in ("mode", "out", "machine"):
         del how[name]
-    found = {"mode": args.mode, **timing.machine(args.machine, args.device), "how": how}
+    found = {"mode": args.mode, **timing.machine(args.machine, args.device), "how": how, **more}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.mode}.json"
     write_atomic(path, json.dumps({**found, "records": records}, indent=1) + "\n")
@@ -32,21 +32,27 @@ def write(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
 
 def optimizer(args: argparse.Namespace) -> None:
     """One optimizer step, case by case; what is done is written after each."""
-    from launch.bench.optimizer import CASES, CASES_ON_GPU, Settings, run_case
+    from launch.bench.optimizer import CASES, CASES_ON_GPU, Settings, rates, run_case
 
     cases = CASES + (CASES_ON_GPU if args.device == "cuda" else ())
     if args.models:
-        known = {case.model for case in cases}
-        if unknown := set(args.models) - known:
+        known = list(dict.fromkeys(case.model for case in cases))
+        if unknown := set(args.models) - set(known):
             raise UsageError(f"--models: {min(unknown)} is unknown; expected {', '.join(known)}")
         cases = tuple(case for case in cases if case.model in args.models)
     settings = Settings(args.rounds, args.turn_seconds, args.svd_seconds)
+    found_rates = rates(args.device, args.dtype, args.rounds)
+    at_best = {
+        framework: {what: value._asdict() for what, value in of.items()}
+        for framework, of in found_rates.items()
+    }
+    print(report.rates_text(at_best), end="\n\n", flush=True)
     records: list[dict[str, Any]] = []
     for case in cases:
         found = run_case(case, settings, args.device, args.dtype)
         print(report.optimizer_text(found), end="\n\n", flush=True)
         records += found
-        write(args, records)
+        write(args, records, rates=at_best)
     report.plot_all({"optimizer": records}, args.out / "optimizer.png")
 
 

@@ -468,6 +468,45 @@ CONTENDERS: Mapping[str, Contender] = {
 }
 
 
+def rates(device: str, dtype: str, rounds: int) -> dict[str, dict[str, Spread]]:
+    """What the device can do at best: operations a second of a large product, bytes of a copy.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtype: Of the matrices.
+        rounds: How many to measure.
+
+    Returns:
+        By framework, "product" (operations a second) and "copy" (bytes a second, read and written).
+    """
+    import jax
+    import jax.numpy as jnp
+    import torch
+
+    n = 2048 if device == "cpu" else 8192
+    square = torch.full((n, n), 1e-3, dtype=getattr(torch, dtype), device=device)
+    result = torch.empty_like(square)
+    of_jax = jnp.full((n, n), 1e-3, dtype)
+    multiply, negate = jax.jit(jnp.matmul), jax.jit(jnp.negative)
+    times = time_in_rounds(
+        {
+            "torch product": _torch_done(lambda: torch.mm(square, square, out=result), device),
+            "torch copy": _torch_done(lambda: result.copy_(square), device),
+            "jax product": lambda: jax.block_until_ready(multiply(of_jax, of_jax)),
+            "jax copy": lambda: jax.block_until_ready(negate(of_jax)),
+        },
+        rounds=rounds,
+    )
+    work = {"product": 2 * n**3, "copy": 2 * square.numel() * square.element_size()}
+    return {
+        framework: {
+            what: spread([amount / x for x in times[f"{framework} {what}"]])
+            for what, amount in work.items()
+        }
+        for framework in FLOORS
+    }
+
+
 class Settings(NamedTuple):
     """How long to measure."""
 

@@ -125,6 +125,7 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
     )
     if "optimizer" not in results:
         return
+    found_rates = results["optimizer"]["rates"]
     rows = []
     for name, records in report.by_case(results["optimizer"]["records"]):
         ops, numbers = floor_of(records[0]["shape"], records[0]["rank"])
@@ -133,6 +134,8 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
         rows.append((name, f"{ops / 1e6:,.0f}", f"{numbers * 4 / 1e6:,.1f}", *rates))
     header = ("matrix", "10^6 operations", "MB in float32", "GFLOP/s, torch", "GFLOP/s, jax")
     yield report.markdown_table(header, rows)
+    yield from ("", "What the machine does at best:", "")
+    yield from (f"- {line}" for line in report.rates_text(found_rates).splitlines())
     yield from (
         "",
         "Where the two frameworks' floors differ, their libraries of matrix products do: on a CPU, "

@@ -83,6 +83,15 @@ def svd_note(record: Record) -> str:
     return f"step {milliseconds(record['step_alone'])}, SVD {milliseconds(record['svd'])} / 200"
 
 
+def rates_text(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """What the machine can do at best, in a sentence for each framework."""
+    return "\n".join(
+        f"{framework}: a large product {_with_quartiles(of['product'], 1e-9)} GFLOP/s, a copy "
+        f"{_with_quartiles(of['copy'], 1e-9)} GB/s"
+        for framework, of in rates.items()
+    )
+
+
 def rows(
     records: Iterable[Record], columns: Mapping[str, Callable[[Record], str]]
 ) -> list[list[str]]:

@@ -105,6 +105,8 @@ def prepare(device: str, threads: int | None) -> None:
     Raises:
         UsageError: more threads than cores, or no such device.
     """
+    from launch.train_jax import keep_lapack_to_one_thread
+
     if threads is not None:
         if not hasattr(os, "sched_setaffinity"):
             raise UsageError("--threads: this system does not let a process keep to some cores")
@@ -116,6 +118,7 @@ def prepare(device: str, threads: int | None) -> None:
     # Else PyTorch's threads, waiting for work, take the cores from JAX's, and for milliseconds from
     # its own where other programs run.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_lapack_to_one_thread()
     os.environ["JAX_PLATFORMS"] = device
     # The two share the GPU; JAX would take most of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -144,14 +144,17 @@ class JaxRun:
             *METHODS[method], learning_rate=LR, select=llama.is_projected,
             dimension_numbers=llama.dimension_numbers, **optimizer_options(method, setting.rank),
         )  # fmt: skip
-        eye = lambda old: jnp.broadcast_to(jnp.eye(*old.shape[-2:], dtype=old.dtype), old.shape)
 
-        def start() -> Any:
-            params = jax.tree.map(lambda x: x.astype(setting.dtype), llama.init(config, 0))
+        def eye(old: Any) -> Any:
+            p, r = old.shape[-2:]
+            return jnp.broadcast_to(jnp.eye(p, r, dtype=old.dtype), old.shape)
+
+        def start(seed: Any) -> Any:
+            params = jax.tree.map(lambda x: x.astype(setting.dtype), llama.init(config, seed))
             state = init_state(params, tx)
             return state._replace(opt_state=jax_after_first_step(state.opt_state, eye))
 
-        self.state = jax.eval_shape(start) if shapes_only else jax.jit(start)()
+        self.state = jax.eval_shape(start, 0) if shapes_only else jax.jit(start)(0)
         self.batch = setting.tokens()
         self.steps = {
             False: make_train_step(config, tx),
