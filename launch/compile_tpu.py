@@ -24,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -191,7 +192,10 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         "product_flops": product_flops(traced.jaxpr.jaxpr) / (mesh.size if mesh else 1),
     }
     try:
-        compiled = traced.lower().compile()
+        with warnings.catch_warnings():
+            # A cache of compiled programs reads those of this machine's devices only.
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation")
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (refused := refusal(error)) is None:
             raise
