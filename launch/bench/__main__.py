@@ -1,8 +1,14 @@
 """Measures how fast and how large the optimizers are, on the machine at hand.
 
     python -m launch.bench optimizer     # one step on the matrices of LLaMA 60M, 350M and 1B
+    python -m launch.bench train         # the whole train step of LLaMA 60M
+    python -m launch.bench memory        # the bytes of its state, and most bytes of that step
 
-prints a table and writes it as JSON and as a picture.
+print a table each, and write it as JSON and as a picture;
+
+    python -m launch.bench docs
+
+makes docs/benchmark.md of what they have found.
 """
 
 from __future__ import annotations

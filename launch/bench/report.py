@@ -41,8 +41,9 @@ def _with_quartiles(value: Mapping[str, float], unit: float) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, and no exponent: 0.0123, 1.23, 12,300."""
-    places = 2 - math.floor(math.log10(value)) if value > 0 else 0
-    return f"{round(value, places):,.{max(0, places)}f}"
+    rounded = float(f"{value:.3g}")
+    places = 2 - math.floor(math.log10(rounded)) if rounded > 0 else 0
+    return f"{rounded:,.{max(0, places)}f}"
 
 
 OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {

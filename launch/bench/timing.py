@@ -85,8 +85,10 @@ def samples(step: Step, *, most: int, seconds: float) -> list[float]:
 
 
 def _steps_in(step: Step, seconds: float) -> int:
-    for _ in range(2):  # the first one compiles, allocates and chooses kernels
-        step()
+    step()  # the first one compiles, allocates and chooses kernels
+    if not seconds:
+        return 1
+    step()
     return max(1, math.ceil(seconds / _seconds_of(step, 1)))
 
 
