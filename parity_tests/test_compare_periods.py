@@ -1,4 +1,4 @@
-"""The page of `launch.compare_periods`: what it says of given losses, and that its flags are good."""
+"""The page of `launch.compare_periods`: what it says of losses, and that its flags are good."""
 
 from __future__ import annotations
 
