@@ -18,7 +18,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
     losses["every10"] = [4.1, 5.1, 6.1]
     rows = [line for line in report(losses, 204_800).splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(METHODS)
-    tenth = next(row for row in rows if "every 10" in row)
+    tenth = next(row for row in rows if "k = 10 " in row)
     assert "5.100 ± 1.000" in tenth and "+0.100 ± 0.000" in tenth
 
 
