@@ -38,6 +38,7 @@ from osd_jax.projectors import (
     accumulator_dtype,
     contract,
     low_rank_gradient,
+    written_transpose,
     zeros_of_axes,
 )
 
@@ -115,6 +116,12 @@ class MatrixLayout:
     axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
     matrix_shape: tuple[int, ...]  # (batch..., p, q)
     side: ResolvedSide
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether M is a transposed view of the array."""
+        first_of_p = len(self.matrix_shape) - 2
+        return self.axes[-1] < self.axes[first_of_p]
 
     def to_matrix(self, array: jax.Array) -> jax.Array:
         """(the parameter's shape) -> (..., p, q)."""
@@ -407,7 +414,7 @@ def scale_by_subspace(
         directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
 
         def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
-            update = layout.from_matrix(lift(basis, scale * d))
+            update = layout.from_matrix(lift(basis, scale * d, layout.is_flipped))
             return update if widen_updates else update.astype(x.dtype)
 
         updates = jax.tree.map(lift_one, tree, params, bases, directions)
@@ -515,11 +522,19 @@ def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     return {path_name(path): leaf for path, leaf in leaves}
 
 
-def lift(basis: Basis, direction: jax.Array) -> jax.Array:
-    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T."""
+def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
+    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
+
+    Args:
+      basis: P.
+      direction: D.
+      is_flipped: Whether the product is to lie in memory as (..., q, p).
+    """
     if isinstance(basis, TwoSided):
         half = contract("pr,rs->ps", basis.input, direction)
         return contract("ps,qs->pq", half, basis.output)
+    if is_flipped:
+        return contract("rq,rp->qp", direction, written_transpose(basis)).mT
     return contract("pr,rq->pq", basis, direction)
 
 

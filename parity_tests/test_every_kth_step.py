@@ -123,24 +123,26 @@ def test_a_skipped_step_puts_the_move_off() -> None:
 # ----------------------------------------------------------------- what the steps between leave out
 
 
-def products(jaxpr: Any, due: bool) -> int:
-    """Matrix products of a step with finite gradients, past the first: one branch of each `cond`.
+def products(jaxpr: Any, due: bool, within: bool = False) -> int:
+    """Matrix products of a step with finite gradients, past the first, on a CPU.
 
-    Conditionals: of a finite gradient, where the optimizer is within the last branch; within it,
-    of a first step, which is not due, and of P's move.
+    Args:
+        jaxpr: Of the step.
+        due: Whether P moves.
+        within: Whether it is inside the conditional of finite gradients, whose last branch steps.
+            Those within ask for a platform, for a first P, and for a move of P.
     """
     count = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "cond":
-            branches = eqn.params["branches"]
-            sizes = [products(branch.jaxpr, due) for branch in branches]
-            has_svd = any("svd" in str(branch) for branch in branches)
-            has_optimizer = any("cond" in str(branch) for branch in branches)
-            count += sizes[0] if has_svd and not has_optimizer else sizes[due or has_optimizer]
+            branches = [x.jaxpr for x in eqn.params["branches"]]
+            asked = "branches_platforms" in eqn.params or any("svd" in str(x) for x in branches)
+            taken = branches[-1] if not within else branches[0 if asked else due]
+            count += products(taken, due, within=True)
         else:
             count += eqn.primitive.name == "dot_general"
             inner = [x for x in eqn.params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
-            count += sum(products(getattr(x, "jaxpr", x), due) for x in inner)
+            count += sum(products(getattr(x, "jaxpr", x), due, within) for x in inner)
     return count
 
 
