@@ -380,6 +380,12 @@ class Options:
         "vectors, as published, or the range of a random sketch of it, for TPUs, where an SVD "
         "compiles for minutes",
     )
+    accumulate_sketches: bool = _flag(
+        "jax",
+        False,
+        help="keep of each micro-batch the sketch of a projected gradient in place of the sum of "
+        "the gradients, as layer-by-layer updates do in either framework",
+    )
     mesh: str | None = _flag(
         "jax",
         None,
@@ -514,6 +520,11 @@ class Options:
                 f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
                 "micro-batch in an update and no clipping"
             )
+        if self.accumulate_sketches and self.move_projector == "before":
+            raise UsageError(
+                "--move_projector: before takes R again from the gradient, of which "
+                "--accumulate_sketches keeps only a sketch; use after"
+            )
 
     def _check_combinations(self) -> None:
         """Refuses what the chosen optimizer or schedule would silently ignore."""
@@ -525,6 +536,7 @@ class Options:
             "cycle_length": ("--scheduler cosine_restarts", self.scheduler == "cosine_restarts"),
             "min_lr_ratio": ("a cosine --scheduler", self.scheduler != "linear"),
             "compress_gradients": ("a galore_* optimizer", is_projected),
+            "accumulate_sketches": ("a galore_* optimizer", is_projected),
         }
         takers["restart_warmup_steps"] = takers["cycle_length"]
         for name in ("proj_type", "rank", "update_proj_gap", "galore_scale", "basis_dtype"):
@@ -544,6 +556,11 @@ class Options:
         if self.fsdp and self.compress_gradients:
             raise UsageError(
                 "--compress_gradients: --fsdp reduces gradients itself, whole; use one of the two"
+            )
+        if self.accumulate_sketches and self.compress_gradients:
+            raise UsageError(
+                "--accumulate_sketches: --compress_gradients makes one sketch of the sum of the "
+                "micro-batches' gradients; use one of the two"
             )
         if self.mesh is not None and (self.fsdp or self.single_gpu):
             other = "--fsdp" if self.fsdp else "--single_gpu"

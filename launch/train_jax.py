@@ -253,6 +253,7 @@ def make_step(
         tx,
         **of_step,
         remat=options.activation_checkpointing,
+        accumulate="sketches" if options.accumulate_sketches else "gradients",
         mesh=mesh,
         compress_gradients=options.compress_gradients,
     )

@@ -68,6 +68,8 @@ def refuse_jax_only(options: Options) -> None:
         "num_processes": meets,
         "process_id": meets,
         "projector_init": "PyTorch starts from an SVD",
+        "accumulate_sketches": "PyTorch accumulates sketches where it updates layer by layer "
+        "(--per_layer)",
     }
     for name, reason in reasons.items():
         if getattr(options, name) != getattr(Options, name):  # the class has the defaults

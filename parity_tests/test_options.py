@@ -137,6 +137,16 @@ def test_cosine_restarts():
         ("surplus", ("surplus",)),
         ("--max_train_tokens 1.5", ("--max_train_tokens", "'1.5'", "1M")),
         ("--optimizer galore_adam", ("'galore_adam'", "did you mean galore_adamw?", "galore_lion")),
+        ("--accumulate_sketches", ("--accumulate_sketches", "only a galore_* optimizer")),
+        ("--optimizer galore_adamw --accumulate_sketches --compress_gradients", ("use one of",)),
+        ("--optimizer galore_adamw --projector_init qr", ("--projector_init", "continuous*")),
+        ("--basis_dtype bfloat16", ("--basis_dtype", "only a galore_* optimizer")),
+        ("--basis_dtype float16", ("'float16'", "bfloat16, float32")),
+        (
+            "--optimizer galore_adamw --proj_type continuous --move_projector before "
+            "--accumulate_sketches",
+            ("--move_projector", "use after"),
+        ),
         ("--proj_type continous", ("'continous'", "did you mean continuous?")),
         ("--scheduler cosin", ("'cosin'", "cosine_restarts")),
         ("--dtype float16", ("'float16'", "bfloat16")),

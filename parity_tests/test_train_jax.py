@@ -242,6 +242,16 @@ def test_layer_by_layer_the_losses_are_the_same_and_a_checkpoint_goes_on(home: H
     assert_nothing_is_left_to_do(home, "per_layer", short | {"optimizer": "galore_adamw_per_layer"})
 
 
+def test_sketches_of_micro_batches_add_up_to_that_of_their_sum(home: Home) -> None:
+    """With `random`, whose P is not of the first micro-batch, and which asks for R only."""
+    short = SHORT | {"batch_size": 4, "gradient_accumulation": 2, "proj_type": "random"}
+    assert home.run("gradients", **short) == 0
+    assert home.run("sketches", **short, accumulate_sketches=True) == 0
+    losses = lambda name: [r["loss"] for r in read_metrics(home / name)]
+    assert losses("sketches") == pytest.approx(losses("gradients"), abs=1e-4)
+    assert losses("sketches") != losses("gradients")  # else the flag does nothing
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "8bit"])
 def test_other_settings(name: str, home: Home) -> None:
