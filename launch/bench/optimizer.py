@@ -304,7 +304,8 @@ def _jax_svd(given: Arrays) -> Step:
     import jax.numpy as jnp
 
     gradient = jnp.asarray(given.gradient)
-    decompose = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False))
+    # Compiled here: a large one is measured once.
+    decompose = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False)).lower(gradient).compile()
     return lambda: jax.block_until_ready(decompose(gradient))
 
 
