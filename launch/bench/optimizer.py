@@ -131,12 +131,12 @@ class SevenProducts:
             self.weight, self.matrix = self.weight.mT, gradient.mT
         self.basis, self.narrow = basis, basis.to(gradient.dtype)
         (p, r), q = basis.shape, self.matrix.shape[1]
-        empty = functools.partial(torch.empty, device=basis.device)
+        empty = functools.partial(torch.empty, device=basis.device)  # float32, as P is
         self.low_rank = empty(r, q, dtype=gradient.dtype)
         self.correlation = empty(p, r, dtype=gradient.dtype)
         self.direction = 1e-3 * torch.randn(r, q).to(self.low_rank)
-        self.inner, self.gram, self.wide, self.moved = empty(r, r), empty(r, r), *(empty(p, r),) * 2
-        self.moved = torch.empty_like(self.wide)
+        self.inner, self.gram = empty(r, r), empty(r, r)
+        self.wide, self.moved = empty(p, r), empty(p, r)
 
     def __call__(self) -> None:
         """One time."""
@@ -304,7 +304,8 @@ def _jax_svd(given: Arrays) -> Step:
     import jax.numpy as jnp
 
     gradient = jnp.asarray(given.gradient)
-    decompose = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False))
+    # Compiled here: a large one is measured once.
+    decompose = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False)).lower(gradient).compile()
     return lambda: jax.block_until_ready(decompose(gradient))
 
 

@@ -201,7 +201,8 @@ def about(found: Mapping[str, Any]) -> str:
     return (
         f"{found['machine']}: {found['cpu']}{device}, {found['threads']} threads, "
         f"{found['system']}, {found['date']}; {found['how']['rounds']} rounds, "
-        f"{found['how']['dtype']}; {versions}."
+        f"{found['how']['dtype']}; {versions}. Load average {found['load']}: where it is more than "
+        f"the {found['threads']} threads, other programs ran beside, and widened the quartiles."
     )
 
 

@@ -145,6 +145,7 @@ def machine(name: str | None, device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # 1 for each busy core, this program's among them
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
