@@ -56,12 +56,14 @@ class Built(NamedTuple):
     """A contender, ready to run.
 
     Attributes:
-        step: One step.
+        step: One step, or a period of steps that are not alike.
         refresh: What it does besides once every `GAP` steps, alone.
+        period: How many steps `step` takes.
     """
 
     step: Step
     refresh: Step | None = None
+    period: int = 1
 
 
 class Contender(NamedTuple):
@@ -209,7 +211,19 @@ def _torch_published(case: Case, given: Arrays, device: str, dtype: str) -> Buil
     return Built(_torch_done(step, device))
 
 
-def _osd_torch(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, str], Built]:
+def _period_of(step: Step, every: int) -> Built:
+    """All steps from one move of P to the next."""
+
+    def period() -> None:
+        for _ in range(every):
+            step()
+
+    return Built(period if every > 1 else step, period=every)
+
+
+def _osd_torch(
+    optimizer: str, proj_type: str, every: int = 1
+) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
         import torch
 
@@ -220,14 +234,14 @@ def _osd_torch(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, s
         online = proj_type.startswith("continuous")
         made = osd_torch.make_optimizer(
             [("mlp", weight)], optimizer, proj_type, lr=LR, rank=case.rank, scale=SCALE,
-            update_proj_gap=GAP if online else 10**9,
+            update_proj_gap=GAP if online else 10**9, update_proj_every=every,
         )  # fmt: skip
         assert isinstance(made, osd_torch.SubspaceOptimizer)
         torch_after_first_step(made, lambda p, rank: basis)
         side = made.side(made.param_groups[0], weight)
         refresh = lambda: leading_singular_vectors(gradient, side, case.rank, torch.float32)
         step = _torch_done(made.step, device)
-        return Built(step, None if online else _torch_done(refresh, device))
+        return _period_of(step, every) if online else Built(step, _torch_done(refresh, device))
 
     return build
 
@@ -332,7 +346,9 @@ def jax_after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
     return jax.tree.map(moved, state, is_leaf=is_subspace)
 
 
-def _osd_jax(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, str], Built]:
+def _osd_jax(
+    optimizer: str, proj_type: str, every: int = 1
+) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
         import jax.numpy as jnp
 
@@ -341,11 +357,11 @@ def _osd_jax(optimizer: str, proj_type: str) -> Callable[[Case, Arrays, str, str
         online = proj_type.startswith("continuous")
         tx = osd_jax.make_optimizer(
             optimizer, proj_type, learning_rate=LR, rank=case.rank, scale=SCALE,
-            update_proj_gap=GAP if online else 10**9,
+            update_proj_gap=GAP if online else 10**9, update_proj_every=every,
         )  # fmt: skip
         basis_of = lambda old: jnp.array(given.basis, old.dtype, copy=True)
         step = _jax_step(tx, given, dtype, lambda state: jax_after_first_step(state, basis_of))
-        return Built(step, None if online else _jax_svd(given))
+        return _period_of(step, every) if online else Built(step, _jax_svd(given))
 
     return build
 
@@ -447,6 +463,8 @@ def _jax_published(case: Case, given: Arrays, device: str, dtype: str) -> Built:
 FLOORS = {"torch": "floor, torch", "jax": "floor, jax"}
 PUBLISHED = {"torch": "published way, torch", "jax": "published way, jax"}
 FULL_RANK = {"torch": "AdamW fused, torch", "jax": "optax.adamw"}
+GALORE = {"torch": "GaLore, osd_torch", "jax": "GaLore, osd_jax"}
+EVERY = 10  # docs/every_kth_step.md says what that does to the loss
 CONTENDERS: Mapping[str, Contender] = {
     FLOORS["torch"]: Contender("torch", _torch_floor),
     "osd_torch, AdamW": Contender("torch", _osd_torch("galore_adamw", "continuous")),
@@ -454,7 +472,10 @@ CONTENDERS: Mapping[str, Contender] = {
         "torch", _osd_torch("galore_adamw8bit", "continuous_adam8bit"), "bitsandbytes"
     ),
     "osd_torch, P by SGD": Contender("torch", _osd_torch("galore_adamw", "continuous_sgd")),
-    "GaLore, osd_torch": Contender("torch", _osd_torch("galore_adamw", "std")),
+    f"osd_torch, P moved every {EVERY}": Contender(
+        "torch", _osd_torch("galore_adamw", "continuous", EVERY)
+    ),
+    GALORE["torch"]: Contender("torch", _osd_torch("galore_adamw", "std")),
     PUBLISHED["torch"]: Contender("torch", _torch_published),
     FULL_RANK["torch"]: Contender("torch", _torch_adamw),
     "bitsandbytes AdamW8bit": Contender("torch", _bitsandbytes, "bitsandbytes"),
@@ -462,7 +483,10 @@ CONTENDERS: Mapping[str, Contender] = {
     "osd_jax, AdamW": Contender("jax", _osd_jax("galore_adamw", "continuous")),
     "osd_jax, 8-bit AdamW": Contender("jax", _osd_jax("galore_adamw8bit", "continuous_adam8bit")),
     "osd_jax, P by SGD": Contender("jax", _osd_jax("galore_adamw", "continuous_sgd")),
-    "GaLore, osd_jax": Contender("jax", _osd_jax("galore_adamw", "std")),
+    f"osd_jax, P moved every {EVERY}": Contender(
+        "jax", _osd_jax("galore_adamw", "continuous", EVERY)
+    ),
+    GALORE["jax"]: Contender("jax", _osd_jax("galore_adamw", "std")),
     "GaLore, optax.contrib": Contender("jax", _optax_galore),
     PUBLISHED["jax"]: Contender("jax", _jax_published),
     FULL_RANK["jax"]: Contender("jax", _optax_adamw),
@@ -540,6 +564,7 @@ def run_case(case: Case, settings: Settings, device: str, dtype: str) -> list[di
         rounds=settings.rounds,
         turn_seconds=settings.turn_seconds,
     )
+    times = {name: [x / built[name].period for x in xs] for name, xs in times.items()}
     return records(case, times, refreshes, missing)
 
 
@@ -565,6 +590,7 @@ def records(
             "over_floor": ratios(seconds, times[FLOORS[side]])._asdict(),
             "over_best_floor": ratios(seconds, best_floor)._asdict(),
             "published_over_this": ratios(times[PUBLISHED[side]], seconds)._asdict(),
+            "over_galore": ratios(seconds, whole[GALORE[side]])._asdict(),
             "over_full_rank": ratios(seconds, times[FULL_RANK[side]])._asdict(),
         }
         if name in refreshes:

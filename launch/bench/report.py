@@ -52,6 +52,7 @@ OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {
     "over its floor": lambda r: ratio(r["over_floor"]),
     "over the better floor": lambda r: ratio(r["over_best_floor"]),
     "published way over it": lambda r: ratio(r["published_over_this"]),
+    "over GaLore": lambda r: ratio(r["over_galore"]),
     "over full-rank AdamW": lambda r: ratio(r["over_full_rank"]),
     "of which": lambda r: svd_note(r),
 }
