@@ -39,13 +39,13 @@ METHODS: Mapping[str, tuple[str, str]] = {  # by the names of runs: what it is, 
 
 def report(results: Mapping[str, Sequence[float]], tokens: int) -> str:
     """The comparison as a Markdown page."""
-    updates = tokens // (ROW * ROWS)
+    updates, base = tokens // (ROW * ROWS), results["every1"]
     lines = [
         "# P moved every k-th step: what it does to the loss",
         "",
         f"`python -m launch.compare_periods --tokens {tokens}` on the built-in corpus, the "
         f"quickstart's model (`configs/llama_quickstart.json`), {updates} updates of {ROWS} rows "
-        f"of {ROW} tokens, {len(SEEDS)} seeds, in JAX, float32 on a CPU ({platform.machine()}). "
+        f"of {ROW} tokens, {len(base)} seeds, in JAX, float32 on a CPU ({platform.machine()}). "
         "Loss is the mean over held-out tokens, in nats. The difference to k = 1, P moved at every "
         "update, is taken seed by seed: a seed fixes the weights' start and the order of the data.",
         "",
@@ -53,7 +53,6 @@ def report(results: Mapping[str, Sequence[float]], tokens: int) -> str:
         "minus that of k = 1, mean ± standard deviation |",
         "|---|---|---|---|",
     ]
-    base = results["every1"]
     for name, losses in results.items():
         off = [loss - other for loss, other in zip(losses, base, strict=True)]
         lines.append(
@@ -66,7 +65,7 @@ def report(results: Mapping[str, Sequence[float]], tokens: int) -> str:
         "Online PCA has the learning rate that was its best in [the comparison of "
         "methods](comparison.md), and GaLore the same, at which the two were equal there. P's step "
         "has one size whatever k, so that P travels less the larger k is. A small model, few "
-        "updates and three seeds: what is smaller than its deviation says nothing, and nothing "
+        "updates and few seeds: what is smaller than its deviation says nothing, and nothing "
         "here is of large models or long runs.",
         "",
         "Flags of every run:",
