@@ -7,16 +7,18 @@
 It takes the flags of launch.train_jax, builds the very step that would run, and hands it to the TPU
 compiler, which runs on a CPU: `pip install -e ".[jax,tpu]"`. Needed are neither a TPU nor data.
 Printed are the bytes of a chip that arguments, temporaries and the peak take, the operations of a
-step, and what the chips send each other. The exit code is 0 where the step fits, 1 where not.
+step, and what the chips send each other. The exit code is 0 where the step fits, 1 where it does
+not, and 2 where the compiler could not say.
 
-`--batch_size` is the rows of one process in one forward pass, as in training, and a process is a
-host of the slice: a v6e host has up to eight chips, a v5p host four.
+`--batch_size` is the rows of one process in one forward pass, as in training. A process is a host
+of the slice, and hosts are taken to have four chips, or the one that there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -58,8 +60,9 @@ class Report:
         memory: Bytes that a program may have.
         arguments: Bytes of weights, optimizer state and batch, which the new ones replace.
         temporaries: Bytes of everything else, as the compiler lays it out.
-        peak: Largest number of bytes alive at a time, arguments among them. Of a step that does not
-            fit: what the compiler says it would use, and the two before are None.
+        peak: Largest number of bytes alive at a time, arguments among them, which decides whether
+            the compiler accepts a step. Of one that does not fit: what the compiler says it would
+            use, and the two before are None.
         code: Bytes of the program itself.
         product_flops: Floating-point operations of the step's matrix products, by their shapes; a
             step that recomputes activations counts them again.
@@ -198,7 +201,8 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (refused := refusal(error)) is None:
-            raise
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise UsageError(f"the TPU compiler failed, for another reason: {reason}") from error
         return Report(
             **about,
             fits=False,
@@ -262,10 +266,12 @@ def find_topology(name: str) -> list[jax.Device]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        remedy = "choose other sizes, such as 1x1, 2x2 or 4x4, for v5p 2x2x1 or 2x2x2"
+        if importlib.util.find_spec("libtpu") is None:
+            remedy = 'install the compiler: pip install -e ".[jax,tpu]"'
         raise UsageError(
-            f"--topology: the TPU compiler does not know {name} ({reason}); choose another size, "
-            'or install the compiler: pip install -e ".[jax,tpu]"'
+            f"--topology: the TPU compiler does not know {name} ({reason}); {remedy}"
         ) from None
     return list(found.devices)
 

@@ -363,12 +363,12 @@ class Options:
         "mesh's data axis, in place of the gradient",
     )
 
-    basis_dtype: str | None = _flag(
+    basis_dtype: str = _flag(
         "memory and devices",
-        None,
+        "float32",
         choices=("bfloat16", "float32"),
         type=_dtype,
-        help="dtype of the projector (default: float32)",
+        help="dtype of the projector",
     )
 
     projector_init: ProjectorInit = _flag(
@@ -520,6 +520,13 @@ class Options:
                 f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
                 "micro-batch in an update and no clipping"
             )
+        if self.accumulate_sketches and (self.per_layer or self.gradient_accumulation == 1):
+            reason = (
+                "layer-by-layer updates (--per_layer) do so always"
+                if self.per_layer
+                else "an update has one micro-batch, and nothing is accumulated"
+            )
+            raise UsageError(f"--accumulate_sketches: {reason}; leave it out")
         if self.accumulate_sketches and self.move_projector == "before":
             raise UsageError(
                 "--move_projector: before takes R again from the gradient, of which "

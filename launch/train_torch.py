@@ -228,7 +228,7 @@ def train(options: Options, device: torch.device) -> int:
             options.proj_type,
             lr=options.lr,
             select=llama.is_projected,
-            basis_dtype=getattr(torch, options.basis_dtype) if options.basis_dtype else None,
+            basis_dtype=getattr(torch, options.basis_dtype),
             **training.optimizer_options(options),
         )
 

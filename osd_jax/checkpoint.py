@@ -139,7 +139,8 @@ class Checkpoints:
                 raise ValueError(
                     f"{self.directory / str(step)} is of another model or optimizer: {name} is "
                     f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} in this "
-                    "run; use the options that it was trained with"
+                    "run; use the options that it was trained with, and the version of this "
+                    "library that saved it"
                 )
 
     def set_aside_after(self, step: int) -> None:

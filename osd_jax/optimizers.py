@@ -276,7 +276,9 @@ def _subspace_rule(
             rule = descending(_scale_by_adam_8bit(slice_size))
             return _Rule(rule, decay_after, reads_matrices=True)
         case "galore_lion" if lion_sign == "subspace":
-            return _Rule(descending(optax.scale_by_lion()), decay_after)
+            # Signs are exact in any dtype of P; times the learning rate they are not.
+            finish = lambda decay: optax.chain(descend, decay_after(decay))
+            return _Rule(optax.scale_by_lion(), finish)
         case "galore_lion":
             finish = lambda decay: optax.chain(optax.scale_by_sign(), descend, decay_after(decay))
             return _Rule(interpolate_momentum(), finish)
@@ -416,8 +418,8 @@ def _guarded(
                 "the matrices are of those that are not 2-D",
                 stacklevel=2,
             )
-        zero = jnp.zeros([], jnp.int32)
-        return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, state)
+        zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
+        return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
 
     def update(
         grads: optax.Updates,

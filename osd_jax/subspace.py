@@ -396,7 +396,8 @@ def scale_by_subspace(
         if projector.move is not None:
             stay = lambda bases, sketches, optimizer, count: (bases, optimizer)
             args = (bases, sketches, state.projector.optimizer, count)
-            moved = _cond_once(moves, projector.move, stay, *args)
+            # Plain: what P's optimizer closes over, a learning rate for one, may be traced.
+            moved = jax.lax.cond(moves, projector.move, stay, *args)
         low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
         if projector.moves_first:
             if grads is None:
@@ -410,11 +411,14 @@ def scale_by_subspace(
 
             bases = moved[0]
             still = lambda grads, bases, low_rank: low_rank
-            low_rank = _cond_once(moves, again, still, grads, bases, low_rank)
+            low_rank = jax.lax.cond(moves, again, still, grads, bases, low_rank)
         directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
 
         def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
-            update = layout.from_matrix(lift(basis, scale * d, layout.is_flipped))
+            # Before the lift d is smaller; where the lift rounds it to a narrower P, after.
+            is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
+            before, after = (1, scale) if is_narrow else (scale, 1)
+            update = after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
             return update if widen_updates else update.astype(x.dtype)
 
         updates = jax.tree.map(lift_one, tree, params, bases, directions)

@@ -229,8 +229,9 @@ def test_state_types_are_the_same_after_update(optimizer: str, proj_type: str) -
     assert types(jax.eval_shape(lambda: tx.init(draw(0, dtype=jnp.bfloat16)))) == types(state)
 
 
+@pytest.mark.parametrize("compiles_init", [False, True])
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adamw8bit"])
-def test_donated_state_and_parameters_are_reused(optimizer: str) -> None:
+def test_donated_state_and_parameters_are_reused(optimizer: str, compiles_init: bool) -> None:
     shapes = {"mlp": (64, 72)}
     tx = make_optimizer(optimizer, "continuous", learning_rate=0.1, rank=64, weight_decay=0.1)
 
@@ -239,7 +240,7 @@ def test_donated_state_and_parameters_are_reused(optimizer: str) -> None:
         return optax.apply_updates(params, updates), state
 
     params = draw(0, shapes)
-    state = jax.jit(tx.init)(params)
+    state = (jax.jit(tx.init) if compiles_init else tx.init)(params)
     old = jax.tree.leaves((params, state))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,6 +283,48 @@ STACKED = SubspaceDimensionNumbers(1, 2)
 
 def stacked_grads(steps: int) -> list[Tree]:
     return [draw(seed, {"mlp": (LAYERS, 8, 16)}) for seed in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_narrow_basis_does_not_round_the_step_size(scale: float) -> None:
+    """Lion's signs are exact in bfloat16, and the learning rate and the scale are not."""
+    params, grads = draw(0, {"mlp": (12, 16)}), draw(1, {"mlp": (12, 16)})
+
+    def update(rate: float, scale: float) -> Tree:
+        tx = make_optimizer(
+            "galore_lion", "continuous", learning_rate=rate, rank=4, scale=scale,
+            lion_sign="subspace", basis_dtype=jnp.bfloat16,
+        )  # fmt: skip
+        return tx.update(grads, tx.init(params), params)[0]
+
+    wanted = jax.tree.map(lambda x: 0.00101 * scale * x, update(1.0, 1.0))
+    chex.assert_trees_all_close(update(0.00101, scale), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_hyperparameters_may_be_traced_and_batched(every: int) -> None:
+    """Those of P's step among them, which `update` closes over."""
+    params, grads = draw(0, {"mlp": (12, 16)}), draw(1, {"mlp": (12, 16)})
+    rates = jnp.array([0.1, 0.02])
+
+    def end(rate: jax.Array) -> Tree:
+        tx = make_optimizer(
+            "galore_adamw", "continuous", learning_rate=rate, rank=4, penalty=rate,
+            projector_lr_multiple=5, update_proj_every=every,
+        )  # fmt: skip
+        after, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, after)
+            after = optax.apply_updates(after, updates)
+        return after, osd_jax.projectors(state)
+
+    together = jax.jit(jax.vmap(end))(rates)
+    for i, rate in enumerate(rates):
+        alone = jax.jit(end)(rate)
+        of_one = jax.tree.map(lambda x, i=i: x[i], together)
+        chex.assert_trees_all_close(of_one, alone, rtol=0, atol=1e-6)
+    moved = jax.tree.map(lambda x: jnp.abs(x[0] - x[1]).max(), together)
+    assert min(jax.tree.leaves(moved)) > 1e-3  # the two rates differ, or nothing is compared
 
 
 @pytest.mark.parametrize("way", ["batch axis", "vmap"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 
 import pytest
 from readme_tables import README, updated
@@ -25,6 +26,17 @@ def test_its_examples_run() -> None:
 def test_its_tables_are_the_suites() -> None:
     text = README.read_text(encoding="utf-8")
     assert updated(text) == text, "run: python -m parity_tests.readme_tables"
+
+
+def test_what_pages_link_to_is_there() -> None:
+    pages = [README, *(README.parent / "docs").glob("*.md")]
+    found = 0
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                found += 1
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    assert found > 10
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -139,8 +139,11 @@ def main(argv: Sequence[str]) -> None:
     mode.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes (docs)")
 
     args = parser.parse_args(argv)
-    if vars(args).get("rounds", 1) < 1:
-        raise UsageError(f"--rounds: {args.rounds} is too small; expected 1 or more")
+    lowest = {"rounds": 1, "threads": 1, "rank": 1, "turn_seconds": 0, "svd_seconds": 0}
+    for name, low in lowest.items():
+        value = vars(args).get(name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name}: {value} is too small; expected {low} or more")
     if "device" in args:
         timing.prepare(args.device, args.threads)
     MODES[args.mode](args)

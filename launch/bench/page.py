@@ -148,9 +148,9 @@ def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
     yield from ("## One optimizer step", "", about(found), "")
     yield (
         "GaLore's step has its SVD, measured alone, spread over 200 steps; optax.contrib.galore "
-        "projects the longer side, the others the shorter. Where P moves every k-th step, a time is "
-        "the mean over k steps. The published way steps P by autograd "
-        "through `||P P^T G - G||^2`, for which it forms P P^T."
+        "projects the longer side, the others the shorter. Where P moves every k-th step, a time "
+        "is the mean over k steps. The published way steps P by autograd through "
+        "`||P P^T G - G||^2`, for which it forms P P^T."
     )
     for name, records in report.by_case(found["records"]):
         columns = report.OPTIMIZER_COLUMNS
