@@ -144,9 +144,14 @@ def test_cosine_restarts():
         ("--basis_dtype float16", ("'float16'", "bfloat16, float32")),
         (
             "--optimizer galore_adamw --proj_type continuous --move_projector before "
-            "--accumulate_sketches",
+            "--accumulate_sketches --gradient_accumulation 2",
             ("--move_projector", "use after"),
         ),
+        (
+            "--optimizer galore_adamw --accumulate_sketches --per_layer --gradient_accumulation 2",
+            ("--accumulate_sketches", "do so always"),
+        ),
+        ("--optimizer galore_adamw --accumulate_sketches", ("nothing is accumulated",)),
         ("--proj_type continous", ("'continous'", "did you mean continuous?")),
         ("--scheduler cosin", ("'cosin'", "cosine_restarts")),
         ("--dtype float16", ("'float16'", "bfloat16")),
