@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import jax
 
 GIB = 2**30
+IN_BRANCH = " (in a branch)"
 
 KINDS = ("v5e", "v5p", "v6e")
 # What the compiler says of a program that is too large, early or late: bytes needed, bytes there.
@@ -218,7 +219,7 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     counts: Counter[str] = Counter()
     sent: defaultdict[str, float] = defaultdict(float)
     for found in collectives(compiled.as_text()):
-        kind = found.op + " (in a branch)" * bool(found.branches)
+        kind = found.op + IN_BRANCH * bool(found.branches)
         counts[kind] += found.times
         sent[kind] += found.sent
     return Report(

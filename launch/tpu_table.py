@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.compile_tpu import GIB, Report, find_topology
+from launch.compile_tpu import GIB, IN_BRANCH, Report, find_topology
 from launch.options import run_cli
 from launch.run_log import write_atomic
 
@@ -97,30 +97,34 @@ def page(found: dict[str, Report]) -> str:
         "named slice by the TPU compiler, with no TPU at hand. Everything is of one chip. *peak* "
         "is the compiler's figure for the largest number of bytes alive at a time, weights and "
         "optimizer state among them; *of* is what it grants a program. Products are those of a "
-        "step's matrix products, and *sent* what the chip sends the others in a step. None of it "
-        "was run on a TPU.",
+        "step's matrix products, and *sent* what the chip sends the others in every step; *in "
+        "branches* is what only some steps send: the first, in which P gets its value, those that "
+        "move it, and those that measure it. None of it was run on a TPU.",
         "",
-        "| model | slice | chips | mesh | weights, state and batch | peak | of | products | sent |",
-        "|---|---|---:|---|---:|---:|---:|---:|---:|",
+        "| model | slice | chips | mesh | weights, state and batch | peak | of | products | sent "
+        "| in branches |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows():
         if (report := found.get(row.key)) is None:
             continue
         gib = lambda size: "" if size is None else f"{size / GIB:.2f} GiB"
-        sent = sum(kind["bytes_sent"] for kind in report.collectives.values())
+        megabytes = lambda found: f"{sum(x['bytes_sent'] for x in found) / 1e6:,.0f} MB"
+        kinds = report.collectives.items()
+        always = megabytes(x for name, x in kinds if not name.endswith(IN_BRANCH))
+        at_times = megabytes(x for name, x in kinds if name.endswith(IN_BRANCH))
         name = row.size.upper() + f", {row.name}" * bool(row.name)
         peak = gib(report.peak) if report.fits else f"**does not fit** ({gib(report.peak)})"
         lines.append(
             f"| {name} | {row.topology} | {report.chips} | {report.mesh} | {gib(report.arguments)} "
             f"| {peak} | {gib(report.memory)} | {report.product_flops / 1e12:,.1f} TFLOP "
-            f"| {f'{sent / 1e6:,.0f} MB' if report.fits else ''} |"
+            + (f"| {always} | {at_times} |" if report.fits else "| | |")
         )
     lines += [
         "",
         "Rows of 7B on one chip have one forward pass of 16 rows of 256 tokens in an update, no "
         f"clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` where it says "
-        "layer by layer. All others are the published runs of 512 rows an update. Bytes sent "
-        "include those of the first step alone, in which P gets its first value.",
+        "layer by layer. All others are the published runs of 512 rows an update.",
         "",
         "Repeat it, or ask for a step of your own, with `pip install -e '.[jax,train,tpu]'`:",
         "",

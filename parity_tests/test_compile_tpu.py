@@ -198,7 +198,7 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     text = tpu_table.make_table(wanted, tmp_path)
     assert asked == ["v5e:1x1", "v5e:4x4"]
     assert (tmp_path / "tpu.md").read_text() == text
-    row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB |"
+    row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
     assert row in text and "**does not fit** (3.14 GiB)" in text
 
 
