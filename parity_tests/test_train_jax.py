@@ -243,13 +243,19 @@ def test_layer_by_layer_the_losses_are_the_same_and_a_checkpoint_goes_on(home: H
 
 
 def test_sketches_of_micro_batches_add_up_to_that_of_their_sum(home: Home) -> None:
-    """With `random`, whose P is not of the first micro-batch, and which asks for R only."""
-    short = SHORT | {"batch_size": 4, "gradient_accumulation": 2, "proj_type": "random"}
-    assert home.run("gradients", **short) == 0
-    assert home.run("sketches", **short, accumulate_sketches=True) == 0
-    losses = lambda name: [r["loss"] for r in read_metrics(home / name)]
-    assert losses("sketches") == pytest.approx(losses("gradients"), abs=1e-4)
-    assert losses("sketches") != losses("gradients")  # else the flag does nothing
+    """With `random`; with `std`, P is of the first micro-batch, and later losses are others."""
+
+    def losses(proj_type: str, **more: Any) -> list[float]:
+        name = "_".join((proj_type, *more))
+        short = SHORT | {"batch_size": 4, "gradient_accumulation": 2, "proj_type": proj_type}
+        assert home.run(name, **short, **more) == 0
+        return [r["loss"] for r in read_metrics(home / name)]
+
+    of_sketches = losses("random", accumulate_sketches=True)
+    assert of_sketches == pytest.approx(losses("random"), abs=1e-4)
+    of_sketches, of_gradients = losses("std", accumulate_sketches=True), losses("std")
+    assert of_sketches[0] == pytest.approx(of_gradients[0], abs=1e-5)
+    assert abs(of_sketches[-1] - of_gradients[-1]) > 1e-3
 
 
 @pytest.mark.slow
