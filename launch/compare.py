@@ -101,7 +101,7 @@ def report(results: Mapping[str, dict], tokens: int) -> str:
         losses = result["losses"]
         lines.append(
             f"| {METHODS[name][0]} | {result['learning_rate']:g} | "
-            f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f} | "
+            f"{mean_and_deviation(losses)} | "
             f"{', '.join(f'{loss:.3f}' for loss in losses)} |"
         )
     lines += [
@@ -124,14 +124,20 @@ def report(results: Mapping[str, dict], tokens: int) -> str:
         "",
         "![Loss of the first seed of each](comparison.png)",
         "",
-        "Flags of every run:",
-        "",
-        "```",
-        SHARED,
-        *(f"{name}: {flags}" for name, (_, flags, _) in METHODS.items()),
-        "```",
+        *flags_of_runs(SHARED, {name: flags for name, (_, flags, _) in METHODS.items()}),
     ]
     return "\n".join(lines) + "\n"
+
+
+def flags_of_runs(shared: str, by_name: Mapping[str, str]) -> list[str]:
+    """The end of a page: what all runs were given, and each method's."""
+    own = (f"{name}: {flags}" for name, flags in by_name.items())
+    return ["Flags of every run:", "", "```", shared, *own, "```"]
+
+
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Such as 4.191 ± 0.018; with `sign` "+", the mean's sign always."""
+    return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main(argv: Sequence[str]) -> int:

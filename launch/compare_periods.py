@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.compare import PROJECTED, SEEDS, train
+from launch.compare import PROJECTED, SEEDS, flags_of_runs, mean_and_deviation, train
 from launch.options import count, run_cli
 from launch.run_log import write_atomic
 
@@ -56,9 +55,9 @@ def report(results: Mapping[str, Sequence[float]], tokens: int) -> str:
     for name, losses in results.items():
         off = [loss - other for loss, other in zip(losses, base, strict=True)]
         lines.append(
-            f"| {METHODS[name][0]} | {_mean_and_deviation(losses)} | "
+            f"| {METHODS[name][0]} | {mean_and_deviation(losses)} | "
             f"{', '.join(f'{loss:.3f}' for loss in losses)} | "
-            f"{'' if name == 'every1' else _mean_and_deviation(off, '+')} |"
+            f"{'' if name == 'every1' else mean_and_deviation(off, '+')} |"
         )
     lines += [
         "",
@@ -68,18 +67,9 @@ def report(results: Mapping[str, Sequence[float]], tokens: int) -> str:
         "updates and few seeds: what is smaller than its deviation says nothing, and nothing "
         "here is of large models or long runs.",
         "",
-        "Flags of every run:",
-        "",
-        "```",
-        SHARED,
-        *(f"{name}: {flags}" for name, (_, flags) in METHODS.items()),
-        "```",
+        *flags_of_runs(SHARED, {name: flags for name, (_, flags) in METHODS.items()}),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
-    return f"{statistics.mean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -153,44 +153,43 @@ def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
         "`||P P^T G - G||^2`, for which it forms P P^T."
     )
     for name, records in report.by_case(found["records"]):
-        columns = report.OPTIMIZER_COLUMNS
-        table = report.markdown_table(list(columns), report.rows(records, columns))
-        yield from ("", f"### {name}", "", table)
+        yield from ("", f"### {name}", "", _table(records, report.OPTIMIZER_COLUMNS))
     yield ""
 
 
+def _table(records: Sequence[report.Record], columns: report.Columns) -> str:
+    return report.markdown_table(list(columns), report.rows(records, columns))
+
+
+def _trained(how: Mapping[str, Any]) -> str:
+    return f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, "
+
+
 def _train(found: Mapping[str, Any]) -> Iterator[str]:
-    how = found["how"]
-    table = report.markdown_table(
-        list(report.TRAIN_COLUMNS), report.rows(found["records"], report.TRAIN_COLUMNS)
-    )
     yield from (
         "## The whole train step",
         "",
         about(found),
         "",
-        f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, by the "
-        "train steps of `launch.train_torch` and `launch.train_jax`. GaLore without its SVDs.",
+        _trained(found["how"]) + "by the train steps of `launch.train_torch` and "
+        "`launch.train_jax`. GaLore without its SVDs.",
         "",
-        table,
+        _table(found["records"], report.TRAIN_COLUMNS),
         "",
     )
 
 
 def _memory(found: Mapping[str, Any]) -> Iterator[str]:
-    how = found["how"]
-    table = report.markdown_table(
-        list(report.MEMORY_COLUMNS), report.rows(found["records"], report.MEMORY_COLUMNS)
-    )
     yield from (
         "## Memory",
         "",
-        f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, "
-        f"{how['dtype']}. State is counted on the arrays. The peak is of all that is alive within "
-        "a train step: as the compiler plans it in JAX; in PyTorch what the allocator hands out, "
+        _trained(found["how"])
+        + f"{found['how']['dtype']}. State is counted on the arrays. The peak is of all that is "
+        "alive within a train step: as the compiler plans it in JAX; in PyTorch what the "
+        "allocator hands out, "
         "on a CPU by the profiler's events, on top of weights and state.",
         "",
-        table,
+        _table(found["records"], report.MEMORY_COLUMNS),
         "",
     )
 

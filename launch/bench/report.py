@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Record], str]]  # by their titles: a cell of a record
 COLORS = {"torch": "tab:orange", "jax": "tab:blue"}
 
 
@@ -46,7 +47,7 @@ def number(value: float) -> str:
     return f"{rounded:,.{max(0, places)}f}"
 
 
-OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {
+OPTIMIZER_COLUMNS: Columns = {
     "contender": lambda r: r["contender"],
     "ms a step": lambda r: milliseconds(r["seconds"]),
     "over its floor": lambda r: ratio(r["over_floor"]),
@@ -58,14 +59,14 @@ OPTIMIZER_COLUMNS: Mapping[str, Callable[[Record], str]] = {
 }
 
 
-TRAIN_COLUMNS: Mapping[str, Callable[[Record], str]] = {
+TRAIN_COLUMNS: Columns = {
     "contender": lambda r: r["contender"],
     "tokens a second": lambda r: _with_quartiles(r["tokens_per_second"], 1),
     "of AdamW's": lambda r: ratio(r["of_full_rank"]),
     "of plain AdamW's": lambda r: ratio(r["of_plain_full_rank"]),
     "of the other framework's": lambda r: ratio(r["of_other_framework"]),
 }
-MEMORY_COLUMNS: Mapping[str, Callable[[Record], str]] = {
+MEMORY_COLUMNS: Columns = {
     "contender": lambda r: r["contender"],
     "weights, MB": lambda r: megabytes(r["weight_bytes"]),
     "optimizer state, MB": lambda r: megabytes(r["state_bytes"]),
