@@ -547,7 +547,8 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         held = optimizer.held
     params = [param for group in optimizer.param_groups for param in group["params"]]
     gradients = [p.grad for p in params if p.grad is not None and p not in held]
-    norm = total_norm([*(sketch.low_rank for sketch in held.values()), *gradients])
+    # In the optimizer's order: sketches are held in the backward pass', and sums round by theirs.
+    norm = total_norm([*(held[p].low_rank for p in params if p in held), *gradients])
     if max_norm:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
         for gradient in gradients:
