@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from osd_torch.sharding import local, mean, parted_like
 
@@ -65,15 +66,20 @@ class Adam:
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
-        beta1, beta2 = self.betas
         own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
-        first.lerp_(own, 1 - beta1)
-        second.mul_(beta2).addcmul_(own, own, value=1 - beta2)
-        root_correction = math.sqrt(1 - beta2**t)
-        eps = self.eps if self.eps_first else self.eps * root_correction
-        root = second.sqrt().add_(eps)
-        direction = torch.div(first, root, out=root)
-        return parted_like(direction, gradient), lr * root_correction / (1 - beta1**t)
+        if own.stride() != first.stride():  # the kernel walks all of them in one order
+            own = torch.empty_like(first).copy_(own)
+        root_correction = math.sqrt(1 - self.betas[1] ** t)
+        # One pass of torch.optim's kernel, from 0 and with lr = -1, leaves the direction itself.
+        direction = torch.zeros_like(first)
+        adam(
+            [direction], [own], [first], [second], [],
+            [torch.full((), t - 1.0, dtype=torch.float32, device=own.device)],
+            lr=-1.0, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0,
+            eps=self.eps / root_correction if self.eps_first else self.eps,
+            amsgrad=False, maximize=False, fused=True,
+        )  # fmt: skip
+        return parted_like(direction, gradient), lr
 
 
 @dataclass(frozen=True)
