@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launch import hosts, training
+from launch.cpu import keep_lapack_to_one_thread, keep_memory
 from launch.options import Options, UsageError, run_cli
 
 if TYPE_CHECKING:
@@ -49,17 +49,6 @@ def main(argv: Sequence[str]) -> int:
         # Orbax tells of every file it misses; what matters comes as an exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return train(options, processes)
-
-
-def keep_lapack_to_one_thread() -> None:
-    """Makes OpenBLAS, with which JAX takes SVDs on a CPU, use one thread; before JAX is imported.
-
-    Its threads spin while they wait for each other. Beside XLA's, or other programs', each turn
-    then takes until the system takes the core away: seconds for a matrix that one thread takes in
-    40 ms. XLA takes the SVDs of several parameters at once, and its own products as before.
-    """
-    if "OMP_NUM_THREADS" not in os.environ:  # which OpenBLAS reads too
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def refuse_torch_only(options: Options) -> None:
@@ -94,6 +83,8 @@ def train(options: Options, processes: hosts.Processes) -> int:
     with processes.together():
         mesh = hosts.make_mesh(options, processes)
         refuse_layers_on(mesh, options)
+    if jax.default_backend() == "cpu":
+        keep_memory()
     with processes.together(in_turn=True):
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
         weights = training.hugging_face_weights(options)

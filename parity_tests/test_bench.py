@@ -35,8 +35,8 @@ from launch.bench.optimizer import (
     seven_products,
 )
 from launch.bench.train import CONTENDERS as TRAINED
+from launch.cpu import keep_lapack_to_one_thread
 from launch.options import UsageError
-from launch.train_jax import keep_lapack_to_one_thread
 from osd_torch.projectors import Sketch, online_pca_gradient
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from launch.cpu import keep_lapack_to_one_thread, keep_memory
 from launch.options import UsageError
 
 Step = Callable[[], Any]  # one whole step, which is done when it returns
 Times = dict[str, list[float]]  # seconds of each round, by contender
+REST = 0.02  # seconds
 PACKAGES = ("torch", "jax", "jaxlib", "optax", "bitsandbytes", "numpy")
 
 
@@ -55,14 +57,16 @@ def time_in_rounds(
 ) -> Times:
     """Seconds a step, by contender and round.
 
-    A turn is one step that is not timed, after which caches and threads are this contender's, and
-    then as many timed ones as last for `turn_seconds`, at least one.
+    A turn is a rest, in which the threads of the last contender fall asleep: they spin for some
+    milliseconds when their work is done, on cores that are no longer theirs. Then one step that is
+    not timed, after which caches are this contender's, and as many timed ones as last for
+    `turn_seconds`, at least one.
 
     Args:
         steps: By contender.
         rounds: How many.
         turn_seconds: How long a turn should last.
-        settle: Whether a turn has that first step; a long step need not.
+        settle: Whether a turn has that rest and first step; a long step need not.
         seed: Of the order of turns, drawn anew for each round.
     """
     counts = {name: _steps_in(step, turn_seconds) for name, step in steps.items()}
@@ -71,6 +75,7 @@ def time_in_rounds(
     for _ in range(rounds):
         for name in draw.sample(list(steps), len(steps)):
             if settle:
+                time.sleep(REST)
                 steps[name]()
             times[name].append(_seconds_of(steps[name], counts[name]))
     return times
@@ -100,15 +105,15 @@ def _seconds_of(step: Step, count: int) -> float:
 
 
 def prepare(device: str, threads: int | None) -> None:
-    """Gives both frameworks the same device and threads, before either is imported.
+    """Gives both frameworks the same device, threads and memory, before either is imported.
+
+    As the trainers do.
 
     Both start as many threads as this process has cores, so it keeps only so many.
 
     Raises:
         UsageError: more threads than cores, or no such device.
     """
-    from launch.train_jax import keep_lapack_to_one_thread
-
     if threads is not None:
         if not hasattr(os, "sched_setaffinity"):
             raise UsageError("--threads: this system does not let a process keep to some cores")
@@ -117,10 +122,9 @@ def prepare(device: str, threads: int | None) -> None:
             raise UsageError(f"--threads: {threads} is more than the {len(cores)} cores there are")
         os.sched_setaffinity(0, cores[:threads])
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    # Else PyTorch's threads, waiting for work, take the cores from JAX's, and for milliseconds from
-    # its own where other programs run.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_lapack_to_one_thread()
+    if device == "cpu":
+        keep_memory()
     os.environ["JAX_PLATFORMS"] = device
     # The two share the GPU; JAX would take most of its memory at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -130,6 +134,7 @@ def prepare(device: str, threads: int | None) -> None:
 
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch finds no GPU; see torch.cuda.is_available()")
+        torch.set_float32_matmul_precision("high")  # as the trainer does, and XLA
         try:
             jax.devices()
         except RuntimeError as error:

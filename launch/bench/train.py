@@ -175,10 +175,6 @@ class JaxRun:
 
 def steps(setting: Setting, contenders: Iterable[Contender]) -> dict[Contender, Step]:
     """A train step for each contender."""
-    from launch.train_torch import keep_memory
-
-    if setting.device == "cpu":
-        keep_memory()  # as the trainer does
     of_jax = functools.cache(lambda method: JaxRun(setting, method))
     build: Mapping[str, Callable[[Contender], Step]] = {
         "torch": lambda c: TorchRun(setting, c.method, c.layerwise),
