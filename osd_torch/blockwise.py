@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_torch.rules import Adam, State
+from osd_torch.rules import Adam, Rule, State
 from osd_torch.sharding import (
     first_axis_parts,
     local,
@@ -46,7 +46,7 @@ def code_books(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Adam8bit:
+class Adam8bit(Rule):
     """Adam whose moments are held in 8 bits, one float32 scale to each 256 values.
 
     State of fewer than `min_8bit_size` values stays float32, as in bitsandbytes' own optimizers.

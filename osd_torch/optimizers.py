@@ -26,6 +26,7 @@ from osd_torch.subspace import (
     SubspaceOptimizer,
     add_,
     check_basis_dtype,
+    check_dense,
     check_dtype,
     check_number,
     check_rank,
@@ -571,7 +572,9 @@ def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
     """A step's pre-hook: drops all gradients, and counts, if one is not finite."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     present = [p for p in params if p.grad is not None]
-    if count_if_not_finite(optimizer, [p.grad for p in present]):
+    gradients = [p.grad for p in present]
+    check_dense(optimizer, gradients)
+    if count_if_not_finite(optimizer, gradients):
         for param in present:
             param.grad = None
 

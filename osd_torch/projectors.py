@@ -23,7 +23,7 @@ class Sketch(NamedTuple):
     Attributes:
         low_rank: R = P^T M, (r, q); two-sided: P_out^T M P_in, (r, r).
         correlation: A = M R^T, (p, r), or None where the projector does not read it.
-        squared_norm: s = ||M||_F^2, 0-dimensional, or None likewise.
+        squared_norm: s = ||M||_F^2, 0-dimensional, or None likewise. It may lie on the CPU.
 
     All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
     while P is fixed; A is exact if every part uses the final R; s of a sum is not to be had from
@@ -50,7 +50,12 @@ class MakeSketch(Protocol):
     """How a projector sketches a gradient."""
 
     def __call__(
-        self, basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+        self,
+        basis: Basis,
+        matrix: Tensor,
+        reduce: Reduce | None = None,
+        moves: bool = True,
+        square: Tensor | None = None,
     ) -> Sketch:
         """P and M -> the sketch of M.
 
@@ -60,6 +65,7 @@ class MakeSketch(Protocol):
             reduce: The mean over processes, if M is only a part; the sketch is then that of the
                 mean, but for its squared norm: see `reduced_sketch`.
             moves: Whether P moves at this step, or else only R is read.
+            square: ||M||_F^2, if it is known; not of a part.
         """
 
 
@@ -127,7 +133,11 @@ def online_pca(
             raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
     def sketch(
-        basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+        basis: Basis,
+        matrix: Tensor,
+        reduce: Reduce | None = None,
+        moves: bool = True,
+        square: Tensor | None = None,
     ) -> Sketch:
         assert not isinstance(basis, TwoSided)
         low_rank = low_rank_gradient(basis, matrix)
@@ -135,7 +145,7 @@ def online_pca(
             return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)
         if reduce is not None:
             return reduced_sketch(matrix, low_rank, reduce)
-        norm = squared_norm(matrix, accumulator_dtype(matrix.dtype))
+        norm = squared_norm(matrix) if square is None else square
         return Sketch(low_rank, product(matrix, low_rank.mT), norm)
 
     def init(basis: Basis, side: str) -> dict[str, Tensor]:
@@ -146,12 +156,11 @@ def online_pca(
         assert not isinstance(basis, TwoSided) and sketch.squared_norm is not None
         gradient = online_pca_gradient(_float32_or_more(basis), sketch, penalty)
         # The release holds the basis of the input side as rows, and 8-bit blocks run along them.
-        direction, rate = optimizer.step(to_matrix(gradient, side), state, step // every, lr)
-        moves = has_direction(sketch.squared_norm).to(basis.dtype)  # on the device: no sync
-        if weight_decay:
-            local(basis).mul_(1 - moves * (lr * weight_decay))
-        step_of_basis = local(to_matrix(direction, side)).to(basis.dtype)
-        local(basis).addcmul_(step_of_basis, moves, value=-rate)
+        now = (to_matrix(gradient, side), state, step // every, lr)
+        if has_direction(float(sketch.squared_norm), gradient.dtype):
+            optimizer.step_(to_matrix(basis, side), *now, weight_decay)
+        else:
+            optimizer.step(*now)  # its moments alone
 
     return Projector(
         is_due=lambda step: step == 0,
@@ -176,11 +185,12 @@ def reduced_sketch(matrix: Tensor, low_rank: Tensor, reduce: Reduce) -> Sketch:
         low_rank: R_i, (r, q); written to.
         reduce: The mean over processes.
     """
-    dtype = low_rank.dtype
-    squares = reduce(torch.stack([squared_norm(matrix, dtype), squared_norm(low_rank, dtype)]))
+    squares = reduce(torch.stack([squared_norm(matrix), squared_norm(low_rank)]))
     low_rank = reduce(low_rank)
-    ratio = squared_norm(low_rank, dtype) / squares[1]
-    norm = squares[0] * torch.where(has_direction(squares[1]), ratio, 1)
+    ratio = squared_norm(low_rank) / squares[1]
+    limits = torch.finfo(squares.dtype)
+    is_normal = (limits.tiny <= squares[1]) & (squares[1] <= limits.max)
+    norm = squares[0] * torch.where(is_normal, ratio, 1)
     return Sketch(low_rank, reduce(product(matrix, low_rank.mT)), norm)
 
 
@@ -193,7 +203,7 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     Args:
         basis: P, (p, r), float32 or float64.
         sketch: Of the gradient by this P. Where its squared norm is zero or overflows, the first
-            term is zero.
+            term is zero. Reading that, if it is a tensor on a GPU, is a device synchronisation.
         penalty: Lambda.
 
     Returns:
@@ -202,25 +212,20 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     a, s = sketch.correlation, sketch.squared_norm
     assert a is not None and s is not None
     # Where s overflows so may A, and infinity times 0 is no number.
-    scaled = (local(a) * (has_direction(s) * 2 / normal(s))).nan_to_num_(0, 0, 0)
+    is_defined = has_direction(float(s), a.dtype)
+    scaled = local(a) * (2 / float(s)) if is_defined else torch.zeros_like(local(a))
     inner = local(product(basis.mT, parted_like(scaled, a)))
     gram = local(product(basis.mT, basis))
-    gram.diagonal().sub_(1)
     if penalty:
-        inner.add_(gram, alpha=4 * penalty)
-    gram.diagonal().sub_(1)  # now P^T P - 2 I
+        inner.add_(gram, alpha=4 * penalty).diagonal().sub_(4 * penalty)
+    gram.diagonal().sub_(2)
     return parted_like((local(basis) @ inner).addmm_(scaled, gram), basis)
 
 
-def has_direction(squared_norm: Tensor) -> Tensor:
+def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:
     """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
-    return normal(squared_norm) == squared_norm
-
-
-def normal(value: Tensor) -> Tensor:
-    """The nearest positive number that is normal: neither subnormal nor infinite."""
-    limits = torch.finfo(value.dtype)
-    return value.clamp(limits.tiny, limits.max)
+    limits = torch.finfo(dtype)
+    return limits.tiny <= squared_norm <= limits.max
 
 
 def svd(every: int) -> Projector:
@@ -247,7 +252,7 @@ def random(every: int) -> Projector:
 
         def draw(length: int) -> Tensor:
             wide = accumulator_dtype(dtype)
-            gaussian = torch.randn(length, rank, generator=generator, dtype=wide)
+            gaussian = torch.randn(length, rank, generator=generator, dtype=wide, device="cpu")
             basis = leading_singular_vectors(gaussian, "output", rank, dtype)
             assert isinstance(basis, Tensor)
             return basis.to(gradient.device)
@@ -264,7 +269,11 @@ def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     check_period(every)
 
     def sketch(
-        basis: Basis, matrix: Tensor, reduce: Reduce | None = None, moves: bool = True
+        basis: Basis,
+        matrix: Tensor,
+        reduce: Reduce | None = None,
+        moves: bool = True,
+        square: Tensor | None = None,
     ) -> Sketch:
         low_rank = low_rank_gradient(basis, matrix)
         return Sketch(low_rank if reduce is None else reduce(low_rank), None, None)

@@ -7,6 +7,7 @@ what stands in for it here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from osd_torch.sharding import local, mean, parted_like
 
@@ -29,6 +29,7 @@ class Rule(Protocol):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Zero moments for a gradient of this shape, dtype (float32 or float64) and device."""
+        raise NotImplementedError
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """Moves the moments in `state` and says how to move what they belong to.
@@ -43,10 +44,21 @@ class Rule(Protocol):
             (direction, rate), to be applied as `x - rate * direction`. The direction is the
             caller's to read, not to write: it may be the gradient or a moment.
         """
+        raise NotImplementedError
+
+    def step_(
+        self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
+    ) -> None:
+        """Moves x itself: `x <- (1 - lr * weight_decay) x - rate * direction`."""
+        direction, rate = self.step(gradient, state, t, lr)
+        own = local(x)
+        if weight_decay:
+            own.mul_(1 - lr * weight_decay)
+        own.add_(local(direction).to(own.dtype), alpha=-rate)
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Rule):
     """Adam (arXiv 1412.6980), without weight decay.
 
     Attributes:
@@ -66,24 +78,56 @@ class Adam:
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
+        # From 0 and with lr = -1, the kernel leaves the direction itself.
+        direction = torch.zeros_like(local(state["exp_avg"]))
+        self._move(direction, gradient, state, t, lr=-1.0)
+        return parted_like(direction, gradient), self._rate(t, lr)
+
+    def step_(
+        self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
+    ) -> None:
+        """In one pass, where x is laid out as the moments are."""
+        own, first, rate = local(x), local(state["exp_avg"]), self._rate(t, lr)
+        if not rate or own.dtype != first.dtype or own.stride() != first.stride():
+            super().step_(x, gradient, state, t, lr, weight_decay)
+        else:
+            self._move(own, gradient, state, t, lr=rate, weight_decay=weight_decay * lr / rate)
+
+    def _rate(self, t: int, lr: float) -> float:
+        return lr * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
+
+    def _move(
+        self,
+        x: Tensor,
+        gradient: Tensor,
+        state: State,
+        t: int,
+        lr: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """One pass of torch.optim's kernel over the moments and x, without bias corrections.
+
+        Its public face, torch.optim.adam.adam, takes longer than the kernel for a small matrix.
+        """
         own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
         if own.stride() != first.stride():  # the kernel walks all of them in one order
             own = torch.empty_like(first).copy_(own)
-        root_correction = math.sqrt(1 - self.betas[1] ** t)
-        # One pass of torch.optim's kernel, from 0 and with lr = -1, leaves the direction itself.
-        direction = torch.zeros_like(first)
-        adam(
-            [direction], [own], [first], [second], [],
-            [torch.full((), t - 1.0, dtype=torch.float32, device=own.device)],
-            lr=-1.0, beta1=self.betas[0], beta2=self.betas[1], weight_decay=0.0,
-            eps=self.eps / root_correction if self.eps_first else self.eps,
-            amsgrad=False, maximize=False, fused=True,
+        eps = self.eps if self.eps_first else self.eps * math.sqrt(1 - self.betas[1] ** t)
+        torch._fused_adamw_(
+            [x], [own], [first], [second], [], [_endless(own.device)],
+            lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=weight_decay, eps=eps,
+            amsgrad=False, maximize=False,
         )  # fmt: skip
-        return parted_like(direction, gradient), lr
+
+
+@functools.cache
+def _endless(device: torch.device) -> Tensor:
+    """The number of a step after which torch.optim's kernel corrects no bias: `Adam` does."""
+    return torch.full((), math.inf, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
-class Lion:
+class Lion(Rule):
     """Lion (arXiv 2302.06675), without weight decay.
 
     Attributes:
@@ -108,7 +152,7 @@ class Lion:
 
 
 @dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Rule):
     """Adafactor (arXiv 1804.04235) with a given step size, as Hugging Face's class computes it.
 
     The first moment, where there is one, is of the steps with their step size, so that a change of
@@ -159,7 +203,7 @@ class Adafactor:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Rule):
     """Plain gradient descent."""
 
     def init(self, like: Tensor) -> dict[str, Tensor]:

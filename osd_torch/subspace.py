@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,8 @@ from osd_torch.sharding import (
     along_axis,
     is_distributed,
     local,
+    on_host,
+    squared_norms,
     total_norm,
 )
 
@@ -195,16 +197,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         present = list(self.present())
         held, self.held = self.held, {}
         applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
-        if count_if_not_finite(self, applied):
+        check_dense(self, applied)
+        # All that the host has to know of the gradients, in one synchronisation: whether they are
+        # finite, and the norms that scale P's. A held sketch's own is not that of its R.
+        squares = squared_norms(applied)
+        own = {p: sketch.squared_norm for p, sketch in held.items()}
+        known = on_host([*squares, *(square for square in own.values() if square is not None)])
+        squares, scales = known[: len(squares)], iter(known[len(squares) :])
+        own = {p: None if square is None else next(scales) for p, square in own.items()}
+        if count_if_not_finite(self, applied, squares):
             return loss
-        for group, param in present:
+        for (group, param), square in zip(present, squares, strict=True):
             if group["rank"] is None:
                 self.step_full_rank(group, param)
             elif param in held:
-                self.apply(group, param, held.pop(param))
+                self.apply(group, param, held.pop(param)._replace(squared_norm=own[param]))
             else:
                 self.refresh(group, param)
-                self.apply(group, param, self.project(group, param))
+                self.apply(group, param, self.project(group, param, square))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -312,12 +322,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             axis = OUTPUT_AXIS if side == "output" else INPUT_AXIS
             state["basis"] = along_axis(basis, param, axis)
 
-    def project(self, group: Group, param: Tensor) -> Sketch:
-        """The gradient of one projected parameter -> what the projector needs of it."""
+    def project(self, group: Group, param: Tensor, square: Tensor | None = None) -> Sketch:
+        """The gradient of one projected parameter -> what the projector needs of it.
+
+        Args:
+            group: Of the parameter.
+            param: With a `grad`.
+            square: The squared norm of that, if it is known.
+        """
         projector, state = self.projector(group), self.state[param]
         matrix = to_matrix(_gradient(param), self.side(group, param))
         moves = projector.every == 1 or projector.moves_at(int(state.get("step", 0)))
-        return projector.sketch(basis_of(state), matrix, self._reduce, moves)
+        return projector.sketch(basis_of(state), matrix, self._reduce, moves, square)
 
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
@@ -330,7 +346,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         low_rank = to_matrix(sketch.low_rank, side)
         if "step" not in state:
             moments = {PREFIX + name: x for name, x in projector.init(basis, side).items()}
-            state.update(step=torch.tensor(0.0), **rule.init(low_rank), **moments)
+            state.update(step=no_steps(), **rule.init(low_rank), **moments)
         projector_state = {
             k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)
         }
@@ -364,7 +380,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         gradient = self.full_rank_gradient(group, param)
         state, rule = self.state[param], self.rule(group)
         if not state:
-            state.update(step=torch.tensor(0.0), **rule.init(gradient))
+            state.update(step=no_steps(), **rule.init(gradient))
         state["step"] += 1
         direction, rate = rule.step(gradient, state, int(state["step"]), float(group["lr"]))
         add_(param, direction, *self.coefficients(group, rate))
@@ -400,6 +416,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 # The step count lies on the CPU, where reading it costs no synchronisation.
                 device = torch.device("cpu") if name == "step" else param.device
                 self.state[param][name] = value.to(device=device, copy=True)
+
+
+def no_steps() -> Tensor:
+    """A count of steps. It lies on the CPU, where reading it costs no synchronisation."""
+    return torch.tensor(0.0, device="cpu")
 
 
 def state_shapes(
@@ -612,19 +633,28 @@ def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     return total, in_a_row
 
 
-def count_if_not_finite(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> bool:
-    """Whether any gradient holds a value that is not finite, which is counted; one device sync.
-
-    Raises:
-        RuntimeError: for a sparse gradient.
-    """
-    gradients = list(gradients)
+def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
+    """Raises RuntimeError for a sparse gradient."""
     if any(gradient.layout != torch.strided for gradient in gradients):
         raise RuntimeError(
             f"{type(optimizer).__name__} does not support sparse gradients: use a dense embedding"
             " (sparse=False)"
         )
-    is_finite = all_finite(gradients)
+
+
+def count_if_not_finite(
+    optimizer: torch.optim.Optimizer,
+    gradients: Sequence[Tensor],
+    squares: Sequence[Tensor] | None = None,
+) -> bool:
+    """Whether any gradient holds a value that is not finite, which is counted; one device sync.
+
+    Args:
+        optimizer: That counts.
+        gradients: Dense.
+        squares: Their squared norms, if they are known.
+    """
+    is_finite = all_finite(gradients, squares)
     total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
     counts = (total, 0) if is_finite else (total + 1, in_a_row + 1)
     optimizer.param_groups[0]["skipped_steps"] = counts
