@@ -18,6 +18,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
     os.environ.setdefault("PJRT_NPROC", "16")
+if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take minutes
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
 # Compiling dominates the suite: what one run or worker compiled, the next reads.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

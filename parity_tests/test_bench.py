@@ -156,6 +156,15 @@ def test_optimizer_runs_every_contender(
         assert words in text
     assert str(tmp_path) not in text
     assert (tmp_path / "docs" / "benchmark.png").stat().st_size > 0
+    osd = next(r for r in found["records"] if r["contender"] == "osd_jax, AdamW")
+    assert f"| jax | {report.ratio(osd['over_floor'])} |" in text  # in short
+
+
+def test_the_page_of_a_gpu_is_one_of_its_own(tmp_path: Path) -> None:
+    found = {"how": {"device": "cuda"}}
+    assert page.stem({"memory": found}) == "benchmark_cuda"
+    with pytest.raises(UsageError, match="results of cpu and cuda"):
+        page.stem({"memory": found, "train": {"how": {"device": "cpu"}}})
 
 
 TINY = {

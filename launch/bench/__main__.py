@@ -95,9 +95,11 @@ def setting(args: argparse.Namespace) -> Any:
 
 
 def docs(args: argparse.Namespace) -> None:
-    """Writes docs/benchmark.md, .json and .png from what the other modes have left."""
-    page.write(page.read(args.out), args.docs)
-    print(args.docs / "benchmark.md")
+    """Writes docs/benchmark.md, .json and .png from what the other modes have left.
+
+    Of a GPU, docs/benchmark_cuda.md.
+    """
+    print(page.write(page.read(args.out), args.docs))
 
 
 MODES = {"optimizer": optimizer, "train": train, "memory": memory, "docs": docs}

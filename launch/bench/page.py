@@ -1,4 +1,4 @@
-"""`docs/benchmark.md` and its picture, made from what was measured."""
+"""`docs/benchmark.md` and its picture, made from what was measured; `_cuda` of a GPU."""
 
 from __future__ import annotations
 
@@ -56,25 +56,41 @@ def read(directory: Path) -> dict[str, Any]:
     return found
 
 
-def write(results: Mapping[str, Any], docs: Path) -> None:
-    """Writes the page, its numbers and its picture into a folder."""
+def write(results: Mapping[str, Any], docs: Path) -> Path:
+    """Writes the page, its numbers and its picture into a folder; returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
-    write_atomic(docs / "benchmark.json", json.dumps(results, indent=1) + "\n")
+    name = stem(results)
+    write_atomic(docs / f"{name}.json", json.dumps(results, indent=1) + "\n")
     report.plot_all({mode: found["records"] for mode, found in results.items()},
-                    docs / "benchmark.png")  # fmt: skip
-    write_atomic(docs / "benchmark.md", "\n".join(lines(results)) + "\n")
+                    docs / f"{name}.png")  # fmt: skip
+    write_atomic(docs / f"{name}.md", "\n".join(lines(results)) + "\n")
+    return docs / f"{name}.md"
+
+
+def stem(results: Mapping[str, Any]) -> str:
+    """The page's name: a GPU has one of its own.
+
+    Raises:
+        UsageError: the results are of several devices.
+    """
+    devices = sorted({found["how"]["device"] for found in results.values()})
+    if len(devices) > 1:
+        raise UsageError(f"--out: it holds results of {' and '.join(devices)}; give each its own")
+    return "benchmark" if devices == ["cpu"] else f"benchmark_{devices[0]}"
 
 
 def lines(results: Mapping[str, Any]) -> Iterator[str]:
     """The page."""
+    name = stem(results)
+    on = "" if name == "benchmark" else ", on a GPU"
     yield from (
-        "# How fast a step is, and how large",
+        f"# How fast a step is, and how large{on}",
         "",
         "What one step costs beside its floor, beside the published way of taking it, and beside "
         "other optimizers. In every round each contender has its turn in the same process; ratios "
         "are of two times of one round. All figures are medians, with quartiles in brackets.",
         "",
-        "![Times and sizes](benchmark.png)",
+        f"![Times and sizes]({name}.png)",
         "",
         *_floor(results),
     )
@@ -92,9 +108,10 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         "python -m launch.bench docs       # writes this page from runs/bench",
         "```",
         "",
-        "`--device cuda` runs the same on a GPU, with the matrices of 7B too. Do so on a machine "
-        "that does nothing else: ratios within a round bear other programs, a pool of threads that "
-        "waits for one of its own does less well.",
+        "`--device cuda` runs the same on a GPU, with the matrices of 7B too; `--out` then names "
+        "another folder, for `docs` as well. Measure on a machine that does nothing else: ratios "
+        "within a round bear other programs, a pool of threads that waits for one of its own does "
+        "less well.",
     )
 
 
@@ -117,10 +134,12 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
             ],
         ),
         "",
-        "All else reads or writes each number a few times: ||M|| and whether it is finite (twice "
-        "p q), the moments of R (q r numbers each) and those of P (p r each). That is what a step "
-        "may cost above 1 in the tables below. GaLore's step has two of the seven products, R and "
-        "W, and an SVD now and then.",
+        "All else reads or writes each number a few times: ||M||, which is also whether M is "
+        "finite (p q), the moments of R (q r numbers each) and those of P (p r each). That is what "
+        "a step may cost above 1 in the tables below. GaLore's step has two of the seven products, "
+        "R and W, and an SVD now and then. The published way has 3.25 times the floor's operations "
+        "for a square matrix of rank p / 4: its time over the floor's, below, is the most by which "
+        "any step could be faster than it.",
         "",
     )
     if "optimizer" not in results:
@@ -136,16 +155,15 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
     yield report.markdown_table(header, rows)
     yield from ("", "What the machine does at best:", "")
     yield from (f"- {line}" for line in report.rates_text(found_rates).splitlines())
-    yield from (
-        "",
-        "Where the two frameworks' floors differ, their libraries of matrix products do: on a CPU, "
-        "PyTorch's float32 products are MKL's, JAX's are XLA's own.",
-        "",
-    )
+    whose = "PyTorch's float32 products are MKL's, JAX's are XLA's own."
+    if stem(results) != "benchmark":
+        whose = "both have cuBLAS's, and XLA's own beside, and float32 is TF32 in both."
+    yield from ("", "Where the two frameworks' floors differ, their products do: " + whose, "")
 
 
 def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
     yield from ("## One optimizer step", "", about(found), "")
+    yield from (*_in_short(found["records"]), "")
     yield (
         "GaLore's step has its SVD, measured alone, spread over 200 steps; optax.contrib.galore "
         "projects the longer side, the others the shorter. Where P moves every k-th step, a time "
@@ -155,6 +173,34 @@ def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
     for name, records in report.by_case(found["records"]):
         yield from ("", f"### {name}", "", _table(records, report.OPTIMIZER_COLUMNS))
     yield ""
+
+
+def _in_short(records: Sequence[report.Record]) -> Iterator[str]:
+    yield from (
+        "In short, P by online PCA with AdamW; P moved every 10th step has the loss that "
+        "[every_kth_step.md](every_kth_step.md) shows:",
+        "",
+    )
+    titles = (
+        "matrix", "framework", "step over floor", "published way over step",
+        "published way over floor", "step over GaLore's: what P moved at every step costs",
+        "P moved every 10th over GaLore's", "step over full-rank AdamW's",
+    )  # fmt: skip
+    body = []
+    for name, of_case in report.by_case(records):
+        for framework in report.COLORS:
+            of = {r["contender"]: r for r in of_case if r["framework"] == framework}
+            every, tenth, floor = (
+                of[f"osd_{framework}, AdamW"],
+                of[f"osd_{framework}, P moved every 10"],
+                of[f"floor, {framework}"],
+            )
+            cells = (
+                every["over_floor"], every["published_over_this"], floor["published_over_this"],
+                every["over_galore"], tenth["over_galore"], every["over_full_rank"],
+            )  # fmt: skip
+            body.append([name, framework, *map(report.ratio, cells)])
+    yield report.markdown_table(titles, body)
 
 
 def _table(records: Sequence[report.Record], columns: report.Columns) -> str:
