@@ -45,7 +45,7 @@ def optimizer(args: argparse.Namespace) -> None:
         known = list(dict.fromkeys(case.model for case in cases))
         if unknown := set(args.models) - set(known):
             raise UsageError(f"--models: {min(unknown)} is unknown; expected {', '.join(known)}")
-        cases = tuple(case for case in cases if case.model in args.models)
+        cases = tuple(case for model in args.models for case in cases if case.model == model)
     settings = Settings(args.rounds, args.turn_seconds, args.svd_seconds)
     found_rates = rates(args.device, args.dtype, args.rounds)
     at_best = {
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
 
     mode = modes.add_parser("optimizer", parents=[measured, timed], help=optimizer.__doc__)
     mode.set_defaults(rounds=15)
-    mode.add_argument("--models", nargs="+", help="which sizes, such as 60M 350M (all)")
+    mode.add_argument("--models", nargs="+", help="which sizes, in order: 7B 60M (all)")
     mode.add_argument("--turn_seconds", type=float, default=0.05, help="of a turn (0.05)")
     mode.add_argument(
         "--svd_seconds", type=float, default=10.0, help="no SVD is begun after so many (10)"
