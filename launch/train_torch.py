@@ -112,7 +112,7 @@ def processes(options: Options) -> Iterator[torch.device]:
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
-        # TF32, as XLA does unless told otherwise: P's products are float32, and 8 times as fast so.
+        # TF32 on tensor cores, as XLA does unless told otherwise: P's products are float32.
         torch.set_float32_matmul_precision("high")
     else:
         keep_memory()

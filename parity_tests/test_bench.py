@@ -34,6 +34,7 @@ from launch.bench.optimizer import (
     records,
     seven_products,
 )
+from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.cpu import keep_lapack_to_one_thread
 from launch.options import UsageError
@@ -191,6 +192,11 @@ def test_train_runs_every_contender(
         assert record["contender"] in printed
         assert all(set(x) == SPREAD for x in record.values() if isinstance(x, dict))
         assert record["tokens_per_second"]["median"] > 0
+    for part in PARTS:
+        assert part in printed
+        assert all(found["parts"][part][name]["median"] > 0 for name in ("torch", "jax"))
+    main(["docs", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    assert PARTS[0] in (tmp_path / "docs" / "benchmark.md").read_text()
     assert (tmp_path / "train.png").stat().st_size > 0
 
 

@@ -64,11 +64,18 @@ def optimizer(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Tokens a second of the whole train step, by method and framework, plain and layerwise."""
+    from launch.bench import parts
     from launch.bench.train import run
 
     records = run(setting(args), args.rounds)
     print(report.train_text(records))
-    write(args, records)
+    found = parts.run(setting(args), args.rounds)
+    of_parts = {
+        part: {framework: value._asdict() for framework, value in of.items()}
+        for part, of in found.items()
+    }
+    print(f"\n{report.parts_text(of_parts)}")
+    write(args, records, parts=of_parts)
     report.plot_all({"train": records}, args.out / "train.png")
 
 

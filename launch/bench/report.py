@@ -134,6 +134,19 @@ def train_text(records: Sequence[Record]) -> str:
     return text_table(list(TRAIN_COLUMNS), rows(records, TRAIN_COLUMNS))
 
 
+PARTS_HEADER = ("part, forward and backward", "torch, ms", "jax, ms")
+
+
+def parts_rows(parts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
+    """A row for each part of the model: its time in either framework."""
+    return [[part, *(milliseconds(of[name]) for name in COLORS)] for part, of in parts.items()]
+
+
+def parts_text(parts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The table of the model's parts, to print."""
+    return text_table(PARTS_HEADER, parts_rows(parts))
+
+
 def memory_text(records: Sequence[Record]) -> str:
     """The table of bytes, to print."""
     return text_table(list(MEMORY_COLUMNS), rows(records, MEMORY_COLUMNS))
