@@ -234,8 +234,9 @@ def _train(found: Mapping[str, Any]) -> Iterator[str]:
         "",
         _table(found["records"], report.TRAIN_COLUMNS),
         "",
-        "Where the two frameworks differ: the same parts of the model alone. PyTorch has one "
-        "kernel for attention; XLA's is products, and passes of their own.",
+        "Some of what is between the two frameworks, which full-rank AdamW has too: the same parts "
+        "of the model alone. PyTorch has one kernel for attention; XLA's is products, and passes "
+        "of their own.",
         "",
         report.markdown_table(report.PARTS_HEADER, report.parts_rows(found["parts"])),
         "",
