@@ -212,14 +212,14 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     a, s = sketch.correlation, sketch.squared_norm
     assert a is not None and s is not None
     # Where s overflows so may A, and infinity times 0 is no number.
-    is_defined = has_direction(float(s), a.dtype)
-    scaled = local(a) * (2 / float(s)) if is_defined else torch.zeros_like(local(a))
-    inner = local(product(basis.mT, parted_like(scaled, a)))
+    a, scale = (a, 2 / float(s)) if has_direction(float(s), a.dtype) else (torch.zeros_like(a), 0.0)
+    inner = local(product(basis.mT, a)).mul_(scale)
     gram = local(product(basis.mT, basis))
     if penalty:
         inner.add_(gram, alpha=4 * penalty).diagonal().sub_(4 * penalty)
     gram.diagonal().sub_(2)
-    return parted_like((local(basis) @ inner).addmm_(scaled, gram), basis)
+    gradient = (local(basis) @ inner).addmm_(local(a), gram, alpha=scale)
+    return parted_like(gradient, basis)
 
 
 def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:

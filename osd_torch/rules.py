@@ -112,6 +112,8 @@ class Adam(Rule):
         own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
         if own.stride() != first.stride():  # the kernel walks all of them in one order
             own = torch.empty_like(first).copy_(own)
+        if first.ndim == 2 and not first.is_contiguous():  # else it makes a copy, and for nothing
+            x, own, first, second = x.mT, own.mT, first.mT, second.mT
         eps = self.eps if self.eps_first else self.eps * math.sqrt(1 - self.betas[1] ** t)
         torch._fused_adamw_(
             [x], [own], [first], [second], [], [_endless(own.device)],

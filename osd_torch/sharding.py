@@ -304,8 +304,8 @@ def zeros_placed_as(
 
 def on_host(values: Sequence[Tensor]) -> list[Tensor]:
     """0-dimensional tensors, of one device or of several, on the CPU; one device sync."""
-    if not values:
-        return []
+    if all(value.is_cpu for value in values):
+        return list(values)
     return list(torch.stack([value.to(values[0].device) for value in values]).cpu().unbind())
 
 
