@@ -378,7 +378,10 @@ class Llama(nnx.Module):
 
 
 def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
-    return x @ kernel[...].astype(x.dtype)
+    # As a matrix: the kernel's gradient sums over one axis then. Over two, XLA for CPUs transposes
+    # the output's gradient first, which takes as long as the product.
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
