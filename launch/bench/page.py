@@ -234,9 +234,11 @@ def _train(found: Mapping[str, Any]) -> Iterator[str]:
         "",
         _table(found["records"], report.TRAIN_COLUMNS),
         "",
-        "Some of what is between the two frameworks, which full-rank AdamW has too: the same parts "
-        "of the model alone. PyTorch has one kernel for attention; XLA's is products, and passes "
-        "of their own.",
+        "Where the two frameworks differ, full-rank AdamW does too: the same parts of the model "
+        "alone. PyTorch has one kernel for attention, without what the mask hides; XLA's is "
+        "products, and passes of their own. For the head JAX takes four products where PyTorch "
+        "takes three: many logits are made in slices, and again in the backward pass, and are "
+        "never whole.",
         "",
         report.markdown_table(report.PARTS_HEADER, report.parts_rows(found["parts"])),
         "",

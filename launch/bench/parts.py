@@ -1,7 +1,9 @@
 """Parts of the model alone, forward and backward: where the two frameworks' train steps differ.
 
 The attention and the MLP of one layer, without the products of attention's four kernels, and the
-head with its loss, of which there is one. Inputs are random, of the train step's shape.
+head with its loss, of which there is one. Inputs are random, of the train step's shape. JAX's head
+makes its logits in slices, and again in the backward pass, where all would take more than
+`osd_jax.llama.LOGITS_BYTES`.
 """
 
 from __future__ import annotations
@@ -88,11 +90,12 @@ def of_jax(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
     """As `osd_jax.llama` computes them."""
     import jax
     import jax.numpy as jnp
-    import optax
 
     from osd_jax import llama
 
-    labels = jnp.asarray(setting.tokens()["tokens"]).flatten()
+    shape = {**setting.shape(), "tie_word_embeddings": False}
+    config = llama.LlamaConfig.from_hf_dict(shape)
+    tokens = setting.tokens()["tokens"][0]
 
     def attention(query: Any, key: Any, value: Any) -> Any:
         return llama.attend(query, key, value, llama.causal_bias(setting.length)).sum()
@@ -101,8 +104,9 @@ def of_jax(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
         return ((jax.nn.silu(x @ gate) * (x @ up)) @ down).sum()
 
     def loss(x: Any, head: Any) -> Any:
-        logits = (x @ head).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        params = {"norm": jnp.ones(config.hidden_size), "head": head}
+        rows = x.reshape(*tokens.shape, config.hidden_size)
+        return llama.loss_of_output(params, config, rows, tokens)[0]
 
     def step(part: Callable[..., Any], given: list[np.ndarray]) -> Step:
         tensors = [jnp.asarray(x, setting.dtype) for x in given]
