@@ -18,6 +18,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     )
     os.environ.setdefault("PJRT_NPROC", "16")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # With it, devices begin independent collectives in another order each: some wait for the others
+    # in a permutation, those for them in a gathering, and all of them for ever.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take minutes
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
 # Compiling dominates the suite: what one run or worker compiled, the next reads.
