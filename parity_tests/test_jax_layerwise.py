@@ -264,7 +264,11 @@ def optimized() -> Iterator[None]:
 
 @pytest.mark.usefixtures("optimized")
 def test_less_is_alive_than_in_the_plain_step() -> None:
-    """By the compiler's count: a further layer costs the layerwise step less than its gradient."""
+    """By the compiler's count: what a further layer costs the layerwise step is its input.
+
+    On a CPU also a copy of `up` and of `down`, which XLA makes before it writes the new layer into
+    all: their gradients do not depend on their old values, so nothing else orders the two.
+    """
     tx = make_optimizer("galore_adamw")
 
     def temporaries(make: Any, layers: int) -> int:
@@ -287,6 +291,8 @@ def test_less_is_alive_than_in_the_plain_step() -> None:
     growth = {
         make: (temporaries(make, 12) - temporaries(make, 4)) / 8 for make in (plain, layerwise)
     }
-    gradient = sum(x.nbytes for x in jax.tree.leaves(llama.init(WIDE, 0)["layers"])) / 2
-    assert growth[plain] > gradient
-    assert growth[layerwise] < gradient / 3
+    layers = jax.tree.map(lambda x: x[0], llama.init(WIDE, 0)["layers"])
+    assert growth[plain] > sum(x.nbytes for x in jax.tree.leaves(layers))
+    inputs = 2 * 16 * WIDE.hidden_size * 4
+    copied = layers["mlp"]["up"].nbytes + layers["mlp"]["down"].nbytes
+    assert growth[layerwise] < inputs + copied + 1024  # and a few numbers, such as norms
