@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import glob
 import importlib.util
 import json
 import math
@@ -42,8 +41,8 @@ ProjectorInit = Literal["svd", "qr"]
 # A run goes on only with these unchanged: they fix the state's shapes, what its counts mean or the
 # order of the data.
 FIXED = (
-    "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset", "tokenizer",
-    "max_length", "pack", "seed", "total_batch_size",
+    "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset",
+    "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size",
 )  # fmt: skip
 
 GROUPS = {
@@ -141,11 +140,21 @@ class Options:
         "data",
         "c4",
         metavar="NAME",
-        help="builtin (the State of the Union addresses), c4, tfds:NAME, text:GLOB (.txt, .jsonl "
-        "and their .gz), tokens:PATH or hf:NAME",
+        help="builtin (the State of the Union addresses), c4, tfds:NAME, text:GLOB (a file, a "
+        "folder or a pattern; .txt, .json, .jsonl, these as .gz or .zst, and .parquet), "
+        "tokens:PATH or hf:NAME",
+    )
+    text_column: str = _flag(
+        "data",
+        "text",
+        help="text: alone: the key or column with the text in .json, .jsonl and .parquet files",
     )
     data_dir: str | None = _flag(
-        "data", None, metavar="DIR", help="where TensorFlow Datasets finds prepared data"
+        "data",
+        None,
+        metavar="DIR",
+        help="where TensorFlow Datasets finds prepared data, or for c4 the folder that holds en/ "
+        "with C4's own files, c4-train.*.json.gz and c4-validation.*.json.gz",
     )
     cache_dir: str | None = _flag(
         "data",
@@ -613,6 +622,8 @@ class Options:
             )
 
     def _check_data(self) -> None:
+        from launch.data.files import c4_files, text_files  # which loads NumPy
+
         kind, _, where = self.dataset.partition(":")
         if kind not in ("builtin", "c4", *_PLACED) or (kind in _PLACED) != bool(where):
             known = ["builtin", "c4", *(f"{name}:" for name in _PLACED)]
@@ -620,9 +631,17 @@ class Options:
                 f"--dataset: {self.dataset!r} is unknown{_close(self.dataset, known)}; expected "
                 "builtin, c4, tfds:NAME, text:GLOB, tokens:PATH or hf:NAME"
             )
+        if self.text_column != _FIELDS["text_column"].default and kind != "text":
+            raise UsageError(
+                f"--text_column: only text: reads it, and --dataset is {self.dataset}; leave it out"
+            )
+        if not self.text_column:
+            raise UsageError("--text_column: '' is no name; leave it out for text")
         if kind in ("text", "tokens"):
-            paths = glob.glob(where, recursive=True) if kind == "text" else [where]
-            files = [path for path in map(Path, paths) if path.is_file()]
+            files = [Path(where)] if Path(where).is_file() else []
+            if kind == "text":
+                with _about("dataset"):
+                    files = text_files(where)
             if not files:
                 raise UsageError(f"--dataset: no file matches {where}; expected a file to read")
             if not any(path.stat().st_size for path in files):
@@ -633,6 +652,9 @@ class Options:
             raise UsageError(
                 f"--data_dir: no directory {self.data_dir}; expected the one with the prepared data"
             )
+        if kind == "c4":
+            with _about("data_dir"):
+                c4_files(self.data_dir)
 
     def _with_batch(self, processes: int) -> Self:
         unit = self.batch_size * processes
@@ -794,6 +816,15 @@ def user_errors() -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _about(flag: str) -> Iterator[None]:
+    """Names the flag in a `UsageError` for the ValueError or OSError raised inside."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--{flag}: {error}") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -268,7 +268,11 @@ def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
     """
     from launch.data import load_tokenizer, open_data
 
-    places: dict[str, Any] = {"data_dir": options.data_dir, "cache_dir": options.cache_dir}
+    places: dict[str, Any] = {
+        "data_dir": options.data_dir,
+        "cache_dir": options.cache_dir,
+        "text_column": options.text_column,
+    }
     tokenizer = load_tokenizer(options.tokenizer, options.dataset, **places, vocab_size=vocab_size)
     data = open_data(
         options.dataset,

@@ -1,6 +1,7 @@
 """The data: which documents a training step sees, what is held out, and what users get wrong."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -11,11 +12,14 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from launch.data import DataError, load_tokenizer, open_data
 from launch.data.common import prepare_once
-from launch.data.corpus import open_corpus, passages
+from launch.data.corpus import open_corpus
+from launch.data.files import passages
 
 DOCUMENTS = 61  # of which the last 3 are held out; a prime, so that no batch or process count fits
 LENGTH = 24
@@ -232,6 +236,177 @@ def test_text_files_of_all_kinds(tmp_path, cache, byte):
     assert [text.upper() for text in found[:half]] == found[half:-2]
     assert " ".join(found[:half]).split() == prose.split()
     assert all(2_000 <= len(text) < 4_000 for text in found[: half - 1])
+
+
+FORMS = [".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet"]
+
+
+def write_texts(path: Path, written, column: str = "text") -> Path:
+    """Writes texts in the form that the suffix says, as other programs would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        table = {"url": ["x"] * len(written), column: written}
+        pq.write_table(pa.table(table), path, row_group_size=7)
+        return path
+    lines = [json.dumps({"url": "x", column: text}) for text in written]
+    prose = "".join(line + "\n" for line in lines) if ".json" in path.name else "".join(written)
+    data = prose.encode()
+    if path.suffix == ".gz":  # of two members, as pigz and cat make them
+        data = gzip.compress(data[:100]) + gzip.compress(data[100:])
+    if path.suffix == ".zst":
+        parts = data[:100], data[100:]
+        data = b"".join(pa.compress(part, codec="zstd", asbytes=True) for part in parts)
+    path.write_bytes(data)
+    return path
+
+
+def documents_of(corpus):
+    return [[split[i] for i in range(len(split))] for split in (corpus.train, corpus.validation)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_documents(tmp_path, cache, byte, form):
+    """And the same batches, in each of two processes and after going on from a state."""
+    written = [*texts(), "caf\u00e9 \U0001f600", "  "]
+    plain = write_texts(tmp_path / "plain.jsonl", written)
+    path = write_texts(tmp_path / f"c4-train.00000-of-01024{form}", written, "content")
+    wanted = open_corpus(f"text:{plain}", cache_dir=cache)
+    found = open_corpus(f"text:{path}", cache_dir=cache, text_column="content")
+    assert documents_of(found) == documents_of(wanted)
+    assert sum(map(len, documents_of(found))) == DOCUMENTS + 1
+    data = open_text(path, byte, cache, text_column="content")
+    for process in range(2):
+        ours, theirs = data.train(3, process, 2), open_text(plain, byte, cache).train(3, process, 2)
+        for _ in range(30):
+            assert same(next(ours), next(theirs))
+        again = data.train(3, process, 2)
+        again.set_state(ours.get_state())
+        assert same(next(again), next(theirs))
+
+
+def test_prose_in_zst_is_cut_as_prose(tmp_path, cache):
+    prose = ["\n\n".join(f"Paragraph {i}. " + "It says little. " * 30 for i in range(40))]
+    found = [
+        documents_of(open_corpus(f"text:{write_texts(tmp_path / name, prose)}", cache_dir=cache))
+        for name in ("a.txt", "b.txt.zst", "c.txt.gz")
+    ]
+    assert found[0] == found[1] == found[2] and len(found[0][0]) > 3
+
+
+def test_another_column_is_another_corpus(tmp_path, cache):
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "title": t.upper()}) + "\n" for t in texts()))
+    text, title = (
+        open_corpus(f"text:{path}", cache_dir=cache, text_column=c) for c in ("text", "title")
+    )
+    assert text.identity != title.identity
+    assert documents_of(title)[0] == [t.upper() for t in documents_of(text)[0]]
+    tokenizer = load_tokenizer(None, f"text:{path}", None, cache, 270, text_column="title")
+    assert tokenizer.vocab_size == 270
+
+
+def test_a_folder_and_a_pattern_read_shards_by_number(tmp_path, cache, caplog):
+    """Also through links without a suffix behind them, as Hugging Face's cache has them."""
+    root = tmp_path / "data[1]"
+    shards = [texts()[i::12] for i in range(12)]
+    for i, shard in enumerate(shards):
+        write_texts(root / "sub" / f"part-{i}-of-12.json.gz", shard)
+    blob = root / "sub" / "part-10-of-12.json.gz"
+    blob.rename(tmp_path / "0a1b2c")
+    blob.symlink_to(tmp_path / "0a1b2c")
+    (root / "sub" / "loop").symlink_to(root)
+    (root / "README.md").write_text("about")
+    write_texts(root / ".hidden.jsonl", ["no"])
+    write_texts(root / ".git" / "kept.jsonl", ["no"])
+    with caplog.at_level("INFO", "launch"):
+        folder = open_corpus(f"text:{root}", cache_dir=cache)
+    assert "leaves out 3 file(s)" in caplog.text
+    assert all(name in caplog.text for name in ("README.md", ".hidden.jsonl", "kept.jsonl"))
+    wanted = [text for shard in shards for text in shard]
+    assert sum(documents_of(folder), []) == wanted
+    pattern = open_corpus(f"text:{tmp_path}/data*/sub/*.json.gz", cache_dir=cache)
+    assert documents_of(pattern) == documents_of(folder)
+    folders = open_corpus(f"text:{tmp_path}/da*", cache_dir=cache)
+    assert documents_of(folders) == documents_of(folder)
+
+
+def test_the_key_of_an_older_corpus_is_unchanged(tmp_path, cache):
+    """A checkpoint keeps it; it was the digest of these."""
+    paths = [tmp_path / name for name in ("part-10.txt", "part-2.jsonl")]
+    paths[0].write_text("some prose")
+    write_texts(paths[1], texts())
+    stats = [path.stat() for path in paths]
+    stamps = [
+        (str(p.resolve()), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)
+    ]
+    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+    identity = open_corpus(f"text:{tmp_path}/part*", cache_dir=cache).identity
+    assert identity == f"text {key} 59+3 documents"
+
+
+# ---- C4's own files
+
+
+def c4_folder(folder: Path, train=4, validation=2) -> Path:
+    for split, number, of in (("train", train, 1024), ("validation", validation, 8)):
+        for i in range(number):
+            write_texts(
+                folder / f"c4-{split}.{i:05d}-of-{of:05d}.json.gz",
+                [f"{split} {i} {text}" for text in texts(20)],
+            )
+    return folder
+
+
+@pytest.mark.parametrize("place", ["en", ".", "c4/en"])
+def test_c4_in_its_own_files(tmp_path, cache, byte, place):
+    folder = c4_folder(tmp_path / place)
+    write_texts(folder / "other.json.gz", ["no"])
+    data = open_data("c4", byte, data_dir=tmp_path, cache_dir=cache, max_length=LENGTH)
+    assert not data.pack
+    corpus = open_corpus("c4", tmp_path, cache)
+    train, validation = documents_of(corpus)
+    assert train == [f"train {i} {text}" for i in range(4) for text in texts(20)]
+    assert validation == [f"validation {i} {text}" for i in range(2) for text in texts(20)]
+    shutil.copytree(folder, tmp_path / "moved" / "en")
+    assert open_corpus("c4", tmp_path / "moved", cache).identity == corpus.identity
+    write_texts(folder / "c4-train.00004-of-01024.json.gz", texts(20))
+    assert open_corpus("c4", tmp_path, cache).identity != corpus.identity
+
+
+def test_c4_prepared_by_tfds_comes_first(c4, cache):
+    c4_folder(c4 / "en")
+    try:
+        assert len(open_corpus("c4", c4, cache).train) == 90
+    finally:
+        shutil.rmtree(c4 / "en")
+
+
+def test_c4_files_that_are_wrong(tmp_path, cache):
+    def refuses(*words):
+        with pytest.raises(DataError) as error:
+            open_corpus("c4", tmp_path, cache)
+        assert all(word in str(error.value) for word in words), error.value
+
+    refuses("c4/en/3.1.0", "en/c4-train.*.json.gz", "tfds build")
+    en = c4_folder(tmp_path / "en", validation=0)
+    refuses(f"{en} has no c4-validation.*.json.gz", f"text:{en}")
+    c4_folder(en)
+    lost = en / "c4-train.00003-of-01024.json.gz"
+    whole = lost.read_bytes()
+    lost.write_bytes(b"")
+    refuses(str(lost), "is empty: fetch it again")
+    lost.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    refuses(str(lost), "git lfs pull")
+    lost.write_bytes(whole[:-30])
+    refuses(f"cannot read {lost}", "fetch")
+    lost.unlink()
+    lost.symlink_to(tmp_path / "nowhere")
+    refuses(str(lost), "a link to a file that is not there")
+    lost.unlink()
+    lost.with_suffix("").write_bytes(gzip.decompress(whole))
+    assert len(open_corpus("c4", tmp_path, cache).train) == 80
+    lost.write_bytes(whole)
+    refuses("c4-train.00003-of-01024.json and c4-train.00003-of-01024.json.gz", "keep one")
 
 
 def test_passages_of_text_without_blank_lines(tmp_path):
@@ -494,6 +669,33 @@ def wrong(tmp_path):
     flipped = bytearray(gzip.compress(os.urandom(5000)))
     flipped[1000:1100] = bytes(100)
     (tmp_path / "flipped.txt.gz").write_bytes(flipped)
+    (tmp_path / "many").mkdir()
+    for name, text in {
+        "array.json": '[{"text": "one"}]',
+        "pretty.json": '{\n  "text": "one"\n}\n',
+        "number.json": '{"text": "one"}\n{"text": 5}\n',
+        "null.jsonl": '{"text": null}\n',
+        "torn.json": '{"text": "one"}\n{"text": "tw',
+        "list.jsonl": '"one"\n',
+        "other.parquet": "words",
+        "many/one.pdf": "pdf",
+        "many/.two.txt": "hidden",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "empty.json").touch()
+    rows = write_texts(tmp_path / "rows.json.gz", [os.urandom(50).hex() for _ in range(2000)])
+    (tmp_path / "torn.json.gz").write_bytes(rows.read_bytes()[:-1000])
+    table = pa.table({"text": ["one", None], "n": [1, 2]})
+    pq.write_table(table, tmp_path / "null.parquet")
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "null.parquet").read_bytes()[:-9])
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "number.parquet")
+    pq.write_table(pa.table({"words": ["a"]}), tmp_path / "words.parquet")
+    write_texts(tmp_path / "twice" / "a.json", ["one"])
+    write_texts(tmp_path / "twice" / "a.json.zst", ["one"])
+    zst = write_texts(tmp_path / "torn.jsonl.zst", texts())
+    zst.write_bytes(zst.read_bytes()[:-9])
+    (tmp_path / "plain.txt.zst").write_text("no frame of zstd")
     (tmp_path / "empty.bin").touch()
     np.array([1, 2, 300] * 50, np.uint16).tofile(tmp_path / "large.bin")
     np.save(tmp_path / "float.npy", np.ones(200))
@@ -518,6 +720,25 @@ def wrong(tmp_path):
         ("text:{}/*.pdf", ["book.pdf", ".jsonl.gz"]),
         ("text:{}/torn.txt.gz", ["torn.txt.gz", "cannot read"]),
         ("text:{}/flipped.txt.gz", ["flipped.txt.gz", "cannot read"]),
+        ("text:{}/array.json", ["array.json holds one JSON array", "jq -c"]),
+        ("text:{}/pretty.json", ["pretty.json, line 1", "on one line"]),
+        ("text:{}/number.json", ["number.json, line 2", '"text" is 5', "--text_column"]),
+        ("text:{}/null.jsonl", ["null.jsonl, line 1", '"text" is None']),
+        ("text:{}/torn.json", ["torn.json, line 2", '{"text": "tw', "correct the line"]),
+        ("text:{}/list.jsonl", ["list.jsonl, line 1", "expected a JSON object"]),
+        ("text:{}/bad.jsonl", ['no "text" there, only "words"', "--text_column"]),
+        ("text:{}/empty.json", ["empty.json is empty", "fetch it again"]),
+        ("text:{}/torn.json.gz", ["torn.json.gz after line 1", "fetch"]),
+        ("text:{}/torn.jsonl.zst", ["torn.jsonl.zst", "Truncated", "fetch"]),
+        ("text:{}/plain.txt.zst", ["cannot read", "plain.txt.zst", "what its suffix says"]),
+        ("text:{}/other.parquet", ["cannot read", "other.parquet", "fetch"]),
+        ("text:{}/torn.parquet", ["cannot read", "torn.parquet", "fetch"]),
+        ("text:{}/null.parquet", ["null.parquet, row 2", '"text" is None']),
+        ("text:{}/number.parquet", ["number.parquet", "int64", "--text_column"]),
+        ("text:{}/words.parquet", ['no "text" there, only "words"', "--text_column"]),
+        ("text:{}/many", ["many/.two.txt", "many/one.pdf", ".parquet", "another pattern"]),
+        ("text:{}/none", ["/none matches no file"]),
+        ("text:{}/twice", ["twice/a.json and a.json.zst hold the same text"]),
         ("tokens:{}/missing.npy", ["missing.npy", "no such file"]),
         ("tokens:{}/one.txt", ["one.txt", ".npy"]),
         ("tokens:{}/empty.bin", ["empty.bin", "empty"]),

@@ -34,6 +34,7 @@ def open_data(
     pack: bool | None = None,
     seed: int = 0,
     validation_fraction: float = 0.05,
+    text_column: str = "text",
 ) -> "Data":
     """Opens a data set for training and validation.
 
@@ -41,7 +42,7 @@ def open_data(
         dataset: `builtin`, `c4`, `tfds:NAME`, `text:GLOB`, `tokens:PATH` or `hf:NAME`; see
             `corpus.py`.
         tokenizer: from `load_tokenizer`.
-        data_dir: where TFDS data sets lie; None: TFDS's own default.
+        data_dir: where TFDS data sets or C4's own files are; None: TFDS's own default.
         cache_dir: None: `$OSD_CACHE` or ~/.cache/online_subspace_descent.
         max_length: tokens in a row.
         pack: True: documents joined, each ended by the end-of-text token, and cut into rows.
@@ -49,6 +50,7 @@ def open_data(
             None: True for `builtin`, `text:` and `tokens:`, False for the others.
         seed: of the shuffle.
         validation_fraction: share to hold out where the data set has no validation split.
+        text_column: the key or column with the text in the files of `text:`.
 
     Raises:
         DataError: unknown, missing, empty or unsuitable data.
@@ -68,7 +70,7 @@ def open_data(
         corpus = open_tokens(path, max_length, tokenizer.vocab_size, validation_fraction)
         train, validation = corpus.train, corpus.validation
     else:
-        corpus = open_corpus(dataset, data_dir, cache_dir, validation_fraction)
+        corpus = open_corpus(dataset, data_dir, cache_dir, validation_fraction, text_column)
         train = corpus.train.map(tokenizer.encode_document)
         validation = corpus.validation.map(tokenizer.encode_document)
     data = Data(

@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from launch.data.common import DataError, prepare_once
-from launch.data.corpus import passages
+from launch.data.files import passages
 
 NAME = "state_of_the_union"
 HELD_OUT_EVERY = 20

@@ -1,9 +1,9 @@
 """Names of data sets -> documents with random access.
 
     builtin                  every State of the Union address (`builtin.py`)
-    tfds:NAME                a prepared TFDS data set, such as tfds:c4/en:3.1.0; `c4` stands
-                             for that one
-    text:GLOB                .txt and .jsonl files, plain or .gz
+    tfds:NAME                a prepared TFDS data set, such as tfds:c4/en:3.1.0
+    c4                       that one, or C4's own files (`files.c4_files`)
+    text:GLOB                files of text: a file, a folder or a pattern (`files.py`)
     hf:NAME                  a Hugging Face data set (needs the package `datasets`)
     tokens:PATH              token ids: a one-dimensional .npy of integers, or a raw .bin of uint16
 
@@ -11,20 +11,21 @@ Where a data set has no validation split, the last part of it is held out: 5 % u
 otherwise, and at most `MAX_HELD_OUT` documents (for `tokens:`, rows).
 """
 
-import glob
-import gzip
 import hashlib
 import json
+import logging
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from launch.data.common import DataError, cache_root, prepare_once
+from launch.data.files import c4_files, file_texts, text_files
 
 if TYPE_CHECKING:
     import grain
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
 PUBLISHED = "tfds:c4/en:3.1.0"
 KINDS = "builtin, c4, tfds:NAME, text:GLOB, tokens:PATH, hf:NAME"
 MAX_HELD_OUT = 20_000
-PASSAGE = 2_000  # characters; C4's documents have 2,200 on average
-LONGEST_LINE = 16_000  # characters
+LOG_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,23 @@ def open_corpus(
     data_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     validation_fraction: float = 0.05,
+    text_column: str = "text",
 ) -> Corpus:
     """Opens a corpus of texts, preparing it if it is the first time.
 
     Args:
         dataset: `builtin`, `c4`, `tfds:NAME`, `text:GLOB` or `hf:NAME`.
-        data_dir: where TFDS data sets lie; None: TFDS's own default.
+        data_dir: where TFDS data sets or C4's own files are; None: TFDS's own default.
         cache_dir: see `common.cache_root`.
         validation_fraction: share to hold out where the data set has no validation split.
+        text_column: the key or column with the text in the files of `text:`.
 
     Raises:
         DataError: unknown, missing, empty or unreadable data.
     """
     kind, _, rest = full_name(dataset).partition(":")
+    if dataset == "c4" and (files := c4_files(data_dir)):
+        return _open_c4(files, cache_root(cache_dir))
     if kind == "builtin":
         from launch.data import builtin
 
@@ -89,7 +95,7 @@ def open_corpus(
     if kind == "tfds":
         return _open_tfds(rest, data_dir, validation_fraction)
     if kind == "text":
-        return _open_text(rest, cache_root(cache_dir), validation_fraction)
+        return _open_text(rest, text_column, cache_root(cache_dir), validation_fraction)
     if kind == "hf":
         return _open_hf(rest, data_dir, validation_fraction)
     raise DataError(f"data set {dataset!r} holds token ids and no text")
@@ -135,10 +141,11 @@ def _open_tfds(name: str, data_dir: str | os.PathLike[str] | None, fraction: flo
     except (ImportError, ValueError, AssertionError) as error:  # which one: TFDS's many ways
         why = str(error).partition("\n")[0]
     if not splits:
+        own = " or C4's own files, en/c4-train.*.json.gz" if f"tfds:{name}" == PUBLISHED else ""
         raise DataError(
             f"no data set {name!r} is prepared under {place} ({why}): point --data_dir at the "
-            f"folder that holds {name.replace(':', '/')}/, or prepare it first, on a machine that "
-            f"has TensorFlow, with: tfds build {name} --file_format=array_record"
+            f"folder that holds {name.replace(':', '/')}/{own}, or prepare it first, on a machine "
+            f"that has TensorFlow, with: tfds build {name} --file_format=array_record"
         )
     if "text" not in builder.info.features:
         raise DataError(
@@ -178,91 +185,71 @@ def _decode(text: bytes | str) -> str:
 # ---- text files
 
 
-def passages(file: TextIO) -> Iterator[str]:
-    """Cuts a text into passages of at least `PASSAGE` characters, at blank lines if it has any.
-
-    A text without blank lines is cut at the end of a line once twice that is reached, and a line
-    longer than `LONGEST_LINE` characters is cut there. The last passage is as short as it comes.
-    """
-    lines: list[str] = []
-    size = 0
-    for line in iter(lambda: file.readline(LONGEST_LINE), ""):
-        if size >= (2 * PASSAGE if line.strip() else PASSAGE):
-            yield "".join(lines).strip()
-            lines, size = [], 0
-        if lines or line.strip():
-            lines.append(line)
-            size += len(line)
-    if lines:
-        yield "".join(lines).strip()
+def _open_text(pattern: str, column: str, cache: Path, fraction: float) -> Corpus:
+    paths = text_files(pattern)
+    if not paths:
+        raise DataError(
+            f"text:{pattern} matches no file: give a file, a folder, or a quoted pattern such as "
+            "'text:books/*.txt'"
+        )
+    stamps: list[Any] = [_stamp(path) for path in paths]
+    key = _digest(stamps if column == "text" else [column, *stamps])
+    documents = _prepared(paths, column, key, f"text:{pattern}", cache)
+    train, validation = _split(documents, fraction, f"text:{pattern}")
+    return Corpus(train, validation, f"text {key} {len(train)}+{len(validation)} documents")
 
 
-def _json_texts(file: TextIO, path: Path) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise DataError(
-                f'{path}, line {number}: expected a JSON object with a string "text", got '
-                f"{line[:60]!r}"
-            )
-        if text.strip():
-            yield text
+def _open_c4(files: dict[str, list[Path]], cache: Path) -> Corpus:
+    """C4's own files. The identity does not depend on where they are."""
+    parts = {}
+    for split, paths in files.items():
+        key = _digest([_stamp(path) for path in paths])
+        total = int(match[1]) if (match := re.search(r"-of-(\d+)", paths[0].name)) else len(paths)
+        what = f"{len(paths)} of the {total} {split} files of C4"
+        parts[split] = _prepared(paths, "text", key, what, cache)
+    names = [(path.name, path.stat().st_size) for paths in files.values() for path in paths]
+    numbers = "+".join(str(len(documents)) for documents in parts.values())
+    return Corpus(**parts, identity=f"c4 files {_digest(names)} {numbers} documents")
 
 
-def _file_texts(path: Path) -> Iterator[str]:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            yield from _json_texts(file, path) if suffixes[-1] == ".jsonl" else passages(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def _open_text(pattern: str, cache: Path, fraction: float) -> Corpus:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _prepared(
+    paths: Sequence[Path], column: str, key: str, what: str, cache: Path
+) -> "grain.MapDataset[str]":
     """Text files, copied once into one array_record file, which gives random access to all."""
     import grain
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    paths = [Path(path).resolve() for path in found if os.path.isfile(path)]
-    if not paths:
-        raise DataError(
-            f"text:{pattern} matches no file: give a path, or a quoted pattern such as "
-            "'text:books/*.txt'"
-        )
-    for path in paths:
-        if not path.name.endswith((".txt", ".jsonl", ".txt.gz", ".jsonl.gz")):
-            raise DataError(
-                f"{path}: expected .txt, .jsonl, .txt.gz or .jsonl.gz; narrow text:{pattern}"
-            )
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
-
     def build(directory: Path) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
+        for path in paths:  # a wrong column or suffix shows before hours of work
+            next(file_texts(path, column), None)
         writer = ArrayRecordWriter(str(directory / "documents.array_record"), "group_size:1")
-        count = 0
-        for path in paths:
-            for text in _file_texts(path):
+        count, said = 0, time.monotonic()
+        for number, path in enumerate(paths, 1):
+            for text in file_texts(path, column):
                 writer.write(text.encode("utf-8", errors="replace"))
                 count += 1
+            if time.monotonic() > said + LOG_SECONDS:
+                log.info("%d documents in %d of %d files", count, number, len(paths))
+                said = time.monotonic()
         writer.close()
         if not count:
             names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
             raise DataError(f"there is no text in {names}: give files that hold some")
 
-    folder = prepare_once(cache / f"text-{key}", f"text:{pattern}", build)
+    folder = prepare_once(cache / f"text-{key}", what, build)
     source = ArrayRecordDataSource(str(folder / "documents.array_record"))
-    documents: grain.MapDataset[Any] = grain.MapDataset.source(source).map(_decode)
-    train, validation = _split(documents, fraction, f"text:{pattern}")
-    return Corpus(train, validation, f"text {key} {len(train)}+{len(validation)} documents")
+    return grain.MapDataset.source(source).map(_decode)
 
 
 # ---- Hugging Face

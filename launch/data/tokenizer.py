@@ -122,6 +122,7 @@ def load_tokenizer(
     data_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     vocab_size: int = LLAMA_VOCABULARY,
+    text_column: str = "text",
 ) -> Tokenizer:
     """Finds, converts or trains the tokenizer for a data set and a model.
 
@@ -134,6 +135,7 @@ def load_tokenizer(
         data_dir: as `open_data`.
         cache_dir: as `open_data`.
         vocab_size: the model's vocabulary.
+        text_column: as `open_data`.
 
     Raises:
         DataError: no such tokenizer, one larger than the model's vocabulary, or one without an
@@ -155,7 +157,7 @@ def load_tokenizer(
                 f"a vocabulary of {vocab_size} has no room for 256 bytes and two special tokens: "
                 f"give a model config with vocab_size {SMALLEST_VOCABULARY} or more"
             )
-        corpus = open_corpus(dataset, data_dir, cache_dir)
+        corpus = open_corpus(dataset, data_dir, cache_dir, text_column=text_column)
         sample = _limited(spread(corpus.train, TRAINING_CHARACTERS // 500))
         tokenizer = _from_directory(_trained(cache, corpus.identity, vocab_size, sample), dataset)
     if tokenizer.vocab_size > vocab_size:
