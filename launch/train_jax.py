@@ -91,6 +91,8 @@ def train(options: Options, processes: hosts.Processes) -> int:
         if weights:
             found = llama.LlamaConfig.load(weights / "config.json")
             training.check_alike(weights, dataclasses.asdict(found), dataclasses.asdict(config))
+            if not training.goes_on(options):
+                llama.weight_files(weights)  # refuses a folder without them before any work
         tokenizer, data = training.open_text(options, config.vocab_size)
         config = dataclasses.replace(config, **training.special_tokens(tokenizer))
     process = (processes.index, processes.count)

@@ -185,6 +185,8 @@ def train(options: Options, device: torch.device) -> int:
         if weights:
             found = llama.load_config(weights / "config.json")
             training.check_alike(weights, llama.compared(found), llama.compared(config))
+            if not training.goes_on(options):
+                llama.weight_files(weights)  # refuses a folder without them before any work
         tokenizer, data = training.open_text(options, config.vocab_size)
         for name, value in training.special_tokens(tokenizer).items():
             setattr(config, name, value)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_SKIPPED_IN_A_ROW = 10
 WRITES = {"train_jax": "_CHECKPOINT_METADATA", "train_torch": "manifest.json"}
 """A file in every complete checkpoint, by the trainer that writes it."""
+WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+"""How the names of a model's weights end, but not those of a run's checkpoints."""
 STOPPED = 130
 """The exit code of a run that was asked to stop: what follows it in a script must not run."""
 
@@ -318,10 +320,15 @@ def hugging_face_weights(options: Options) -> Path | None:
     """The Hugging Face directory that `--continue_from` names, if it names one.
 
     Raises:
-        UsageError: it is this run's own model, whose place in the run is gone.
+        UsageError: it is this run's own model, whose place in the run is gone, a model without
+            `config.json`, or empty.
     """
     directory = Path(options.continue_from) if options.continue_from else None
-    if directory is None or not (directory / "config.json").is_file():
+    if directory is None:
+        return None
+    if not (directory / "config.json").is_file():
+        if not goes_on(options):
+            _check_may_be_a_run(directory)
         return None
     if options.continues_itself:
         raise UsageError(
@@ -329,6 +336,27 @@ def hugging_face_weights(options: Options) -> Path | None:
             "the run by --resume, or train the model further under another --name"
         )
     return directory
+
+
+def goes_on(options: Options) -> bool:
+    """Whether `--resume` finds a checkpoint of this run, so that `--continue_from` is not read."""
+    own = (options.save_path / "checkpoints").glob("*")
+    return options.resume and any(path.name.isdigit() for path in own)
+
+
+def _check_may_be_a_run(directory: Path) -> None:
+    names = sorted(path.name for path in directory.iterdir())
+    if not names:
+        raise UsageError(
+            f"--continue_from: {directory} is empty; give the directory of a run, of a checkpoint "
+            "or of a model"
+        )
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    if weights:
+        raise UsageError(
+            f"--continue_from: {directory} has {weights[0]} and no config.json, which says what "
+            "model it is of; put the model's config.json beside it"
+        )
 
 
 def check_alike(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

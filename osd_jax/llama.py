@@ -633,6 +633,77 @@ _LAYER_NAMES = {
     "mlp/down": "mlp.down_proj",
 }
 _TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+WEIGHTS = (
+    "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
+    "*.gguf",
+)  # fmt: skip
+"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
+
+
+def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
+
+    Reads their headers only, so that a run can refuse a folder before it does any work.
+
+    Args:
+        directory: of the model.
+
+    Raises:
+        OSError: there is none, or a shard is missing; the message names what is there instead.
+        ValueError: the index or a file is damaged.
+    """
+    folder = Path(directory)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = _shards(index)
+    else:
+        there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
+        raise FileNotFoundError(
+            f"{folder} has neither {whole.name} nor {index.name}"
+            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
+            "transformers and write it by save_pretrained, which writes safetensors"
+        )
+    for path in files:
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {error}; fetch or save it again"
+                f"{' (git lfs pull: it is a pointer of Git LFS)' if _is_pointer(path) else ''}"
+            ) from error
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        OSError: one is missing.
+        ValueError: it is no index of safetensors files.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"it names {names[:3]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of safetensors shards: {error!r}; fetch or save it again"
+        ) from error
+    files = [index.parent / name for name in names]
+    if lost := [path.name for path in files if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
+            "first: fetch them, or save the model again"
+        )
+    return files
+
+
+def _is_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def load_hf(
@@ -658,11 +729,8 @@ def load_hf(
     expected = {name for path, spec in _named_leaves(specs) for name in _hf_names(path, spec)}
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, "numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        for path in weight_files(folder):
+            file = stack.enter_context(safe_open(path, "numpy"))
             files |= dict.fromkeys(file.keys(), file)
         # Old files carry the rotary frequencies, and sometimes a tied head a second time.
         ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
@@ -736,22 +804,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         written = Path(scratch) / path.name
         write(written)
         os.replace(written, path)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither {whole.name} nor {index.name}: save the model with "
-            "transformers' save_pretrained, which writes safetensors"
-        )
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards: {error!r}") from error
-    return [folder / name for name in sorted(names)]
 
 
 def _key(path: tuple[Any, ...]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +45,12 @@ KINDS = {
     "mlp.up_proj.weight": "mlp/up",
     "mlp.down_proj.weight": "mlp/down",
 }
+
+WEIGHTS = (
+    "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
+    "*.gguf",
+)  # fmt: skip
+"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -146,6 +152,72 @@ def build(
     return _finished(model, config)
 
 
+def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
+
+    Reads their headers only, so that a run can refuse a folder before it does any work.
+
+    Args:
+        directory: of the model.
+
+    Raises:
+        OSError: there is none, or a shard is missing; the message names what is there instead.
+        ValueError: the index or a file is damaged.
+    """
+    folder = Path(directory)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = _shards(index)
+    else:
+        there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
+        raise FileNotFoundError(
+            f"{folder} has neither {whole.name} nor {index.name}"
+            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
+            "transformers and write it by save_pretrained, which writes safetensors"
+        )
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {error}; fetch or save it again"
+                f"{' (git lfs pull: it is a pointer of Git LFS)' if _is_pointer(path) else ''}"
+            ) from error
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        OSError: one is missing.
+        ValueError: it is no index of safetensors files.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"it names {names[:3]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of safetensors shards: {error!r}; fetch or save it again"
+        ) from error
+    files = [index.parent / name for name in names]
+    if lost := [path.name for path in files if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
+            "first: fetch them, or save the model again"
+        )
+    return files
+
+
+def _is_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def load_hf(
     directory: str | os.PathLike[str],
     *,
@@ -169,20 +241,18 @@ def load_hf(
     """
     folder = Path(directory)
     config = config or load_config(folder / "config.json")
+    weight_files(folder)
     padding, config.pad_token_id = config.pad_token_id, None
-    try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation="sdpa",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with the others
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{folder} has no readable safetensors file: {error}") from error
+    loaded: Any = LlamaForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype or "auto",
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, with the others
+    )
     config.pad_token_id = padding
     model, found = loaded
     for problem, names in (

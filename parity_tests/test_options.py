@@ -176,6 +176,12 @@ def test_cosine_restarts():
         ("--dataset text", ("'text'", "text:GLOB")),
         ("--dataset text:none/*.txt", ("none/*.txt",)),
         ("--dataset text:empty.txt", ("empty.txt is empty",)),
+        ("--dataset text:empty.jsonl", ("--dataset", "empty.jsonl is empty", "fetch it again")),
+        ("--dataset text:folder", ("--dataset", "folder/a.pdf", ".json.gz", ".parquet")),
+        ("--dataset text:folder/none", ("--dataset", "no file matches folder/none")),
+        ("--dataset c4 --text_column body", ("--text_column", "only text: reads it", "c4")),
+        ("--dataset text:small.json --text_column=", ("--text_column", "''")),
+        ("--dataset c4 --data_dir folder", ("--data_dir", "folder/en has no c4-validation")),
         ("--dataset tokens:none.npy", ("none.npy",)),
         ("--data_dir none", ("--data_dir", "none")),
         ("--continue_from none", ("--continue_from", "none")),
@@ -195,6 +201,11 @@ def test_cosine_restarts():
 )
 def test_mistakes_are_named(line, parts):
     Path("empty.txt").touch()
+    Path("empty.jsonl").touch()
+    Path("folder/en").mkdir(parents=True)
+    Path("folder/a.pdf").touch()
+    if "--data_dir folder" in line:
+        Path("folder/en/c4-train.00000-of-01024.json.gz").write_bytes(b"x")
     Path("gpt.json").write_text('{"model_type": "gpt2"}')
     Path("part.json").write_text('{"model_type": "llama"}')
     model = json.loads(Path("small.json").read_text())
@@ -226,6 +237,12 @@ def test_a_run_goes_on_only_as_what_it_was():
     subspace = "--optimizer galore_adamw --rank"
     start_run(f"{subspace} 16")
     parse(f"{subspace} 16 --resume --lr 0.5").check()
+    Path("some.jsonl").write_text("{}")
+    start_run("--dataset text:some.jsonl --text_column body --name other")
+    refused(
+        "--dataset text:some.jsonl --name other --resume",
+        "--text_column", "started with body, not text",
+    )  # fmt: skip
     refused(f"{subspace} 8 --resume", "--rank", "started with 16, not 8")
     model = json.loads(Path("small.json").read_text())
     Path("small.json").write_text(json.dumps(model | {"hidden_size": 64}))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trainer_runs import unreadable_models
 
 import osd_torch
 from launch.data import is_exact, reshard
@@ -145,11 +146,25 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             llama.load_hf(tmp_path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="is not a readable safetensors file"):
         llama.load_hf(tmp_path)
     path.unlink()
     with pytest.raises(OSError, match="model.safetensors"):
         llama.load_hf(tmp_path)
+
+
+def test_models_that_cannot_be_read_are_refused_in_the_same_words_as_by_jax(tmp_path: Path) -> None:
+    jax_llama = pytest.importorskip("osd_jax.llama")
+    llama.save_hf(tmp_path / "good", build())
+    for name, (folder, message) in unreadable_models(tmp_path, tmp_path / "good").items():
+        if not (folder / "config.json").exists():  # for the trainers to tell
+            continue
+        said = []
+        for load in (llama.load_hf, jax_llama.load_hf):
+            with pytest.raises((OSError, ValueError), match=message) as error:
+                load(folder)
+            said.append((type(error.value), str(error.value)))
+        assert said[0] == said[1], name
 
 
 def test_jax_reads_these_files_and_torch_jaxs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -298,7 +299,96 @@ def common_mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, An
             r"is this run's own model, with weights only; go on .* --resume",
         ),
         "a run is there": ({"name": "reference"}, r"reference holds a run already; .*--resume"),
+        **{
+            name: ({"continue_from": folder, "dataset": f"text:{home.path}/blank.txt"}, message)
+            for name, (folder, message) in unreadable_models(home.path, weights).items()
+        },
+        "torn data": (
+            {"dataset": f"text:{torn_data(home.path)}"},
+            r"cannot read .*torn\.json\.gz.*; the file is damaged .*fetch or write it again",
+        ),
+        "C4 without validation": (
+            {"dataset": "c4", "data_dir": c4_folder(home.path / "half", validation=0)},
+            r"--data_dir: .*half/en has no c4-validation\.\*\.json\.gz: add C4's validation files",
+        ),
+        "another column": (
+            {"dataset": f"text:{c4_folder(home.path / 'c4')}", "text_column": "body"},
+            r'en/c4-train.*, line 1: no "body" there, only "url", "text".* by --text_column',
+        ),
     }
+
+
+def unreadable_models(path: Path, weights: Path) -> dict[str, tuple[Path, str]]:
+    """Folders of models that neither trainer reads, and what the message has to say of each."""
+    index = "model.safetensors.index.json"
+    one, two = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    whole = (weights / "model.safetensors").read_bytes()
+    shards = json.dumps({"weight_map": {"a": one, "b": two}}).encode()
+    config = {"config.json": (weights / "config.json").read_bytes()}
+    neither = r"has neither model\.safetensors nor model\.safetensors\.index\.json"
+    way_out = r": load the model with transformers and write it by save_pretrained"
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    cases: dict[str, tuple[dict[str, bytes], str]] = {
+        name: ({**config, name: b"x"}, rf"{neither}, only {name}{way_out}")
+        for name in (
+            "pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt.index", "tf_model.h5",
+            "flax_model.msgpack", "consolidated.00.pth", one,
+        )
+    }  # fmt: skip
+    cases |= {
+        "no weights": (config, neither + way_out),
+        "no model at all": ({}, "is empty; give the directory of a run"),
+        "no config": ({"model.safetensors": whole}, r"has model\.safetensors and no config\.json"),
+        "no config, old weights": (
+            {"pytorch_model.bin": b"x"},
+            r"has pytorch_model\.bin and no config\.json, which says .*; put the model's",
+        ),
+        "a lost shard": (
+            {**config, index: shards, one: whole},
+            rf"names 2 shards, of which 1 are not there, {two} first: fetch them",
+        ),
+        "half a shard": (
+            {**config, index: shards, one: whole, two: whole[: len(whole) // 2]},
+            rf"{two} is not a readable safetensors file: .*; fetch or save it again",
+        ),
+        "a pointer": (
+            {**config, "model.safetensors": pointer},
+            r"model\.safetensors is not a readable safetensors file: .*git lfs pull",
+        ),
+        "no index": ({**config, index: b"[]"}, r"index\.json is not an index of .*save it again"),
+        "index of .bin": (
+            {**config, index: shards.replace(b".safetensors", b".bin")},
+            r"is not an index of safetensors shards: .*model-00001-of-00002\.bin",
+        ),
+    }
+    folders = {}
+    for number, (name, (files, message)) in enumerate(cases.items()):
+        folder = path / f"unreadable-{number}"
+        folder.mkdir(exist_ok=True)
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
+        folders[name] = (folder, message)
+    return folders
+
+
+def torn_data(path: Path) -> Path:
+    file = path / "torn.json.gz"
+    file.write_bytes(gzip.compress(b'{"text": "some words"}\n' * 99)[:-9])
+    return file
+
+
+def c4_folder(path: Path, validation: int = 2) -> Path:
+    """C4's own files, as small ones, in `en/`."""
+    (path / "en").mkdir(parents=True, exist_ok=True)
+    words = ["the", "of", "people", "union", "state", "government", "congress", "year", "peace"]
+    draw = random.Random(0)
+    for split, number, of in (("train", 3, 1024), ("validation", validation, 8)):
+        for i in range(number):
+            texts = [" ".join(draw.choices(words, k=draw.randrange(3, 20))) for _ in range(20)]
+            lines = (json.dumps({"url": "x", "text": text}) + "\n" for text in texts)
+            file = path / "en" / f"c4-{split}.{i:05d}-of-{of:05d}.json.gz"
+            file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    return path
 
 
 def short_run(home: Home, name: str, settings: dict[str, Any]) -> None:
@@ -594,6 +684,28 @@ class RunTests:
             assert process.returncode == 2
             assert output.startswith(f"error: {message}") and output.count("\n") == 1, output
         assert not (home / "wrong").exists()
+
+    def test_c4_in_its_own_files(self, home: Home) -> None:
+        """Trained on, and evaluated on the whole of C4's own validation split; and resumed."""
+        place = c4_folder(home.path / "c4-own")
+        c4 = {**SHORT, "dataset": "c4", "data_dir": place, "eval_tokens": None, "save_every": 2}
+        assert home.run("c4-own", **c4) == 0
+        lines = timeless(home / "c4-own")
+        texts = [
+            json.loads(line)["text"]
+            for file in sorted((place / "en").glob("c4-validation.*"))
+            for line in gzip.decompress(file.read_bytes()).splitlines()
+        ]
+        assert len(texts) == 40
+        tokenizer = load_tokenizer("byte", "c4", cache_dir=home.path / "cache", vocab_size=300)
+        data = open_data("c4", tokenizer, data_dir=place, cache_dir=home.path / "cache")
+        assert [data.validation_documents[i].tolist()[:32] for i in range(40)] == [
+            tokenizer.encode_document(text).tolist()[:32] for text in texts
+        ]
+        shutil.rmtree(home / "c4-own" / "checkpoints" / "3")
+        shutil.rmtree(home / "c4-own" / "model")
+        assert home.run("c4-own", **c4, resume=True) == 0
+        assert timeless(home / "c4-own") == lines
 
     def test_token_arrays_have_no_tokenizer_and_no_sample(self, home: Home) -> None:
         np.save(home.path / "ids.npy", np.random.default_rng(0).integers(0, 300, 4000))
