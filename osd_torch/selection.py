@@ -124,9 +124,7 @@ class Kinds:
         if _VECTOR.search(words[-1]):
             return VECTOR
         block = _first_block(parts, words, stacked=len(shape) > 2)
-        as_chosen = any(
-            _NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words
-        )
+        as_chosen = any(_NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words)
         if not as_chosen:
             if _is_head(parts, words, block):
                 return HEAD
