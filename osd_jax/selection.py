@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Select = Callable[[str, jax.Array], bool]
 Numbers = Callable[[str], SubspaceDimensionNumbers | None]
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # input and output, counted from the last
 
 logger = logging.getLogger("osd_jax")
 
@@ -54,7 +55,7 @@ _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
 _NAMED_AS_CHOSEN = re.compile(r"attn|attention|mlp")
 _TABLE = re.compile(
     r"embed|(^|_)embs?(_|$)|^w[tp]e$|^shared$|table|codebook|tokens?$|latents$"
-    r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias|enc)"
+    r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias$|enc)"
     r"|(^|_)log(_|$)|time_(decay|faaaa|first)"
 )
 _LINEAR = re.compile(r"proj|linear|dense")  # of a component that `_TABLE` finds: no table after all
@@ -283,7 +284,7 @@ class LinearSelection:
             axes = self._axes.get(name, self._axes.get(name.removesuffix("/value")))
             if axes is None:
                 return None
-            # Counted from the last axis: what precedes them are stacked layers.
+            # What precedes them are stacked layers.
             return SubspaceDimensionNumbers(
                 *(tuple(axis % array.ndim for axis in side) for side in axes)
             )
@@ -291,16 +292,17 @@ class LinearSelection:
         return jax.tree_util.tree_map_with_path(numbers, params)
 
 
-def _linear_kernels(model: nnx.Module) -> tuple[dict[int, SubspaceDimensionNumbers], set[int]]:
+def _linear_kernels(model: nnx.Module) -> tuple[dict[int, Axes], set[int]]:
     """The axes of each linear layer's kernels, from the last, by their ids; ids of embeddings."""
     from flax import nnx
 
-    linear, tables = {}, set()
+    linear: dict[int, Axes] = {}
+    tables: set[int] = set()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Embed):
             tables.add(id(module.embedding))
         for kernel, n_in, n_out in _kernels(module):
-            linear[id(kernel)] = SubspaceDimensionNumbers(n_in, n_out)
+            linear[id(kernel)] = (n_in, n_out)
     return linear, tables
 
 

@@ -50,7 +50,7 @@ _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
 _NAMED_AS_CHOSEN = re.compile(r"attn|attention|mlp")
 _TABLE = re.compile(
     r"embed|(^|_)embs?(_|$)|^w[tp]e$|^shared$|table|codebook|tokens?$|latents$"
-    r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias|enc)"
+    r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias$|enc)"
     r"|(^|_)log(_|$)|time_(decay|faaaa|first)"
 )
 _LINEAR = re.compile(r"proj|linear|dense")  # of a component that `_TABLE` finds: no table after all
@@ -61,6 +61,7 @@ _HEAD = re.compile(
 _HEAD_IN_BLOCK = re.compile(r"(^|_)(lm|shared|output)_heads?$|classifier")
 _GATE = re.compile(r"^(gates?|gating)$")
 _EXPERT_GATE = re.compile(r"(expert|moe)s?_gate$|router")
+_ROUTER_CLASS = re.compile(r"Router|(TopK|M[oO][eE])Gate")
 _LEAVES = {"weight", "kernel", "w", "embedding", "scale", "bias", "b"}
 
 
@@ -262,11 +263,17 @@ class LinearSelection:
 def _linear_weights(model: torch.nn.Module) -> set[int]:
     """The ids of the parameters that `select_linear` selects."""
     kinds = Kinds(name for name, _ in model.named_parameters())
+    on_top = _outside_base_models(model)
     chosen = set()
+    routers: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
+        if _ROUTER_CLASS.search(type(module).__name__):
+            routers.append(f"{path}.")
         for name, weight in _weights(module):
             full_name = f"{path}.{name}" if path else name
-            if weight.ndim == 2 and kinds(full_name, weight.shape) not in (HEAD, ROUTER):
+            kind = kinds(full_name, weight.shape)
+            is_left = kind in (HEAD, ROUTER) or full_name.startswith(tuple(routers))
+            if weight.ndim == 2 and not is_left and (kind == MATRIX or id(weight) not in on_top):
                 chosen.add(id(weight))
     return chosen - _embeddings_and_heads(model)
 
@@ -290,8 +297,8 @@ def _weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _embeddings_and_heads(model: torch.nn.Module) -> set[int]:
-    """The ids of what an embedding holds, and of what is on top of a model of transformers."""
-    left = set()
+    """The ids of what embeddings and output heads hold, as the modules themselves tell."""
+    left: set[int] = set()
     for module in model.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
             left.add(id(module.weight))
@@ -299,11 +306,18 @@ def _embeddings_and_heads(model: torch.nn.Module) -> set[int]:
             # Some models of transformers raise for what they do not have.
             with contextlib.suppress(Exception):
                 left.update(map(id, getattr(module, method)().parameters()))
+    return left
+
+
+def _outside_base_models(model: torch.nn.Module) -> set[int]:
+    """The ids of what models of transformers have on top of their `base_model`."""
+    on_top: set[int] = set()
+    for module in model.modules():
         base = getattr(module, "base_model", None)
         if hasattr(module, "base_model_prefix") and isinstance(base, torch.nn.Module):
             inside = {id(param) for param in base.parameters()}
-            left.update(id(param) for param in module.parameters() if id(param) not in inside)
-    return left
+            on_top.update(id(param) for param in module.parameters() if id(param) not in inside)
+    return on_top
 
 
 # ----------------------------------------------------------------------------------- in numbers
