@@ -9,6 +9,8 @@ is a matrix, or a stack of them, where `dimension_numbers` says so.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import math
 import re
@@ -331,6 +333,19 @@ def _kernels(module: nnx.Module) -> Iterator[tuple[Any, tuple[int, ...], tuple[i
 # ----------------------------------------------------------------------------------- in numbers
 
 
+_of_a_part = contextvars.ContextVar("_of_a_part", default=False)
+
+
+@contextlib.contextmanager
+def of_a_part() -> Iterator[None]:
+    """Within it nothing is said: what holds of some of the parameters says nothing of the whole."""
+    token = _of_a_part.set(True)
+    try:
+        yield
+    finally:
+        _of_a_part.reset(token)
+
+
 def say_what_is_projected(
     shapes: dict[str, tuple[int, ...]],
     projected: Collection[str],
@@ -350,7 +365,7 @@ def say_what_is_projected(
       rank: Of the subspaces.
       chosen_here: Whether the selection is this module's, and not one of the user's own.
     """
-    if not shapes or jax.process_index() != 0:
+    if not shapes or _of_a_part.get() or jax.process_index() != 0:
         return
     text, is_whole = summary(shapes, projected, kinds=kinds, rank=rank)
     logger.log(logging.WARNING if chosen_here and not is_whole else logging.INFO, text)

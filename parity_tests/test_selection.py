@@ -26,6 +26,7 @@ import osd_jax
 import osd_torch
 from osd_jax import llama as jax_llama
 from osd_jax import selection as jax_selection
+from osd_jax.layerwise import state_of_part
 from osd_torch import selection as torch_selection
 from osd_torch.selection import ARRAY, EXPERTS, HEAD, MATRIX, ROUTER, TABLE, VECTOR
 
@@ -636,6 +637,17 @@ def test_jax_says_once_what_is_projected(caplog: pytest.LogCaptureFixture) -> No
     options = {"learning_rate": 0.1, "rank": 4, "select": only, "dimension_numbers": numbers}
     osd_jax.make_optimizer("galore_adamw", "continuous", **options).init(other)
     assert not lines(caplog, logging.WARNING)
+
+
+def test_a_part_of_the_parameters_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    params = {"layers_0": {"fc": jnp.ones((8, 6))}, "layers_1": {"fc": jnp.ones((8, 6))}}
+    tx = osd_jax.make_optimizer("galore_adamw", learning_rate=0.1, rank=4)
+    with caplog.at_level(logging.INFO, "osd_jax"):
+        state = jax.eval_shape(tx.init, params)
+        for name in params:
+            state_of_part(tx, {name: params[name]}, state)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "osd_jax"]
+    assert said.startswith("2 matrices")
 
 
 def test_only_the_first_process_says_it(
