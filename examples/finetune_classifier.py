@@ -143,12 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # Matrices inside the layers move in a subspace; embeddings, norms and the new layer do not.
     optimizer = osd_torch.make_optimizer(
-        model.named_parameters(),
-        "galore_adamw",
-        "continuous",
-        lr=args.lr,
-        rank=args.rank,
-        select=lambda name, param: param.ndim == 2 and "layer" in name,
+        model.named_parameters(), "galore_adamw", "continuous", lr=args.lr, rank=args.rank
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     losses = []

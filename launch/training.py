@@ -82,13 +82,14 @@ C = TypeVar("C", bound=Checkpoints)
 
 
 def set_up_logging(shows: bool = True) -> None:
-    """Shows warnings, and what this package has to say, as bare lines on stderr.
+    """Shows warnings, and what this package and its libraries say, as bare lines on stderr.
 
     Args:
         shows: False for a process whose messages are the first one's, too.
     """
     logging.basicConfig(level=logging.WARNING if shows else logging.ERROR, format="%(message)s")
-    logging.getLogger("launch").setLevel(logging.INFO if shows else logging.ERROR)
+    for package in ("launch", "osd_jax", "osd_torch"):
+        logging.getLogger(package).setLevel(logging.INFO if shows else logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from osd_jax.blockwise import quantize_state
 from osd_jax.layerwise import make_layerwise_train_step
 from osd_jax.optimizers import make_optimizer, skipped_steps
 from osd_jax.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_jax.selection import select_linear
 from osd_jax.subspace import (
     SubspaceDimensionNumbers,
     SubspaceState,
@@ -30,6 +31,7 @@ __all__ = [
     "quantize_state",
     "random",
     "scale_by_subspace",
+    "select_linear",
     "skipped_steps",
     "svd",
 ]

@@ -36,6 +36,7 @@ from osd_jax.accumulation import (
     squared_norm_held,
 )
 from osd_jax.projectors import accumulator_dtype
+from osd_jax.selection import of_a_part
 from osd_jax.subspace import Side, SubspaceTransformation, all_finite, in_parts
 from osd_jax.train import (
     Batch,
@@ -62,7 +63,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _state_shapes(tx: optax.GradientTransformation, params: optax.Params) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), of_a_part():
         # That none of these parameters is projected says nothing of the whole.
         warnings.simplefilter("ignore")
         return jax.eval_shape(tx.init, params)

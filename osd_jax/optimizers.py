@@ -6,6 +6,7 @@ Each published optimizer is a short composition of public pieces: the rule of W,
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,9 +37,11 @@ from osd_jax.rules import (
     scale_by_adam_uncorrected_eps,
     scale_by_factored_second_moment,
 )
+from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
 from osd_jax.subspace import (
     DimensionNumbers,
     Side,
+    SubspaceDimensionNumbers,
     SubspaceTransformation,
     all_finite,
     by_name,
@@ -52,7 +55,6 @@ from osd_jax.subspace import (
     scale_by_subspace,
 )
 
-Select = Callable[[str, jax.Array], bool]
 LION_SIGNS = ("lifted", "subspace")
 MOVE_PROJECTOR = ("after", "before")
 
@@ -123,9 +125,12 @@ def make_optimizer(
       weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers and
         `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the gradient.
       beta1: First moment of `galore_adafactor`. None: none.
-      select: (path, parameter) -> whether it is projected. None: matrices with `attn`,
-        `attention` or `mlp` in their path.
-      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: 2-D arrays are (input, output).
+      select: (path, parameter) -> whether it is projected, such as `select_linear(model)`. None:
+        the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in their
+        path, but no embeddings, tables, heads and routers. The log (`osd_jax`) says what was chosen
+        and what was left.
+      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those that `select_linear`
+        knows, or else 2-D arrays are (input, output).
       seed: Of `random`.
       penalty: Weight of the orthogonality penalty in P's loss.
       projector_lr_multiple: P's step size as a multiple of W's, in place of `1 / update_proj_gap`.
@@ -207,13 +212,15 @@ def make_optimizer(
     ):
         _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
 
+    if dimension_numbers is None and isinstance(select, LinearSelection):
+        dimension_numbers = select.dimension_numbers
     factor = schedule or (lambda count: 1.0)
     lr = lambda count: learning_rate * factor(count)
     as_matrices = lambda tx: on_matrices(tx, dimension_numbers)
 
     if optimizer in FULL_RANK_OPTIMIZERS:
         tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices, slice_size)
-        return in_parts(_guarded(in_float32(tx), projects=False), None)
+        return in_parts(_guarded(in_float32(tx)), None)
 
     rule = _subspace_rule(optimizer, lr, beta1, lion_sign, slice_size)
 
@@ -244,11 +251,11 @@ def make_optimizer(
         basis_dtype=basis_dtype,
         widen_updates=True,
     )
-    labels = _labels(select or is_attention_or_mlp, dimension_numbers)
+    labels = _labels(select, dimension_numbers)
     full_rank = (as_matrices if rule.reads_matrices else in_float32)(rule.low_rank)
     transforms = {"subspace": subspace, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
-    return in_parts(_guarded(tx, projects=True), subspace)
+    return in_parts(_guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
 
 
 class _Rule(NamedTuple):
@@ -357,15 +364,6 @@ def _projector(
     return online_pca(optimizer, penalty=penalty, init=init, moves_first=moves_first, every=every)
 
 
-def is_attention_or_mlp(path: str, array: jax.Array) -> bool:
-    """The default selection: matrices of attention and MLP layers, by their path.
-
-    Not their biases, which Flax's attention holds as (heads, head_dim).
-    """
-    is_kernel = array.ndim >= 2 and "bias" not in path
-    return is_kernel and any(name in path for name in ("attn", "attention", "mlp"))
-
-
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
     """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip."""
     is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
@@ -376,48 +374,72 @@ def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
 
 
 def _labels(
-    select: Select, dimension_numbers: DimensionNumbers
+    select: Select | None, dimension_numbers: DimensionNumbers
 ) -> Callable[[optax.Params], optax.Params]:
     def labels(params: optax.Params) -> optax.Params:
-        numbers = dimension_numbers_by_name(dimension_numbers, params)
-
-        def label(path: tuple[Any, ...], x: jax.Array) -> str:
-            name = path_name(path)
-            if not select(name, x):
-                return "full"
-            if select is is_attention_or_mlp:
-                axes = numbers(name)
-                is_vector = axes is not None and axes.reduction_axis == ()
-                return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
-            return "subspace"
-
+        chosen = select or _kinds(params, dimension_numbers).selects
+        label = lambda path, x: "subspace" if chosen(path_name(path), x) else "full"
         return jax.tree_util.tree_map_with_path(label, params)
 
     return labels
 
 
+def _kinds(
+    params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
+) -> Kinds:
+    numbers = dimension_numbers_by_name(dimension_numbers, params)
+
+    def numbers_if_any(name: str) -> SubspaceDimensionNumbers | None:
+        with contextlib.suppress(ValueError):
+            return numbers(name)
+        return None
+
+    return Kinds(by_name(params), numbers_if_any if some_have_none else numbers)
+
+
+def _announcer(
+    select: Select | None, dimension_numbers: DimensionNumbers, rank: int
+) -> Callable[[optax.Params, optax.OptState], None]:
+    """(parameters, state) -> None: logs what is projected, once for the same parameters."""
+    by_us = select is None or isinstance(select, LinearSelection)
+    said: list[dict[str, tuple[int, ...]]] = []
+
+    def announce(params: optax.Params, state: optax.OptState) -> None:
+        shapes = {name: tuple(x.shape) for name, x in by_name(params).items()}
+        projected = list(projectors(state))
+        if shapes and not projected:
+            first = next(iter(shapes))
+            warnings.warn(
+                f"none of the {len(shapes)} parameters is projected ({first!r} first): every one "
+                "is trained at full rank. select= says which to project, dimension_numbers= what "
+                "the matrices are of those that are not 2-D",
+                stacklevel=3,
+            )
+        if shapes not in said:
+            said.append(shapes)
+            # The axes of what the user's own selection leaves are nobody's concern.
+            kinds = _kinds(params, dimension_numbers, some_have_none=select is not None)
+            say_what_is_projected(shapes, projected, kinds=kinds, rank=rank, chosen_here=by_us)
+
+    return announce
+
+
 def _guarded(
-    tx: optax.GradientTransformation, projects: bool
+    tx: optax.GradientTransformation,
+    announce: Callable[[optax.Params, optax.OptState], None] = lambda params, state: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
 
     Args:
       tx: The optimizer.
-      projects: Whether to warn if none of its parameters is projected.
+      announce: Tells what is projected, from the parameters and the state.
     """
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
         jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
         state = tx.init(params)
-        names = list(by_name(params))
-        if projects and names and not projectors(state):
-            warnings.warn(
-                f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
-                "is trained at full rank. select= says which to project, dimension_numbers= what "
-                "the matrices are of those that are not 2-D",
-                stacklevel=2,
-            )
+        announce(params, state)
         zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
         return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
 

@@ -13,6 +13,7 @@ from osd_torch.optimizers import (
     make_optimizer,
 )
 from osd_torch.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_torch.selection import select_linear
 from osd_torch.sharding import data_parallel, fully_shard_llama, mean_over_processes
 from osd_torch.subspace import SubspaceOptimizer, clip_, projectors, skipped_steps
 
@@ -34,6 +35,7 @@ __all__ = [
     "online_pca",
     "projectors",
     "random",
+    "select_linear",
     "skipped_steps",
     "svd",
 ]

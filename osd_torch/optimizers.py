@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +19,12 @@ from torch.optim.optimizer import ParamsT
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
 from osd_torch.projectors import Basis, Projector, check_period, online_pca, random, svd
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
+from osd_torch.selection import (
+    Kinds,
+    LinearSelection,
+    Select,
+    say_what_is_projected,
+)
 from osd_torch.sharding import is_distributed
 from osd_torch.subspace import (
     Group,
@@ -35,7 +41,6 @@ from osd_torch.subspace import (
     resolve_side,
 )
 
-Select = Callable[[str, Tensor], bool]
 LionSign = Literal["lifted", "subspace"]
 MoveProjector = Literal["after", "before"]
 
@@ -415,8 +420,10 @@ def make_optimizer(
             and `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the
             gradient.
         beta1: First moment of `galore_adafactor` and `adafactor`. None: none.
-        select: (name, parameter) -> whether it is projected. None: matrices with `attn`,
-            `attention` or `mlp` in their name.
+        select: (name, parameter) -> whether it is projected, such as `select_linear(model)`. None:
+            the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in
+            their name, but no embeddings, tables, heads and routers. The log (`osd_torch`) says
+            what was chosen and what was left.
         seed: Of `random`.
         penalty: Weight of the orthogonality penalty in P's loss.
         projector_lr_multiple: P's step size as a multiple of lr, in place of `1 / update_proj_gap`.
@@ -468,6 +475,7 @@ def make_optimizer(
         ("move_projector", move_projector, "after"),
     ):
         _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
+    named_parameters = list(named_parameters)
     trained = trained_parameters(named_parameters)
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     for name, param in trained:
@@ -480,7 +488,8 @@ def make_optimizer(
     if optimizer in FULL_RANK_OPTIMIZERS:
         return _full_rank(optimizer, trained, common, beta1)
 
-    chosen = select or is_attention_or_mlp
+    kinds = Kinds(name for name, _ in named_parameters)
+    chosen = select or kinds.selects
     projected = [(name, param) for name, param in trained if chosen(name, param)]
     others = [(name, param) for name, param in trained if not chosen(name, param)]
     if others and not projected:
@@ -489,6 +498,9 @@ def make_optimizer(
             "one is trained at full rank. select= says which to project",
             stacklevel=2,
         )
+    by_us = select is None or isinstance(select, LinearSelection)
+    names = {name for name, _ in projected}
+    say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
     options = {
         "rank": rank,
         "update_proj_gap": update_proj_gap,
@@ -620,11 +632,6 @@ def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -
     """Raises ValueError for an argument that would be silently ignored."""
     if not is_used and value != default:
         raise ValueError(f"{name} is {value!r}: only {user} reads it; leave it out")
-
-
-def is_attention_or_mlp(name: str, param: Tensor) -> bool:
-    """The default selection: matrices of attention and MLP layers, by their name."""
-    return param.ndim == 2 and any(part in name for part in ("attn", "attention", "mlp"))
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,9 +11,10 @@ from readme_tables import README, updated
 
 MODULES = (
     "launch.hosts", "osd_jax.blockwise", "osd_jax.checkpoint", "osd_jax.hlo", "osd_jax.optimizers",
-    "osd_jax.projectors", "osd_jax.rules", "osd_jax.sharding", "osd_jax.subspace", "osd_jax.train",
+    "osd_jax.projectors", "osd_jax.rules", "osd_jax.selection", "osd_jax.sharding",
+    "osd_jax.subspace", "osd_jax.train",
     "osd_torch.blockwise", "osd_torch.optimizers", "osd_torch.projectors", "osd_torch.rules",
-    "osd_torch.subspace",
+    "osd_torch.selection", "osd_torch.subspace",
 )  # fmt: skip
 
 

@@ -707,10 +707,14 @@ class RunTests:
         assert home.run("c4-own", **c4, resume=True) == 0
         assert timeless(home / "c4-own") == lines
 
-    def test_token_arrays_have_no_tokenizer_and_no_sample(self, home: Home) -> None:
+    def test_token_arrays_have_no_tokenizer_and_no_sample(
+        self, home: Home, caplog: pytest.LogCaptureFixture
+    ) -> None:
         np.save(home.path / "ids.npy", np.random.default_rng(0).integers(0, 300, 4000))
         changes = {"dataset": f"tokens:{home.path}/ids.npy", "tokenizer": None}
         assert home.run("tokens", **(SHORT | changes | {"sample_tokens": 5})) == 0
+        said = [message for message in caplog.messages if "in subspaces of rank 4" in message]
+        assert len(said) == 1 and "100 % of those in linear maps inside the blocks" in said[0]
         assert read_metrics(home / "tokens")[-1]["sample"] is None
         config = json.loads((home / "tokens" / "model" / "config.json").read_text())
         assert config["eos_token_id"] == 8
