@@ -1,5 +1,6 @@
 """Layer by layer in JAX: the same losses and weights as the plain step, with less alive."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -116,6 +117,21 @@ def test_layerwise_and_plain_step_are_the_same(
         assert share_off(state.params, wanted_state.params) < 4 * by_rounding + 1e-4
         assert by_rounding < 0.02
     chex.assert_trees_all_equal_shapes_and_dtypes(state, wanted_state)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
+    """Its axis has length 1 in all of the state, which still is no part that layers share."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    tx = make_optimizer("galore_adamw")
+    plain = make_train_step(config, tx, accumulate="sketches")
+    layerwise = osd_jax.make_layerwise_train_step(config, tx)
+    _, wanted = run(plain, config, tx, 3, micro_batches)
+    _, found = run(layerwise, config, tx, 3, micro_batches)
+    chex.assert_trees_all_close(found.params, wanted.params, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal(
+        *(osd_jax.subspace.subspace_states(x)[0].projector.set_at for x in (found, wanted))
+    )
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
