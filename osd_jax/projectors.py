@@ -359,7 +359,8 @@ def each_matrix(
       function: (a matrix (m, n), its P) -> P, of the same shape and dtype.
       stack: (..., m, n).
       old: P, with the same batch axes.
-      wanted: bool (...). Where it is False, `function` does not run, and P stays.
+      wanted: bool (...), True for one of them at least. Where it is False, `function` does not
+        run, and P stays.
     """
 
     def each(stack: jax.Array, old: Basis, wanted: jax.Array) -> Any:
@@ -367,7 +368,9 @@ def each_matrix(
             return jax.lax.cond(wanted, function, lambda matrix, old: old, stack, old)
         return jax.lax.map(lambda one: each(*one), (stack, old, wanted))
 
-    new = each(*jax.tree.map(replicated, (stack, old, wanted)))
+    whole, old_whole, wanted = jax.tree.map(replicated, (stack, old, wanted))
+    # A matrix on its own is wanted. A `cond` would write it out, where it is a transposed view.
+    new = function(whole, old_whole) if stack.ndim == 2 else each(whole, old_whole, wanted)
     return jax.tree.map(like_sharding, new, old)
 
 
@@ -416,9 +419,7 @@ def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[..., :m, :m], vt[..., :m, :].mT
 
 
-def random_range(
-    key: jax.Array, matrix: jax.Array, old: jax.Array, wanted: jax.Array
-) -> jax.Array:
+def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array, wanted: jax.Array) -> jax.Array:
     """An orthonormal basis of M @ Gaussian (q, r), by QR: the range of M without an SVD."""
     wide = matrix.astype(accumulator_dtype(matrix.dtype))
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)

@@ -351,12 +351,13 @@ def scale_by_subspace(
             layout: MatrixLayout,
             count: jax.Array,
             wanted: jax.Array,
-            matrix: jax.Array,
+            grad: jax.Array,
             basis: Basis,
             set_at: jax.Array,
         ) -> tuple[Basis, jax.Array]:
             key = jax.random.fold_in(jax.random.key(seed), count)
             key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
+            matrix = layout.to_matrix(grad)
             new = projector.fresh_basis(key, matrix, basis, layout.side, wanted)
             pick = lambda new, old: jnp.where(wanted[..., None, None], new, old)
             return jax.tree.map(pick, new, basis), jnp.where(wanted, count, set_at)
@@ -369,13 +370,14 @@ def scale_by_subspace(
             set_at: jax.Array,
         ) -> tuple[Basis, jax.Array]:
             # Reduced before it is asked for a direction, so that every device answers alike.
-            matrix = layout.to_matrix(grad if reduce is None else reduce(grad))
-            wanted = (set_at == NOT_SET) & has_direction(squared_norm(matrix))
+            grad = grad if reduce is None else reduce(grad)
+            has_one = has_direction(squared_norm(layout.to_matrix(grad)))
+            wanted = (set_at == NOT_SET) & has_one
             return _cond_once(
                 jnp.any(wanted),
                 functools.partial(set_wanted, layout),
-                lambda count, wanted, matrix, basis, set_at: (basis, set_at),
-                *(count, wanted, matrix, basis, set_at),
+                lambda count, wanted, grad, basis, set_at: (basis, set_at),
+                *(count, wanted, grad, basis, set_at),
             )
 
         def fresh(

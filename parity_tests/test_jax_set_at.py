@@ -246,9 +246,7 @@ def test_a_run_resumed_while_a_basis_waits_goes_on_bit_for_bit(proj_type: str, s
     leaves, structure = jax.tree.flatten(first.state)
     saved = [np.array(x) for x in leaves]
     rest = run(tx, grads[stop:], jax.tree.unflatten(structure, map(jnp.asarray, saved)))
-    for one, other in zip(
-        jax.tree.leaves(rest.state), jax.tree.leaves(whole.state), strict=True
-    ):
+    for one, other in zip(jax.tree.leaves(rest.state), jax.tree.leaves(whole.state), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 

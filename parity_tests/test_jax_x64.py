@@ -1,4 +1,4 @@
-"""`jax.enable_x64` changes nothing for float32 and bfloat16 parameters: no array takes its dtype."""
+"""`jax.enable_x64` changes nothing for float32 and bfloat16 parameters: each array has a dtype."""
 
 from __future__ import annotations
 
