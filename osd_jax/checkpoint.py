@@ -255,7 +255,8 @@ def _with_set_at(old: Any, like: Any) -> Any:
             return jax.make_array_from_callback(like.shape, like.sharding, whole.__getitem__)
 
         set_at = jax.tree.map(filled, like.projector.set_at)
-        return x._replace(projector=ProjectorState(*x.projector, set_at))
+        projector = ProjectorState(x.projector.basis, x.projector.optimizer, set_at)
+        return x._replace(projector=projector)
 
     return jax.tree.map(one, old, like, is_leaf=_is_subspace)
 
