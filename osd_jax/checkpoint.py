@@ -20,9 +20,12 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from osd_jax.projectors import NOT_SET, ProjectorState
+from osd_jax.subspace import SubspaceState, path_name
 from osd_jax.train import TrainState
 
 
@@ -86,6 +89,9 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> Restored:
         """Reads a checkpoint back, bit for bit.
 
+        One from before each matrix knew when its P was set is read as if the first step had set
+        every P, where a step was taken.
+
         Args:
           step: Which.
           like: A state of the same structure, shapes and dtypes; arrays or
@@ -100,15 +106,18 @@ class Checkpoints:
         abstract = jax.tree.map(_with_sharding, like)
         with self._reading(step):
             saved = self._manager.item_metadata(step)["state"].tree
-        self._check_alike(step, saved, abstract)
+        is_old = _holds_no_set_at(saved, abstract)
+        there = _without_set_at(abstract) if is_old else abstract
+        self._check_alike(step, saved, there)
         with self._reading(step):
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
+                    state=ocp.args.StandardRestore(there), extra=ocp.args.JsonRestore()
                 ),
             )
-        return Restored(found["state"], found["extra"])
+        state = _with_set_at(found["state"], abstract) if is_old else found["state"]
+        return Restored(state, found["extra"])
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -129,7 +138,7 @@ class Checkpoints:
     def _check_alike(self, step: int, saved: Any, wanted: Any) -> None:
         def arrays(tree: Any) -> dict[str, str]:
             return {
-                jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+                path_name(path): f"{x.dtype}{list(x.shape)}"
                 for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
             }
 
@@ -189,6 +198,67 @@ class Checkpoints:
         # A save is complete when all processes have written. After an error they may be gone.
         if kind is None or jax.process_count() == 1:
             self._manager.close()
+
+
+# -------------------------------------------- checkpoints from before `ProjectorState.set_at`
+
+
+class _OldProjectorState(NamedTuple):
+    basis: Any
+    optimizer: optax.OptState
+
+
+def _is_subspace(x: Any) -> bool:
+    return isinstance(x, SubspaceState)
+
+
+def _holds_no_set_at(saved: Any, wanted: Any) -> bool:
+    """Whether `wanted` holds arrays of `set_at`, and `saved` none of them."""
+    names = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(saved)[0]}
+    ours = jax.tree_util.tree_flatten_with_path(wanted, is_leaf=_is_subspace)[0]
+    set_at = {
+        path_name((*path, *inner))
+        for path, own in ours
+        if _is_subspace(own)
+        for inner, _ in jax.tree_util.tree_flatten_with_path(own)[0]
+        if [getattr(key, "name", None) for key in inner[:2]] == ["projector", "set_at"]
+    }
+    return bool(set_at) and set_at.isdisjoint(names)
+
+
+def _without_set_at(state: Any) -> Any:
+    """A state with its projectors' as they were before they held `set_at`."""
+
+    def one(x: Any) -> Any:
+        if not _is_subspace(x):
+            return x
+        return x._replace(projector=_OldProjectorState(x.projector.basis, x.projector.optimizer))
+
+    return jax.tree.map(one, state, is_leaf=_is_subspace)
+
+
+def _with_set_at(old: Any, like: Any) -> Any:
+    """The inverse: every P was set at step 0, where a step was taken, and else waits.
+
+    Args:
+      old: A state as `_without_set_at` leaves it, of arrays.
+      like: The whole state, of shapes with shardings.
+    """
+
+    def one(x: Any, like: Any) -> Any:
+        if not _is_subspace(x):
+            return x
+        value = 0 if np.asarray(x.count) > 0 else NOT_SET
+
+        def filled(like: jax.ShapeDtypeStruct) -> jax.Array:
+            whole = np.full(like.shape, value, like.dtype)
+            return jax.make_array_from_callback(like.shape, like.sharding, whole.__getitem__)
+
+        set_at = jax.tree.map(filled, like.projector.set_at)
+        projector = ProjectorState(x.projector.basis, x.projector.optimizer, set_at)
+        return x._replace(projector=projector)
+
+    return jax.tree.map(one, old, like, is_leaf=_is_subspace)
 
 
 def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:

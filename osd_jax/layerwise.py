@@ -187,13 +187,17 @@ class _LayerOptimizer:
         stacked = {}
         for key, array in weights.items():
             leaves = _named(state_of_part(tx, unflatten_dict({key: array}), state))
-            one = jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype)
-            self._like[key] = _state_shapes(tx, unflatten_dict({key: one}))
+            of_one, of_two = (
+                jax.ShapeDtypeStruct((layers, *array.shape[1:]), array.dtype) for layers in (1, 2)
+            )
+            self._like[key] = _state_shapes(tx, unflatten_dict({key: of_one}))
+            # What has an axis of layers shows in the shapes for two, also where there is one layer.
+            two_layers = _named(_state_shapes(tx, unflatten_dict({key: of_two})))
             for name, shape in _named(self._like[key]).items():
-                leaf = leaves[name]
-                if leaf.shape == shape.shape:
+                leaf, two = leaves[name], two_layers[name]
+                if leaf.shape == shape.shape == two.shape:
                     self._before[name] = leaf
-                elif shape.shape[:1] == (1,) and leaf.shape[1:] == shape.shape[1:]:
+                elif two.shape[:1] == (2,) and leaf.shape[1:] == shape.shape[1:] == two.shape[1:]:
                     stacked[name] = leaf
                 else:
                     raise ValueError(

@@ -44,47 +44,60 @@ class TwoSided(NamedTuple):
 
 Basis = jax.Array | TwoSided
 ResolvedSide = Literal["input", "output", "both"]
-FreshBasis = Callable[[jax.Array, jax.Array, Basis, ResolvedSide], Basis]
+FreshBasis = Callable[[jax.Array, jax.Array, Basis, ResolvedSide, jax.Array], Basis]
 PROJECTOR_INITS = ("svd", "qr")
 Reduce = Callable[[jax.Array], jax.Array]
 MakeSketch = Callable[[Basis, jax.Array, Reduce | None, bool], Sketch]
+NOT_SET = -1  # in ProjectorState.set_at
 
 
 class ProjectorState(NamedTuple):
-    """The bases P, a tree like the parameters, and the state of the optimizer that moves them."""
+    """The bases P, the state of the optimizer that moves them, and when each P was set.
+
+    Attributes:
+      basis: P, a tree like the parameters; zeros before it is set for the first time.
+      optimizer: State of the optimizer that moves P.
+      set_at: A tree like the parameters of int32 (batch...), one number a matrix: the count of the
+        step at which its P was set, or `NOT_SET` while it waits for a gradient with a direction.
+    """
 
     basis: Any
     optimizer: optax.OptState
+    set_at: Any
 
 
 class Projector(NamedTuple):
     """A rule for P, as pure functions.
 
     Attributes:
-      is_due: (count) -> whether P is set anew from the gradient at this step, before projecting.
-      fresh_basis: (key, M (..., p, q), old P, the side p is) -> P, of the same shape and dtype.
+      is_due: (count) -> whether P is set from the gradient at this step, before projecting. A
+        matrix whose gradient has no direction then waits for the next gradient that has one.
+      fresh_basis: (key, M (..., p, q), old P, the side p is, wanted (...)) -> P, of the old one's
+        shape and dtype. Matrices where `wanted` is False keep the old P, whatever this returns.
       sketch: (P, M, reduce, moves) -> Sketch; `reduce` is None, or the mean over devices of which
         each has a part of M; `moves`: whether P moves at this step, or else only R need be right.
       init: (bases) -> the state of P's optimizer.
-      move: (bases, sketches, optimizer state, count) -> (bases, optimizer state), of the steps at
-        which P moves, after that of W. None: P is set anew, and does not move.
+      move: (bases, sketches, optimizer state, moves) -> (bases, optimizer state), of the steps at
+        which P moves, after that of W. `moves` is a tree of bool (...): at a matrix where it is
+        False, P stays and its optimizer sees a gradient of zero. None: P is set, and does not move.
       two_sided: Whether it serves side="both".
       moves_first: Whether P moves before W's step, which costs one more product with the gradient.
-      every: P moves at steps `every`, 2 `every`, ..., not at step 0.
+      every: P moves at the steps whose count is a multiple of `every`, and not before the step
+        after the one that set it.
     """
 
     is_due: Callable[[jax.Array], jax.Array]
     fresh_basis: FreshBasis
     sketch: MakeSketch
     init: Callable[[Any], optax.OptState]
-    move: Callable[[Any, Any, optax.OptState, jax.Array], tuple[Any, optax.OptState]] | None
+    move: Callable[[Any, Any, optax.OptState, Any], tuple[Any, optax.OptState]] | None
     two_sided: bool = False
     moves_first: bool = False
     every: int = 1
 
-    def moves_at(self, count: jax.Array) -> jax.Array:
-        """Whether P moves at the step with this count, from 0."""
-        return (count % self.every == 0) & (count > 0)
+    def moves_at(self, count: jax.Array, set_at: Any) -> jax.Array:
+        """Whether any P moves at the step with this count, from 0."""
+        return (count % self.every == 0) & any_of(set_before(set_at, count))
 
 
 def online_pca(
@@ -98,13 +111,15 @@ def online_pca(
     """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
 
     The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
-    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
-    P is set from that gradient and not moved; from then on `optimizer` takes one step a time, or
-    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays.
+    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. The first
+    gradient with a direction sets P, which does not move at that step; from then on `optimizer`
+    takes one step a time, or one every `every`. Where a gradient is zero, or its squared norm
+    overflows, P stays.
 
     Args:
       optimizer: Any Optax optimizer, with its learning rate; it may read P as its parameters
-        (weight decay). It counts its own steps, of which step `every` of W, from 0, is the first.
+        (weight decay). It counts its own steps: its first is the first at which any P moves, which
+        is step `every` of W, from 0, where no gradient is zero.
       penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
       init: "svd": the leading singular vectors of the first gradient (the release). "qr": an
         orthonormal basis of a random sketch of its range, which needs no SVD, for TPUs, where one
@@ -121,11 +136,13 @@ def online_pca(
     if init not in PROJECTOR_INITS:
         raise ValueError(f"init is {init!r}: expected one of {', '.join(PROJECTOR_INITS)}")
 
-    def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+    def fresh_basis(
+        key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide, wanted: jax.Array
+    ) -> Basis:
         assert not isinstance(old, TwoSided)
         if init == "svd":
-            return leading_singular_vectors(matrix, old, side)
-        return random_range(key, matrix, old)
+            return leading_singular_vectors(matrix, old, side, wanted)
+        return random_range(key, matrix, old, wanted)
 
     def sketch(
         basis: Basis, matrix: jax.Array, reduce: Reduce | None = None, moves: bool = True
@@ -145,18 +162,23 @@ def online_pca(
         return optimizer.init(jax.tree.map(_float32_or_more, bases))
 
     def move(
-        bases: Any, sketches: Any, state: optax.OptState, count: jax.Array
+        bases: Any, sketches: Any, state: optax.OptState, moves: Any
     ) -> tuple[Any, optax.OptState]:
-        wide = jax.tree.map(_float32_or_more, bases)
-        gradients = jax.tree.map(lambda p, s: online_pca_gradient(p, s, penalty), wide, sketches)
-        steps, new_state = optimizer.update(gradients, state, wide)
+        def gradient(basis: jax.Array, sketch: Sketch, moves: jax.Array) -> jax.Array:
+            found = online_pca_gradient(basis, sketch, penalty)
+            return jnp.where(moves[..., None, None], found, 0)
 
-        def step(old: jax.Array, basis: jax.Array, step: jax.Array, sketch: Sketch) -> jax.Array:
+        def step(
+            old: jax.Array, basis: jax.Array, step: jax.Array, sketch: Sketch, moves: jax.Array
+        ) -> jax.Array:
             assert sketch.squared_norm is not None
-            moves = has_direction(sketch.squared_norm)[..., None, None]
-            return jnp.where(moves, (basis + step).astype(old.dtype), old)
+            moves &= has_direction(sketch.squared_norm)
+            return jnp.where(moves[..., None, None], (basis + step).astype(old.dtype), old)
 
-        return jax.tree.map(step, bases, wide, steps, sketches), new_state
+        wide = jax.tree.map(_float32_or_more, bases)
+        gradients = jax.tree.map(gradient, wide, sketches, moves)
+        steps, new_state = optimizer.update(gradients, state, wide)
+        return jax.tree.map(step, bases, wide, steps, sketches, moves), new_state
 
     return Projector(
         is_due=lambda count: count == 0,
@@ -228,33 +250,58 @@ def has_direction(squared_norm: jax.Array) -> jax.Array:
     return (squared_norm >= jnp.finfo(squared_norm.dtype).tiny) & jnp.isfinite(squared_norm)
 
 
+def set_before(set_at: Any, count: jax.Array) -> Any:
+    """Whether each P was set before the step with this count: a tree like `set_at`, of bool."""
+    return jax.tree.map(lambda at: (at != NOT_SET) & (at != count), set_at)
+
+
+def any_of(tree: Any) -> jax.Array:
+    """Whether any boolean of a tree is True."""
+    return functools.reduce(jnp.logical_or, map(jnp.any, jax.tree.leaves(tree)), jnp.array(False))
+
+
 def svd(every: int) -> Projector:
     """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
 
+    A matrix whose gradient has no direction at such a step keeps its P, and the next gradient that
+    has one sets it.
+
     Raises:
       ValueError: for a period below 1.
     """
-    return _periodic(
-        every, lambda key, matrix, old, side: leading_singular_vectors(matrix, old, side)
-    )
+
+    def fresh_basis(
+        key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide, wanted: jax.Array
+    ) -> Basis:
+        return leading_singular_vectors(matrix, old, side, wanted)
+
+    return _periodic(every, fresh_basis)
 
 
 def random(every: int) -> Projector:
-    """P is a Gaussian matrix's singular vectors, drawn anew at steps 0, `every`, 2 `every`, ...
+    """P is a Gaussian matrix's singular vectors, drawn at steps 0, `every`, 2 `every`, ...
+
+    A matrix whose gradient has no direction at such a step keeps its P, and a new one is drawn at
+    the next step whose gradient has one.
 
     Raises:
       ValueError: for a period below 1.
     """
 
-    def one(key: jax.Array, old: jax.Array) -> jax.Array:
-        gaussian = jax.random.normal(key, old.shape, accumulator_dtype(old.dtype))
-        left = each_matrix(lambda x: jnp.linalg.svd(x, full_matrices=False)[0], gaussian)
-        return like_sharding(left.astype(old.dtype), old)
+    def draw(key: jax.Array, old: jax.Array, wanted: jax.Array) -> jax.Array:
+        def one(gaussian: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.linalg.svd(gaussian, full_matrices=False)[0].astype(old.dtype)
 
-    def fresh_basis(key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+        gaussian = jax.random.normal(key, old.shape, accumulator_dtype(old.dtype))
+        return each_matrix(one, gaussian, old, wanted)
+
+    def fresh_basis(
+        key: jax.Array, matrix: jax.Array, old: Basis, side: ResolvedSide, wanted: jax.Array
+    ) -> Basis:
         if isinstance(old, TwoSided):
-            return TwoSided(*map(one, jax.random.split(key), old))
-        return one(key, old)
+            keys = jax.random.split(key)
+            return TwoSided(*(draw(key, one, wanted) for key, one in zip(keys, old, strict=True)))
+        return draw(key, old, wanted)
 
     return _periodic(every, fresh_basis)
 
@@ -300,34 +347,56 @@ def known_zero(value: jax.typing.ArrayLike) -> bool:
     return isinstance(value, numbers.Real) and value == 0
 
 
-def each_matrix(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
-    """`function` on the last two axes of (..., m, n), one matrix after the other.
+def each_matrix(
+    function: Callable[[jax.Array, Any], Any], stack: jax.Array, old: Basis, wanted: jax.Array
+) -> Any:
+    """P of each matrix of a stack, one after the other: `function(matrix, P)` where it is wanted.
 
     One is gathered from a mesh at a time, not the stack. And on a CPU, LAPACK's batches wait for
     threads of the pool that runs the devices: 8 virtual devices wait for each other for good.
+
+    Args:
+      function: (a matrix (m, n), its P) -> P, of the same shape and dtype.
+      stack: (..., m, n).
+      old: P, with the same batch axes.
+      wanted: bool (...), True for one of them at least. Where it is False, `function` does not
+        run, and P stays.
     """
-    if stack.ndim == 2:
-        return function(stack)
-    return jax.lax.map(functools.partial(each_matrix, function), stack)
+
+    def each(stack: jax.Array, old: Basis, wanted: jax.Array) -> Any:
+        if stack.ndim == 2:
+            return jax.lax.cond(wanted, function, lambda matrix, old: old, stack, old)
+        return jax.lax.map(lambda one: each(*one), (stack, old, wanted))
+
+    whole, old_whole, wanted = jax.tree.map(replicated, (stack, old, wanted))
+    # A matrix on its own is wanted. A `cond` would write it out, where it is a transposed view.
+    new = function(whole, old_whole) if stack.ndim == 2 else each(whole, old_whole, wanted)
+    return jax.tree.map(like_sharding, new, old)
 
 
-def leading_singular_vectors(matrix: jax.Array, old: Basis, side: ResolvedSide) -> Basis:
+def leading_singular_vectors(
+    matrix: jax.Array, old: Basis, side: ResolvedSide, wanted: jax.Array
+) -> Basis:
     """The leading singular vectors of a gradient on one side or both, of `old`'s shape and dtype.
 
     Args:
       matrix: M, (..., p, q), in any float dtype; decomposed in float32 (float64 for float64).
       old: P, (..., p, r), or both sides' where M is (..., input, output).
       side: What p is.
+      wanted: bool (...). Where it is False, there is no SVD, and P stays.
     """
-    wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
-    left, right = each_matrix(signed_svd, wide if side == "output" else wide.mT)
 
-    def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
-        return like_sharding(vectors[..., : old.shape[-1]].astype(old.dtype), old)
+    def one(matrix: jax.Array, old: Basis) -> Basis:
+        left, right = signed_svd(matrix if side == "output" else matrix.mT)
 
-    if isinstance(old, TwoSided):
-        return TwoSided(output=take(left, old.output), input=take(right, old.input))
-    return take(left if side == "output" else right, old)
+        def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
+            return vectors[:, : old.shape[-1]].astype(old.dtype)
+
+        if isinstance(old, TwoSided):
+            return TwoSided(output=take(left, old.output), input=take(right, old.input))
+        return take(left if side == "output" else right, old)
+
+    return each_matrix(one, matrix.astype(accumulator_dtype(matrix.dtype)), old, wanted)
 
 
 def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -350,12 +419,15 @@ def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[..., :m, :m], vt[..., :m, :].mT
 
 
-def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array) -> jax.Array:
+def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array, wanted: jax.Array) -> jax.Array:
     """An orthonormal basis of M @ Gaussian (q, r), by QR: the range of M without an SVD."""
-    wide = replicated(matrix.astype(accumulator_dtype(matrix.dtype)))
+    wide = matrix.astype(accumulator_dtype(matrix.dtype))
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)
-    basis = each_matrix(lambda x: jnp.linalg.qr(x @ gaussian)[0], wide)
-    return like_sharding(basis.astype(old.dtype), old)
+
+    def one(matrix: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(matrix @ gaussian)[0].astype(old.dtype)
+
+    return each_matrix(one, wide, old, wanted)
 
 
 def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:

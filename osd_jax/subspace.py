@@ -3,7 +3,7 @@
 Online Subspace Descent keeps an optimizer's state in a subspace of each weight matrix. All that
 it asks of a gradient G is a `Sketch` of it, and the work of one step is three pure functions:
 
-    refresh(grads, state)           -> state             sets P from G, on the few steps that do so
+    refresh(grads, state)           -> state             sets P from G, where P is due or waits
     project(grads, state)           -> sketches          large in, small out
     apply(sketches, state, params)  -> (updates, state)  small in, large out
 
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.projectors import (
+    NOT_SET,
     Basis,
     Projector,
     ProjectorState,
@@ -36,8 +37,12 @@ from osd_jax.projectors import (
     Sketch,
     TwoSided,
     accumulator_dtype,
+    any_of,
     contract,
+    has_direction,
     low_rank_gradient,
+    set_before,
+    squared_norm,
     written_transpose,
     zeros_of_axes,
 )
@@ -70,7 +75,7 @@ class SubspaceState(NamedTuple):
     Attributes:
       count: int32 scalar, the steps taken: one for the whole tree, so that a refresh of P is one
         `lax.cond`.
-      projector: The bases P and the state of the optimizer that moves them.
+      projector: The bases P, the state of the optimizer that moves them, and when P was set.
       inner: State of the inner transformation, in the shapes of R.
     """
 
@@ -83,8 +88,9 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     """An Optax transformation whose update also comes in its three parts.
 
     Attributes:
-      refresh: (grads, state, when=True, reduce=None) -> state. Sets P from the gradients, on the
-        steps that do so, if `when`. `reduce` is as in `project`; on other steps it is not called.
+      refresh: (grads, state, when=True, reduce=None) -> state. Sets each P that is due at this
+        step, if `when`, or that waits since, from its gradient if that has a direction. `reduce`
+        is as in `project`; where no P is due or waits, it is not called.
       project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
         for each that is projected. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
@@ -315,11 +321,16 @@ def scale_by_subspace(
             matrix, r, wide = matrix_of(layout, param)
             return zeros_of_axes("rs" if side == "both" else "rq", matrix, r, wide)
 
+        def init_set_at(layout: MatrixLayout, param: jax.Array) -> jax.Array:
+            matrix, r, _ = matrix_of(layout, param)
+            return zeros_of_axes("", matrix, r, jnp.int32) + NOT_SET
+
         tree = layouts(params)
         bases = jax.tree.map(init_basis, tree, params)
+        set_at = jax.tree.map(init_set_at, tree, params)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
-            projector=ProjectorState(bases, projector.init(bases)),
+            projector=ProjectorState(bases, projector.init(bases), set_at),
             inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
         )
 
@@ -329,28 +340,74 @@ def scale_by_subspace(
         when: jax.typing.ArrayLike = True,
         reduce: Reduce | None = None,
     ) -> SubspaceState:
-        """Sets P from the gradient (..., p, q), on the steps when the projector is due to."""
+        """Sets each P that is due or waits, where its gradient (..., p, q) has a direction.
 
-        def fresh(count: jax.Array, grads: optax.Updates, bases: Any) -> Any:
-            grads = grads if reduce is None else jax.tree.map(reduce, grads)
+        All of it stands within one `lax.cond`, which is taken while any P is due or waits. Inside
+        it each parameter has two more: a matrix that waits for long, such as an expert without
+        tokens, costs the norm of its gradient at every step, and an SVD only when that is not zero.
+        """
+
+        def set_wanted(
+            layout: MatrixLayout,
+            count: jax.Array,
+            wanted: jax.Array,
+            grad: jax.Array,
+            basis: Basis,
+            set_at: jax.Array,
+        ) -> tuple[Basis, jax.Array]:
             key = jax.random.fold_in(jax.random.key(seed), count)
+            key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
+            matrix = layout.to_matrix(grad)
+            new = projector.fresh_basis(key, matrix, basis, layout.side, wanted)
+            pick = lambda new, old: jnp.where(wanted[..., None, None], new, old)
+            return jax.tree.map(pick, new, basis), jnp.where(wanted, count, set_at)
 
-            def one(layout: MatrixLayout, grad: jax.Array, basis: Basis) -> Basis:
-                name_key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
-                new = projector.fresh_basis(name_key, layout.to_matrix(grad), basis, layout.side)
-                # The step is skipped where it is not; whoever takes the parts has set P by then.
-                finite = jnp.all(jnp.isfinite(grad))
-                return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, basis)
+        def set_waiting(
+            layout: MatrixLayout,
+            count: jax.Array,
+            grad: jax.Array,
+            basis: Basis,
+            set_at: jax.Array,
+        ) -> tuple[Basis, jax.Array]:
+            # Reduced before it is asked for a direction, so that every device answers alike.
+            grad = grad if reduce is None else reduce(grad)
+            has_one = has_direction(squared_norm(layout.to_matrix(grad)))
+            wanted = (set_at == NOT_SET) & has_one
+            return _cond_once(
+                jnp.any(wanted),
+                functools.partial(set_wanted, layout),
+                lambda count, wanted, grad, basis, set_at: (basis, set_at),
+                *(count, wanted, grad, basis, set_at),
+            )
 
-            return jax.tree.map(one, layouts(grads), grads, bases)
+        def fresh(
+            due: jax.Array, count: jax.Array, grads: optax.Updates, bases: Any, set_at: Any
+        ) -> tuple[Any, Any]:
+            def one(
+                layout: MatrixLayout, grad: jax.Array, basis: Basis, set_at: jax.Array
+            ) -> tuple[Basis, jax.Array]:
+                set_at = jnp.where(due, NOT_SET, set_at)
+                return _cond_once(
+                    jnp.any(set_at == NOT_SET),
+                    functools.partial(set_waiting, layout),
+                    lambda count, grad, basis, set_at: (basis, set_at),
+                    *(count, grad, basis, set_at),
+                )
 
-        bases = _cond_once(
-            projector.is_due(state.count) & when,
+            tree = layouts(grads)
+            found = jax.tree.map(one, tree, grads, bases, set_at)
+            bases, set_at = (jax.tree.map(lambda _, x, i=i: x[i], tree, found) for i in range(2))
+            return bases, set_at
+
+        due = projector.is_due(state.count) & when
+        waits = jax.tree.map(lambda at: at == NOT_SET, state.projector.set_at)
+        bases, set_at = _cond_once(
+            due | any_of(waits),
             fresh,
-            lambda count, grads, bases: bases,
-            *(state.count, grads, state.projector.basis),
+            lambda due, count, grads, bases, set_at: (bases, set_at),
+            *(due, state.count, grads, state.projector.basis, state.projector.set_at),
         )
-        return state._replace(projector=state.projector._replace(basis=bases))
+        return state._replace(projector=state.projector._replace(basis=bases, set_at=set_at))
 
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
@@ -369,7 +426,7 @@ def scale_by_subspace(
         move, stay = functools.partial(sketch, True), functools.partial(sketch, False)
         if projector.every == 1:
             return move(grads, state.projector.basis)
-        moves = projector.moves_at(state.count)
+        moves = projector.moves_at(state.count, state.projector.set_at)
         return _cond_once(moves, move, stay, grads, state.projector.basis)
 
     def apply(
@@ -391,11 +448,11 @@ def scale_by_subspace(
         """
         tree = layouts(params)
         is_sketch = lambda x: isinstance(x, Sketch)
-        bases, count = state.projector.basis, state.count
-        moves, moved = projector.moves_at(count), (bases, state.projector.optimizer)
+        bases, optimizer, set_at = state.projector
+        moves, moved = projector.moves_at(state.count, set_at), (bases, optimizer)
         if projector.move is not None:
-            stay = lambda bases, sketches, optimizer, count: (bases, optimizer)
-            args = (bases, sketches, state.projector.optimizer, count)
+            stay = lambda bases, sketches, optimizer, moves: (bases, optimizer)
+            args = (bases, sketches, optimizer, set_before(set_at, state.count))
             # Plain: what P's optimizer closes over, a learning rate for one, may be traced.
             moved = jax.lax.cond(moves, projector.move, stay, *args)
         low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
@@ -423,7 +480,7 @@ def scale_by_subspace(
 
         updates = jax.tree.map(lift_one, tree, params, bases, directions)
         count = optax.safe_increment(state.count)
-        return updates, SubspaceState(count, ProjectorState(*moved), inner_state)
+        return updates, SubspaceState(count, ProjectorState(*moved, set_at), inner_state)
 
     def update(
         grads: optax.Updates,
@@ -645,7 +702,8 @@ def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
         weighted = contract("rq,qs->rs", weighted, grams[1])
     captured = jnp.sum(low_rank * weighted, axis=(-2, -1))
     norm = jnp.sum(jnp.square(matrix.astype(low_rank.dtype)), axis=(-2, -1))
-    off = [jnp.linalg.norm(gram - jnp.eye(gram.shape[-1]), axis=(-2, -1)) for gram in grams]
+    identity = jnp.eye(grams[0].shape[-1], dtype=grams[0].dtype)
+    off = [jnp.linalg.norm(gram - identity, axis=(-2, -1)) for gram in grams]
     return Diagnostics(
         energy=captured / jnp.where(norm > 0, norm, 1),
         orthonormality=jnp.maximum(off[0], off[-1]) / grams[0].shape[-1] ** 0.5,

@@ -3,7 +3,7 @@
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,40 @@ def test_state_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     found = reader.restore(3, like)
     assert_same(found.state, state)
     assert found.extra == extra
+
+
+class ProjectorStateBefore(NamedTuple):
+    """As checkpoints held it before each matrix knew when its P was set."""
+
+    basis: Any
+    optimizer: Any
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor"])
+def test_a_checkpoint_without_set_at_is_read(name: str, steps: int, tmp_path: Path) -> None:
+    """Every P counts as set at step 0, if a step was taken, and else as not set."""
+    state = trained(name, steps=steps)
+    is_subspace = lambda x: isinstance(x, osd_jax.SubspaceState)
+
+    def before(x: Any) -> Any:
+        if not is_subspace(x):
+            return x
+        return x._replace(projector=ProjectorStateBefore(x.projector.basis, x.projector.optimizer))
+
+    def expected(x: Any) -> Any:
+        if not is_subspace(x):
+            return x
+        set_at = jax.tree.map(lambda at: jnp.full_like(at, 0 if steps else -1), x.projector.set_at)
+        return x._replace(projector=x.projector._replace(set_at=set_at))
+
+    replaced = lambda one: jax.tree.map(one, state, is_leaf=is_subspace)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, replaced(before), {"place": 7})
+        checkpoints.wait()
+        found = checkpoints.restore(3, jax.eval_shape(lambda: state))
+    assert_same(found.state, replaced(expected))
+    assert found.extra == {"place": 7}
 
 
 def test_bfloat16_weights_come_back_bit_for_bit(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Layer by layer in JAX: the same losses and weights as the plain step, with less alive."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +119,21 @@ def test_layerwise_and_plain_step_are_the_same(
     chex.assert_trees_all_equal_shapes_and_dtypes(state, wanted_state)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
+    """Its axis has length 1 in all of the state, which still is no part that layers share."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+    tx = make_optimizer("galore_adamw")
+    plain = make_train_step(config, tx, accumulate="sketches")
+    layerwise = osd_jax.make_layerwise_train_step(config, tx)
+    _, wanted = run(plain, config, tx, 3, micro_batches)
+    _, found = run(layerwise, config, tx, 3, micro_batches)
+    chex.assert_trees_all_close(found.params, wanted.params, rtol=0, atol=1e-5)
+    chex.assert_trees_all_equal(
+        *(osd_jax.subspace.subspace_states(x)[0].projector.set_at for x in (found, wanted))
+    )
+
+
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_lion", "galore_adamw8bit"])
@@ -212,6 +228,32 @@ def test_a_checkpoint_of_one_step_goes_on_with_the_other() -> None:
         state, metrics = step(state, batch, False)
         found.append(float(metrics["loss"]))
     assert found == pytest.approx([float(x["loss"]) for x in wanted], abs=1e-5)
+
+
+def test_a_basis_waits_alike_in_both_steps() -> None:
+    """Output projections that start at zero leave all before them without a first gradient."""
+    tx = make_optimizer("galore_adamw")
+
+    def states(step: Any) -> Iterator[Any]:
+        params = llama.init(CONFIG, 0)
+        for block, name in (("attention", "output"), ("mlp", "down")):
+            params["layers"][block][name] = jnp.zeros_like(params["layers"][block][name])
+        state = init_state(params, tx)
+        for _, batch in zip(range(4), batches(CONFIG, 2), strict=False):
+            state, _ = step(state, batch, False)
+            yield jax.device_get(state)
+
+    plain = make_train_step(CONFIG, tx, accumulate="sketches")
+    layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx)
+    for step, (one, other) in enumerate(zip(states(plain), states(layerwise), strict=True)):
+        wanted, found = (
+            osd_jax.subspace.subspace_states(x.opt_state)[0].projector.set_at for x in (one, other)
+        )
+        chex.assert_trees_all_equal(found, wanted)
+        chex.assert_trees_all_close(other.params, one.params, rtol=0, atol=1e-5)
+        query, output = (wanted["layers"]["attention"][name] for name in ("query", "output"))
+        assert output.tolist() == [0] * CONFIG.num_hidden_layers
+        assert query.tolist() == [-1 if step == 0 else 1] * CONFIG.num_hidden_layers
 
 
 def test_one_compilation() -> None:

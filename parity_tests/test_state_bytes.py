@@ -71,19 +71,19 @@ def projected_bytes(
     """The state of an n_in x n_out matrix in a subspace: P, OptimizerW's and OptimizerP's.
 
     P is p x r and R is r x q, where p is the side that P projects; `full` has two bases and an
-    r x r R.
+    r x r R. The int32 count of the step that set P is one for each matrix.
     """
     r, rule = min(rank, n_in, n_out), optimizer.removeprefix("galore_")
     side = SIDES_BY_PROJ_TYPE[proj_type]
     if side == "both":
-        return basis_bytes * (n_in + n_out) * r + rule_bytes(rule, r, r, beta1=beta1)
+        return 4 + basis_bytes * (n_in + n_out) * r + rule_bytes(rule, r, r, beta1=beta1)
     if side in ("shorter", "longer"):
         side = "input" if (n_in <= n_out) == (side == "shorter") else "output"
     p, q = (n_in, n_out) if side == "input" else (n_out, n_in)
     p_state = 0  # an SVD's or a random P has no optimizer
     if proj_type.startswith("continuous"):
         p_state = rule_bytes(proj_type.removeprefix("continuous").strip("_") or "adamw", p, r)
-    return basis_bytes * p * r + rule_bytes(rule, r, q, beta1=beta1) + p_state
+    return 4 + basis_bytes * p * r + rule_bytes(rule, r, q, beta1=beta1) + p_state
 
 
 def state_bytes(

@@ -340,7 +340,10 @@ def jax_after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
     def moved(part: Any) -> Any:
         if not is_subspace(part):
             return part
-        projector = part.projector._replace(basis=jax.tree.map(basis_of, part.projector.basis))
+        projector = part.projector._replace(
+            basis=jax.tree.map(basis_of, part.projector.basis),
+            set_at=jax.tree.map(jnp.zeros_like, part.projector.set_at),
+        )
         return part._replace(count=jnp.ones_like(part.count), projector=projector)
 
     return jax.tree.map(moved, state, is_leaf=is_subspace)
