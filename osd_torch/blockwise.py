@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osd_torch.numerics import float32_by_default
 from osd_torch.rules import Adam, Rule, State
 from osd_torch.sharding import (
     first_axis_parts,
@@ -42,7 +43,8 @@ def import_bitsandbytes() -> Any:
 def code_books(device: torch.device) -> tuple[Tensor, Tensor]:
     """The 256 float32 values that the codes of the first and of the second moment stand for."""
     dynamic_map = import_bitsandbytes().functional.create_dynamic_map
-    return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
+    with float32_by_default():  # it names no dtype
+        return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
 
 
 @dataclass(frozen=True)

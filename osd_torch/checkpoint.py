@@ -296,6 +296,10 @@ def _load_sharded(
     options = [dict(group) for group in optimizer.param_groups]
     parts = _sharded_state(model, optimizer)
     try:
+        saved = dcp.FileSystemReader(directory / "sharded").read_metadata().state_dict_metadata
+        if not any(key.endswith(".set_at") for key in saved):  # of an earlier version
+            for state in parts["optimizer"]["state"].values():
+                state.pop("set_at", None)  # which load_state_dict completes
         dcp.load(parts, checkpoint_id=directory / "sharded")
     except CheckpointException as error:
         raise OSError(f"{directory} {DAMAGED}: {_cause(error)}") from error

@@ -25,20 +25,22 @@ graph at once: compile layer by layer, or the whole model's gradients live toget
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from osd_torch.sharding import Reduce, is_distributed
+from osd_torch.numerics import without_autocast
+from osd_torch.sharding import Reduce, is_distributed, shares_of
 from osd_torch.subspace import (
     SubspaceOptimizer,
+    all_params,
     check_number,
     check_sketch_suffices,
     clip_,
+    inner_optimizer,
     is_sketched,
     name_of,
 )
@@ -50,11 +52,13 @@ _UPDATED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 class LayerwiseUpdates:
     """Hooks that update an optimizer's parameters during the backward pass.
 
-    On several processes every backward pass must reach the same parameters on each, since their
-    hooks reduce over the processes.
+    With `reduce` a gradient waits until every process has one of the same parameter, which costs
+    nothing where all reach their parameters in one order. A process that does not reach a
+    parameter in the whole update adds zeros. The processes meet once in each hook to agree on it.
 
     Args:
-        optimizer: Any, with no gradients; its parameters are hooked, those that are frozen now too.
+        optimizer: Any, or a wrapper such as `accelerate`'s around one, with no gradients; its
+            parameters are hooked, those that are frozen now too.
         micro_batches: Backward passes to an update.
         grad_clipping: The largest norm of what is applied (`clip_`); 0: none.
         reduce: The mean over processes, where each has gradients of its own and the model is not in
@@ -90,6 +94,12 @@ class LayerwiseUpdates:
         grad_clipping: float = 0.0,
         reduce: Reduce | None = None,
     ) -> None:
+        if getattr(optimizer, "scaler", None) is not None:
+            raise ValueError(
+                f"the {type(optimizer).__name__} scales the loss (a GradScaler, for float16), and "
+                "layer by layer a step is taken before gradients are scaled back: use bfloat16"
+            )
+        optimizer = inner_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(
                 f"optimizer is a {type(optimizer).__name__}: expected a torch.optim.Optimizer"
@@ -105,7 +115,7 @@ class LayerwiseUpdates:
                 f"micro_batches is {micro_batches!r}: expected a whole number of at least 1"
             )
         check_number("grad_clipping", grad_clipping)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = all_params(optimizer)
         if any(is_distributed(param) for param in params):
             raise ValueError(
                 "the parameters are DTensors, whose gradients fully_shard makes a whole layer at a "
@@ -128,22 +138,20 @@ class LayerwiseUpdates:
         self.grad_clipping = grad_clipping
         self.waits = micro_batches > 1 or grad_clipping > 0
         self.share = 1 / micro_batches
-        self._reduce: Reduce | None = None
+        self._reduce = reduce
         if isinstance(optimizer, SubspaceOptimizer):
             if self.waits:
                 for group in optimizer.param_groups:
                     check_sketch_suffices(optimizer, group)
-            optimizer.reduce = reduce or optimizer.reduce
-        else:
-            self._reduce = reduce
+            self._reduce = optimizer.reduce = reduce or optimizer.reduce
         self._norms: list[Tensor] = []
         self._skipped_before: tuple[int, int] | None = None
         self._passes: dict[Tensor, int] = {}  # of this update, that reached a parameter
-        self._handles = [
-            hooked(param, functools.partial(self._hook, i))
-            for i, group in enumerate(optimizer.param_groups)
-            for param in group["params"]
-        ]
+        self._waiting: dict[Tensor, Tensor] = {}  # gradients that not every process has yet
+        self._group_index = {
+            param: i for i, group in enumerate(optimizer.param_groups) for param in group["params"]
+        }
+        self._handles = [hooked(param, self._hook) for param in params]
         _UPDATED.add(optimizer)
 
     def finish(self) -> Tensor:
@@ -153,8 +161,10 @@ class LayerwiseUpdates:
             The norm before clipping, 0-dimensional: of R for projected parameters, of G for others.
 
         Raises:
-            RuntimeError: after another number of backward passes than `micro_batches`.
+            RuntimeError: after another number of backward passes than `micro_batches`, or where
+                DistributedDataParallel has put gradients back.
         """
+        self._meet_at_the_end()
         passes = max(self._passes.values(), default=0)
         if passes != self.micro_batches:
             raise RuntimeError(
@@ -162,6 +172,7 @@ class LayerwiseUpdates:
                 "(micro_batches): do those that are left, or drop() what was begun"
             )
         self._passes.clear()
+        self._refuse_gradients([p for p in self._group_index if not self._keeps_gradient(p)])
         if self.waits:
             self._reduce_gradients()
             norm = clip_(self.optimizer, self.grad_clipping)
@@ -171,7 +182,7 @@ class LayerwiseUpdates:
         self._count_once()
         norms, self._norms = self._norms, []
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32)
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def drop(self) -> None:
@@ -181,6 +192,7 @@ class LayerwiseUpdates:
         """
         self.optimizer.zero_grad()
         self._passes.clear()
+        self._waiting.clear()
         self._norms.clear()
         self._count_once()
 
@@ -199,7 +211,8 @@ class LayerwiseUpdates:
         self.close()
 
     @torch.no_grad()
-    def _hook(self, group_index: int, param: Tensor) -> None:
+    @without_autocast()
+    def _hook(self, param: Tensor) -> None:
         passes = self._passes.get(param, 0)
         if passes == self.micro_batches:
             raise RuntimeError(
@@ -208,12 +221,47 @@ class LayerwiseUpdates:
                 "each update, and checkpoint activations with use_reentrant=False"
             )
         self._passes[param] = passes + 1
-        group = self.optimizer.param_groups[group_index]
-        if isinstance(self.optimizer, SubspaceOptimizer) and is_sketched(self.optimizer, group):
-            self.optimizer.accumulate(param, self.share if self.waits else 1.0)
+        if self._reduce is None:
+            self._take(param)
+        else:
+            self._set_aside(param)
+            self._meet(self._reduce, is_done=False)
+
+    def _set_aside(self, param: Tensor) -> None:
+        """Takes a gradient out of `grad`, where the step of another parameter would see it."""
+        gradient, param.grad = param.grad, None
+        assert gradient is not None
+        if param in self._waiting:  # of an earlier micro-batch
+            gradient += self._waiting[param]
+        self._waiting[param] = gradient
+
+    def _meet(self, reduce: Reduce, is_done: bool) -> bool:
+        """Takes the gradients that now wait on every process; whether all are done."""
+        params = list(self._group_index)
+        flags = [*(param in self._waiting for param in params), is_done]
+        *shares, done = shares_of(flags, reduce, params[0].device)
+        all_are_done = done > 1 - 1e-6
+        for param, share in zip(params, shares, strict=True):
+            if share > (0 if all_are_done else 1 - 1e-6):
+                gradient = self._waiting.pop(param, None)
+                param.grad = torch.zeros_like(param) if gradient is None else gradient
+                self._take(param)
+        return all_are_done
+
+    def _meet_at_the_end(self) -> None:
+        """Takes all gradients that wait, on any process."""
+        if self._reduce is not None:
+            while not self._meet(self._reduce, is_done=True):
+                pass
+
+    def _take(self, param: Tensor) -> None:
+        """What is done with a parameter's gradient."""
+        if isinstance(self.optimizer, SubspaceOptimizer) and self._is_sketched(param):
+            group, share = self._group(param), self.share if self.waits else 1.0
+            self.optimizer.accumulate_agreed(group, param, share)
         if self.waits:
             return
-        self._refuse_gradients_beside(param)
+        self._refuse_gradients([x for x in all_params(self.optimizer) if x is not param])
         if self._skipped_before is None:
             self._skipped_before = self._counts()
         self._reduce_gradients()
@@ -221,20 +269,33 @@ class LayerwiseUpdates:
         self.optimizer.step()
         param.grad = None
 
-    def _refuse_gradients_beside(self, param: Tensor) -> None:
-        """Raises where the step of this parameter would step another one, too, without a hook."""
-        for group in self.optimizer.param_groups:
-            for other in group["params"]:
-                if other is not param and other.grad is not None:
-                    raise RuntimeError(
-                        f"parameter '{name_of(self.optimizer, other)}' has a gradient that no hook "
-                        "has taken: make LayerwiseUpdates when all parameters are in the "
-                        "optimizer, and leave grad to it"
-                    )
+    def _group(self, param: Tensor) -> dict[str, Any]:
+        return self.optimizer.param_groups[self._group_index[param]]
+
+    def _is_sketched(self, param: Tensor) -> bool:
+        if not isinstance(self.optimizer, SubspaceOptimizer):
+            return False
+        return is_sketched(self.optimizer, self._group(param))
+
+    def _keeps_gradient(self, param: Tensor) -> bool:
+        """Whether a gradient stays until the update ends."""
+        return self.waits and not self._is_sketched(param)
+
+    def _refuse_gradients(self, params: Iterable[Tensor]) -> None:
+        """Raises where one of these has a gradient, which the next step would take in."""
+        left = next((param for param in params if param.grad is not None), None)
+        if left is not None:
+            raise RuntimeError(
+                f"parameter '{name_of(self.optimizer, left)}' has a gradient that no hook has "
+                "taken: make LayerwiseUpdates when all parameters are in the optimizer, and leave "
+                "grad to it. DistributedDataParallel writes averaged gradients after the hooks: "
+                "leave the model out of it, and give LayerwiseUpdates reduce="
+                "osd_torch.mean_over_processes()"
+            )
 
     def _reduce_gradients(self) -> None:
         """For an optimizer that does not do it itself."""
-        if self._reduce is None:
+        if self._reduce is None or isinstance(self.optimizer, SubspaceOptimizer):
             return
         for group in self.optimizer.param_groups:
             for param in group["params"]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, StateDict
 
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
 from osd_torch.projectors import Basis, Projector, check_period, online_pca, random, svd
@@ -38,6 +38,7 @@ from osd_torch.subspace import (
     check_rank,
     count_if_not_finite,
     lift,
+    log,
     resolve_side,
 )
 
@@ -77,10 +78,14 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "penalty": 0.0,
     "projector_lr_multiple": None,
     "projector_weight_decay": None,
+    "peak_lr": None,
     "move_projector": "after",
     "basis_dtype": None,
     "seed": 0,
 }
+# What a group keeps of the learning rates that it saw: the peak, the last one, and the keys
+# `max_lr` and `initial_lr`.
+SEEN = "seen_peak"
 
 
 class PublishedOptimizer(SubspaceOptimizer):
@@ -95,6 +100,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         update_proj_every       online PCA moves P at every so manieth step only (1)
         penalty                 weight of the orthogonality penalty in P's loss (0.0)
         projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
+        peak_lr                 the peak of lr, which P's step size is relative to; None: a guess
+                                (None)
         projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
@@ -104,9 +111,15 @@ class PublishedOptimizer(SubspaceOptimizer):
     A key that is close to one of an optimizer's, and none, is taken for a mistake; others stay, for
     whoever put them there.
 
-    The peak of lr is `max_lr` (set by `OneCycleLR`), or else `initial_lr` (set by PyTorch's other
-    schedulers), or else lr as the group was added.
+    Without `peak_lr` the peak of lr is guessed: `max_lr` (which `OneCycleLR` sets in the group), or
+    else `initial_lr` (which PyTorch's other schedulers set), or else lr as the group was added; and
+    never less than an lr that was seen, so that P's step size is at most 1 / update_proj_gap. When
+    one of the two keys changes, or lr rises from the end of `OneCycleLR`, another schedule has
+    begun, and the guess starts from that. The logger "osd_torch" names the guess once.
     """
+
+    _has_named_peak = False  # of this object, which its state does not keep
+    _has_raised_peak = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**SUBSPACE_DEFAULTS, **defaults})
@@ -123,9 +136,11 @@ class PublishedOptimizer(SubspaceOptimizer):
         check_number("penalty", group["penalty"])
         check_basis_dtype(group["basis_dtype"])
         check_seed(group["seed"])
-        for name in ("projector_lr_multiple", "projector_weight_decay"):
+        for name in ("projector_lr_multiple", "projector_weight_decay", "peak_lr"):
             if group[name] is not None:
                 check_number(name, group[name])
+        if group["peak_lr"] is not None and not group["peak_lr"] > 0:
+            raise ValueError(f"peak_lr is {group['peak_lr']!r}: expected None or a number above 0")
 
     def side(self, group: Group, param: Tensor) -> Side:
         """The side of a matrix (output, input) that P projects, by `proj_type`."""
@@ -148,14 +163,81 @@ class PublishedOptimizer(SubspaceOptimizer):
             every=group["update_proj_every"],
         )
 
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters, projected if it has a `rank`; raises as the class does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group[SEEN] = (first_peak(group), float(group["lr"]), *schedule_keys(group))
+
+    def observe(self, group: Group) -> None:
+        """Guesses the peak of the group's learning rate, where it is read and not given."""
+        is_online = group["rank"] is not None and group["proj_type"] in PROJECTOR_RULES
+        if not is_online or group["peak_lr"] is not None or group["projector_lr_multiple"]:
+            return
+        before, group[SEEN] = group[SEEN], seen_peak(group)
+        if not self._has_named_peak and group[SEEN][0]:
+            self._has_named_peak = True
+            log.info(
+                "P's step size is lr / peak / update_proj_gap; the peak of lr is guessed to be %g. "
+                "peak_lr= gives it",
+                group[SEEN][0],
+            )
+        is_raised = before[2:] == group[SEEN][2:] and before[0] * (1 + 1e-6) < group[SEEN][0]
+        if is_raised and not self._has_raised_peak:
+            self._has_raised_peak = True
+            log.warning(
+                "lr is %g, above the peak of %g that was guessed for it: P's step size, lr / peak "
+                "/ update_proj_gap, takes the largest lr so far as the peak. peak_lr= gives it",
+                group[SEEN][0],
+                before[0],
+            )
+
     def projector_lr(self, group: Group) -> float:
         """P's step size: the release's, or a multiple of lr as in the paper."""
         lr = float(group["lr"])
-        peak_key = next(k for k in ("max_lr", "initial_lr", "peak_lr") if k in group)
-        peak = float(group[peak_key])
         if group["projector_lr_multiple"] is not None:
             return group["projector_lr_multiple"] * lr
+        peak = seen_peak(group)[0] if group["peak_lr"] is None else float(group["peak_lr"])
         return (lr / peak if peak else 1.0) / group["update_proj_gap"]
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restores what `state_dict` returned; see `SubspaceOptimizer.load_state_dict`."""
+        groups = [_with_seen_peak(group) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+def schedule_keys(group: Group) -> tuple[float | None, float | None]:
+    """(`max_lr`, `initial_lr`), which PyTorch's schedulers set in a group when they are made."""
+    max_lr, initial_lr = group.get("max_lr"), group.get("initial_lr")
+    return tuple(None if x is None else float(x) for x in (max_lr, initial_lr))  # type: ignore
+
+
+def first_peak(group: Group) -> float:
+    """The peak of a schedule that has just begun, by what the group says of it."""
+    keys = (*schedule_keys(group), group["lr"])
+    return float(next(x for x in keys if x is not None))
+
+
+def seen_peak(group: Group) -> tuple[float, float, float | None, float | None]:
+    """What `SEEN` is to be at the present learning rate."""
+    peak, last, *keys = group[SEEN]
+    lr, (max_lr, initial_lr) = float(group["lr"]), schedule_keys(group)
+    one_cycle_ended = max_lr is not None and last <= float(group.get("min_lr", 0)) * (1 + 1e-6)
+    if max_lr is not None and max_lr != keys[0]:
+        peak = max_lr
+    elif [max_lr, initial_lr] != keys:
+        peak = lr if initial_lr is None else initial_lr
+    elif one_cycle_ended and lr > last > 0:
+        peak = lr
+    return max(peak, lr), lr, max_lr, initial_lr
+
+
+def _with_seen_peak(group: Group) -> Group:
+    """A saved group; in those of earlier versions `peak_lr` is lr as the group was added."""
+    if SEEN in group or "peak_lr" not in group:
+        return group
+    peak = first_peak({**group, "lr": group["peak_lr"]})
+    return {**group, "peak_lr": None, SEEN: (peak, float(group["lr"]), *schedule_keys(group))}
 
 
 class SubspaceAdamW(PublishedOptimizer):
@@ -389,6 +471,7 @@ def make_optimizer(
     penalty: float = 0.0,
     projector_lr_multiple: float | None = None,
     projector_weight_decay: float | None = None,
+    peak_lr: float | None = None,
     lion_sign: LionSign = "lifted",
     move_projector: MoveProjector = "after",
     basis_dtype: torch.dtype | None = None,
@@ -428,6 +511,8 @@ def make_optimizer(
         penalty: Weight of the orthogonality penalty in P's loss.
         projector_lr_multiple: P's step size as a multiple of lr, in place of `1 / update_proj_gap`.
         projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
+        peak_lr: The peak of lr, which P's step size is relative to. None: guessed, and never below
+            an lr that was seen; see `PublishedOptimizer`.
         lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
         move_projector: Whether P moves after W's step or before it.
         basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
@@ -472,6 +557,7 @@ def make_optimizer(
         ("penalty", penalty, 0.0),
         ("projector_lr_multiple", projector_lr_multiple, None),
         ("projector_weight_decay", projector_weight_decay, None),
+        ("peak_lr", peak_lr, None),
         ("move_projector", move_projector, "after"),
     ):
         _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
@@ -510,6 +596,7 @@ def make_optimizer(
         "penalty": penalty,
         "projector_lr_multiple": projector_lr_multiple,
         "projector_weight_decay": projector_weight_decay,
+        "peak_lr": peak_lr,
         "move_projector": move_projector,
         "basis_dtype": basis_dtype,
         "seed": seed,
@@ -580,6 +667,7 @@ def _full_rank(
     raise AssertionError(optimizer)
 
 
+@torch.compiler.disable(reason="the host decides whether a step is skipped")
 def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """A step's pre-hook: drops all gradients, and counts, if one is not finite."""
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from osd_torch.numerics import accumulator_dtype, float32_or_more, has_direction
 from osd_torch.rules import Rule, State
 from osd_torch.sharding import Reduce, local, matmul, parted_like, squared_norm, whole
 
@@ -79,7 +80,8 @@ class Projector(NamedTuple):
         sketch: (P, M) -> Sketch; see `MakeSketch`.
         init: (P, side) -> the state of P's optimizer.
         move: (P, side, sketch, that state, step, step size) -> None; moves P in place, at the steps
-            at which it moves.
+            at which it moves. Without a sketch P stays, and its optimizer sees a zero gradient: P
+            is not set yet, or was set at this step.
         two_sided: Whether it serves side "both".
         moves_first: Whether P moves before W's step, at the cost of one more product with the
             gradient.
@@ -90,7 +92,7 @@ class Projector(NamedTuple):
     fresh_basis: FreshBasis
     sketch: MakeSketch
     init: Callable[[Basis, str], dict[str, Tensor]]
-    move: Callable[[Basis, str, Sketch, State, int, float], None]
+    move: Callable[[Basis, str, Sketch | None, State, int, float], None]
     two_sided: bool = False
     moves_first: bool = False
     every: int = 1
@@ -113,7 +115,8 @@ def online_pca(
     The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
     (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
     P is set from that gradient and not moved; from then on `optimizer` takes one step a time, or
-    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays.
+    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays; at the
+    first step, it waits for the first gradient that has a direction.
 
     Args:
         optimizer: The rule of P's step. It counts its own steps, of which step `every` of W, from
@@ -150,14 +153,22 @@ def online_pca(
 
     def init(basis: Basis, side: str) -> dict[str, Tensor]:
         assert not isinstance(basis, TwoSided)
-        return optimizer.init(to_matrix(_float32_or_more(basis), side))
+        return optimizer.init(to_matrix(float32_or_more(basis), side))
 
-    def move(basis: Basis, side: str, sketch: Sketch, state: State, step: int, lr: float) -> None:
-        assert not isinstance(basis, TwoSided) and sketch.squared_norm is not None
-        gradient = online_pca_gradient(_float32_or_more(basis), sketch, penalty)
+    def move(
+        basis: Basis, side: str, sketch: Sketch | None, state: State, step: int, lr: float
+    ) -> None:
+        assert not isinstance(basis, TwoSided)
+        wide = float32_or_more(basis)
+        if sketch is None:
+            gradient, moves = torch.zeros_like(wide), False
+        else:
+            assert sketch.squared_norm is not None
+            gradient = online_pca_gradient(wide, sketch, penalty)
+            moves = has_direction(float(sketch.squared_norm), gradient.dtype)
         # The release holds the basis of the input side as rows, and 8-bit blocks run along them.
         now = (to_matrix(gradient, side), state, step // every, lr)
-        if has_direction(float(sketch.squared_norm), gradient.dtype):
+        if moves:
             optimizer.step_(to_matrix(basis, side), *now, weight_decay)
         else:
             optimizer.step(*now)  # its moments alone
@@ -220,12 +231,6 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     gram.diagonal().sub_(2)
     gradient = (local(basis) @ inner).addmm_(local(a), gram, alpha=scale)
     return parted_like(gradient, basis)
-
-
-def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:
-    """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
-    limits = torch.finfo(dtype)
-    return limits.tiny <= squared_norm <= limits.max
 
 
 def svd(every: int) -> Projector:
@@ -313,7 +318,7 @@ def leading_singular_vectors(
     Returns:
         (m, rank), (n, rank) or `TwoSided` of both.
     """
-    u, _, vt = torch.linalg.svd(_float32_or_more(whole(gradient)), full_matrices=False)
+    u, _, vt = torch.linalg.svd(float32_or_more(whole(gradient)), full_matrices=False)
 
     def leading(vectors: Tensor) -> Tensor:
         return vectors[:, :rank].to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -334,19 +339,15 @@ def to_matrix(tensor: Tensor, side: str) -> Tensor:
 
 
 def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
-    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64."""
+    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64.
+
+    R lies in memory as M does, in the order of the moments that it meets.
+    """
     if isinstance(basis, TwoSided):
         return product(product(basis.output.mT, matrix), basis.input)
+    if not matrix.is_contiguous() and matrix.mT.is_contiguous():
+        return product(matrix.mT, basis).mT
     return product(basis.mT, matrix)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64: what moments, norms and products are kept in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _float32_or_more(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulator_dtype(tensor.dtype))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -21,6 +21,14 @@ from osd_torch.sharding import local, mean, parted_like
 State = Mapping[str, Tensor]
 
 
+def zeros_like(like: Tensor) -> Tensor:
+    """Zeros, contiguous also where `like` is a transposed view.
+
+    What loads and saves state (`torch.distributed`, safetensors) reads memory in order.
+    """
+    return torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+
 class Rule(Protocol):
     """How an optimizer turns gradients into steps.
 
@@ -28,7 +36,10 @@ class Rule(Protocol):
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """Zero moments for a gradient of this shape, dtype (float32 or float64) and device."""
+        """Zero moments for a gradient of this shape, dtype (float32 or float64) and device.
+
+        Contiguous.
+        """
         raise NotImplementedError
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
@@ -74,7 +85,7 @@ class Adam(Rule):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Two moments."""
-        return {"exp_avg": torch.zeros_like(like), "exp_avg_sq": torch.zeros_like(like)}
+        return {"exp_avg": zeros_like(like), "exp_avg_sq": zeros_like(like)}
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
@@ -86,12 +97,15 @@ class Adam(Rule):
     def step_(
         self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
     ) -> None:
-        """In one pass, where x is laid out as the moments are."""
+        """In one pass of the kernel."""
         own, first, rate = local(x), local(state["exp_avg"]), self._rate(t, lr)
-        if not rate or own.dtype != first.dtype or own.stride() != first.stride():
+        if not rate or own.dtype != first.dtype:
             super().step_(x, gradient, state, t, lr, weight_decay)
-        else:
-            self._move(own, gradient, state, t, lr=rate, weight_decay=weight_decay * lr / rate)
+            return
+        moved = laid_out_as(own, first)
+        self._move(moved, gradient, state, t, lr=rate, weight_decay=weight_decay * lr / rate)
+        if moved is not own:
+            own.copy_(moved)
 
     def _rate(self, t: int, lr: float) -> float:
         return lr * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
@@ -110,16 +124,20 @@ class Adam(Rule):
         Its public face, torch.optim.adam.adam, takes longer than the kernel for a small matrix.
         """
         own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
-        if own.stride() != first.stride():  # the kernel walks all of them in one order
-            own = torch.empty_like(first).copy_(own)
-        if first.ndim == 2 and not first.is_contiguous():  # else it makes a copy, and for nothing
-            x, own, first, second = x.mT, own.mT, first.mT, second.mT
+        own = laid_out_as(own, first)
         eps = self.eps if self.eps_first else self.eps * math.sqrt(1 - self.betas[1] ** t)
         torch._fused_adamw_(
             [x], [own], [first], [second], [], [_endless(own.device)],
             lr=lr, beta1=self.betas[0], beta2=self.betas[1], weight_decay=weight_decay, eps=eps,
             amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, or a copy of it with the strides of `like`: a fused kernel needs one order."""
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
 @functools.cache
@@ -142,7 +160,7 @@ class Lion(Rule):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """One moment."""
-        return {"exp_avg": torch.zeros_like(like)}
+        return {"exp_avg": zeros_like(like)}
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
@@ -174,13 +192,13 @@ class Adafactor(Rule):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Two vectors for a matrix, one for a vector, and the first moment."""
-        state = {} if self.beta1 is None else {"exp_avg": torch.zeros_like(like)}
+        state = {} if self.beta1 is None else {"exp_avg": zeros_like(like)}
         if like.ndim < 2:
-            return {**state, "exp_avg_sq": torch.zeros_like(like)}
+            return {**state, "exp_avg_sq": zeros_like(like)}
         return {
             **state,
-            "exp_avg_sq_row": torch.zeros_like(mean(like, dim=-1)),
-            "exp_avg_sq_col": torch.zeros_like(mean(like, dim=-2)),
+            "exp_avg_sq_row": zeros_like(mean(like, dim=-1)),
+            "exp_avg_sq_col": zeros_like(mean(like, dim=-2)),
         }
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:

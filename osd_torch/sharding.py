@@ -110,6 +110,17 @@ def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
     return averaged
 
 
+def shares_of(flags: Sequence[bool], reduce: Reduce, device: torch.device) -> list[float]:
+    """The share of the processes on which each flag is up, the same list on every one.
+
+    Args:
+        flags: Of this process, as many on every process.
+        reduce: The mean over processes.
+        device: That `reduce` serves.
+    """
+    return reduce(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
+
+
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
     """The model in DistributedDataParallel, whose backward pass averages gradients.
 
@@ -188,19 +199,18 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.redistribute(placements=like.placements)
 
 
-def along_axis(tensor: Tensor, like: Tensor, axis: int) -> Tensor:
-    """Distributes a tensor's first axis as `like`, if it is a DTensor, distributes one of its own.
+def distributed_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor with the placement of another one: a DTensor if that is one, and else whole.
 
     Args:
-        tensor: The same on every process, or else the first one's counts; its length is that of
-            `like` along `axis`.
-        like: A parameter.
-        axis: Not negative.
+        tensor: Whole, the same on every process (if not, the first one's counts), or a DTensor.
+        like: Of the same global shape.
     """
     if not isinstance(like, DTensor):
-        return tensor
-    placements = [Shard(0) if p.is_shard(axis) else Replicate() for p in like.placements]
-    return distribute_tensor(tensor, like.device_mesh, placements)
+        return whole(tensor)
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(like.device_mesh, like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def matmul(a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -274,7 +284,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     squares = squared_norms(tensors)
     if not squares:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 
 
@@ -290,6 +300,29 @@ def first_axis_parts(tensor: Tensor) -> int | None:
     sharded = [i for i, p in enumerate(tensor.placements) if p.is_shard()]
     is_simple = all(tensor.placements[i].is_shard(0) for i in sharded) and len(sharded) < 2
     return math.prod(tensor.device_mesh.size(i) for i in sharded) if is_simple else None
+
+
+def zeros_along(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype, axes: Sequence[int | None]
+) -> Tensor:
+    """Zeros, of which some axes are distributed over the processes as axes of `like` are.
+
+    Args:
+        like: A parameter.
+        shape: The global shape.
+        dtype: Of the result.
+        axes: For each axis of the result the axis of `like` that it follows, or None.
+    """
+    if not isinstance(like, DTensor):
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    placements: list[Placement] = [
+        next(
+            (Shard(i) for i, axis in enumerate(axes) if axis is not None and p.is_shard(axis)),
+            Replicate(),
+        )
+        for p in like.placements
+    ]
+    return dtensor.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
 
 
 def zeros_placed_as(
@@ -333,7 +366,7 @@ def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:
     if shared is None:
         return flag
     everywhere = [Partial()] * shared.device_mesh.ndim
-    value = torch.tensor(float(flag), device=shared.device)
+    value = torch.tensor(float(flag), dtype=torch.float32, device=shared.device)
     return bool(local(from_parts(value, shared.device_mesh, everywhere, ())))
 
 

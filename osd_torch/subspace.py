@@ -22,22 +22,23 @@ sides (output, input). P has shape (p, r), and its columns are the basis.
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from osd_torch.numerics import accumulator_dtype, has_direction, without_autocast
 from osd_torch.projectors import (
     Basis,
     Projector,
     Sketch,
     TwoSided,
-    accumulator_dtype,
     low_rank_gradient,
     product,
     to_matrix,
@@ -46,12 +47,16 @@ from osd_torch.rules import Rule
 from osd_torch.sharding import (
     Reduce,
     all_finite,
-    along_axis,
+    distributed_as,
     is_distributed,
     local,
     on_host,
+    shares_of,
+    squared_norm,
     squared_norms,
     total_norm,
+    whole,
+    zeros_along,
 )
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
@@ -65,8 +70,10 @@ RULE_OPTIONS = (
 )  # fmt: skip
 # Options that are younger than some saved states, and what those were trained with.
 LATER_OPTIONS = {"update_proj_every": 1}
-# Stands for a sketch whose gradient had a value that is not finite.
-NOT_FINITE = Sketch(torch.tensor(math.nan), None, None)
+NOT_SET = -1  # the step at which P was set, while it waits for a gradient
+# State that lies on the CPU, where reading it costs no synchronisation.
+ON_HOST = ("step", "set_at")
+log = logging.getLogger("osd_torch")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -77,9 +84,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     rule turns R into a direction D, and `W <- W - lr * scale * P D` (arXiv 2408.12857, equation 6).
     A group without one gets the same rule at full rank.
 
-    State per parameter, tensors only: `step`; the moments in the shape of R, float32 (float64 for
-    float64 parameters) or 8 bits; `basis`, or `basis_output` and `basis_input`; and the moments of
-    P's optimizer, named with the prefix `projector_`.
+    State per parameter, contiguous tensors only: `step`; the moments in the shape of R, float32
+    (float64 for float64 parameters) or 8 bits; `basis`, or `basis_output` and `basis_input`;
+    `set_at`, the step at which P was set; and the moments of P's optimizer, named with the prefix
+    `projector_`.
+
+    P is set from a gradient that has a direction: its squared norm is neither zero nor infinite.
+    Until the first one P is zero and `set_at` is -1, and the parameter takes steps of zero. A
+    refresh that is due at a gradient without direction takes place at the next one that has one.
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
     see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
@@ -92,12 +104,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     """
 
     decays_first = False  # whether weight decay comes before the update
+    _has_said_uncompiled = False
     _reduce: Reduce | None = None
     _is_reduced = False  # whether what the next step applies is the same on every process already
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.held: dict[Tensor, Sketch] = {}
         super().__init__(params, defaults)
+        forward_reduce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, or a loaded state; nothing is held then."""
@@ -168,15 +182,58 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        self.param_groups[-1].setdefault("peak_lr", float(self.param_groups[-1]["lr"]))
 
-    @torch.no_grad()
+    def state_of(self, group: Group, param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter; before its first step, what `init_state` makes."""
+        state = self.state[param]
+        if not state:
+            state.update(self.init_state(group, param))
+        return state
+
+    def init_state(self, group: Group, like: Tensor) -> dict[str, Tensor]:
+        """A parameter's state before its first step: zeros, and no P.
+
+        Args:
+            group: Of the parameter.
+            like: The parameter, or a tensor with its shape, dtype, device and placement.
+        """
+        rule, wide = self.rule(group), accumulator_dtype(like.dtype)
+        every_axis = tuple(range(like.ndim))
+        if group["rank"] is None:
+            zeros = zeros_along(like, like.shape, wide, every_axis)
+            return {"step": step_number(0), **rule.init(zeros)}
+        side, rank = self.side(group, like), min(group["rank"], *like.shape)
+
+        def basis_along(axis: int) -> Tensor:
+            dtype = group["basis_dtype"] or wide
+            return zeros_along(like, (like.shape[axis], rank), dtype, (axis, None))
+
+        projected = {"output": (OUTPUT_AXIS,), "input": (INPUT_AXIS,), "both": every_axis}[side]
+        names = ("basis_output", "basis_input") if side == "both" else ("basis",)
+        bases = {name: basis_along(axis) for name, axis in zip(names, projected, strict=True)}
+        moments = self.projector(group).init(basis_of(bases), side)
+        # R as the weight lies, with the rank in place of the projected axes: so the blocks of 8-bit
+        # moments are the release's.
+        shape = [rank if axis in projected else n for axis, n in enumerate(like.shape)]
+        follows = [None if axis in projected else axis for axis in every_axis]
+        return {
+            "step": step_number(0),
+            "set_at": step_number(NOT_SET),
+            **bases,
+            **{PREFIX + name: x for name, x in moments.items()},
+            **rule.init(zeros_along(like, shape, wide, follows)),
+        }
+
+    def observe(self, group: Group) -> None:
+        """Looks at a group's learning rate, before each step."""
+
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
         """Takes one step with the held sketches and with the gradients in `grad`.
 
-        Parameters with neither are left alone.
+        Parameters with neither are left alone. Within `torch.autocast` the step computes as it does
+        outside.
 
         Args:
             closure: Evaluates the model anew and returns the loss.
@@ -192,6 +249,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step(torch.compiler.is_compiling())
+        return loss
+
+    @torch.compiler.disable(reason="steps of osd_torch's optimizers run uncompiled")
+    @torch.no_grad()
+    @without_autocast()
+    def _step(self, is_compiling: bool) -> None:
+        if is_compiling and not self._has_said_uncompiled:
+            self._has_said_uncompiled = True
+            log.warning(
+                "torch.compile: steps of %s run uncompiled; compile the model alone",
+                type(self).__name__,
+            )
+        for group in self.param_groups:
+            self.observe(group)
         self.reduce_()
         self._is_reduced = False
         present = list(self.present())
@@ -206,16 +278,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         squares, scales = known[: len(squares)], iter(known[len(squares) :])
         own = {p: None if square is None else next(scales) for p, square in own.items()}
         if count_if_not_finite(self, applied, squares):
-            return loss
+            return
         for (group, param), square in zip(present, squares, strict=True):
             if group["rank"] is None:
                 self.step_full_rank(group, param)
             elif param in held:
                 self.apply(group, param, held.pop(param)._replace(squared_norm=own[param]))
             else:
-                self.refresh(group, param)
+                self.refresh(group, param, square)
                 self.apply(group, param, self.project(group, param, square))
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients and the held sketches."""
@@ -241,13 +312,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     yield group, param
 
     @torch.no_grad()
+    @without_autocast()
     def accumulate(self, param: Tensor, share: float = 1.0) -> None:
         """Turns a projected parameter's gradient into a sketch, adds it to the held one, drops it.
 
         The gradient is one micro-batch's part of the update's: parts add up, as backward passes
         add to `grad`. R of their sum is exact. Of A and s the mean over the parts' own values
-        stands in, each part scaled up to a whole gradient by its share. Where P is due to be set
-        anew, it is from the first part of the update.
+        stands in, each part scaled up to a whole gradient by its share. Where P is due to be set,
+        it is from the first part of the update that has a direction.
 
         Args:
             param: With a `grad`.
@@ -257,7 +329,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a share outside [0, 1], a parameter that is not projected, has no
                 gradient or is not the optimizer's, or if the projector needs the gradient itself
-                when the step is taken (`move_projector="before"`).
+                when the step is taken (`move_projector="before"`), or if with `reduce` set the
+                processes call it for different parameters.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
@@ -271,57 +344,100 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         check_sketch_suffices(self, group)
         if param.grad is None:
             raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
-        held = self.held.get(param)
-        if share and held is None and self.is_due(group, param):
-            if self._reduce is not None:
-                param.grad = self._reduce(_gradient(param))
-            if all_finite([_gradient(param)]):
+        if self._reduce is not None:
+            params = all_params(self)
+            shares = shares_of([p is param for p in params], self._reduce, param.device)
+            called_for = [p for p, some in zip(params, shares, strict=True) if some]
+            if len(called_for) > 1:
+                names = ", ".join(repr(name_of(self, p)) for p in called_for)
+                raise ValueError(
+                    f"processes call accumulate for different parameters: {names}; with reduce "
+                    "set, call it for the same ones in the same order on all of them, with a "
+                    "gradient of zeros where a process has none"
+                )
+        self.accumulate_agreed(group, param, share)
+
+    @torch.no_grad()
+    @without_autocast()
+    def accumulate_agreed(self, group: Group, param: Tensor, share: float = 1.0) -> None:
+        """`accumulate` of a parameter that all processes have agreed on, and without its checks."""
+        if share:
+            if self.is_due(group, param):
+                if self._reduce is not None:
+                    param.grad = self._reduce(_gradient(param))
                 self.refresh(group, param)
-            else:  # there may be no P to project with: the step is skipped whatever follows
-                self.held[param] = held = NOT_FINITE
-        if share and held is not NOT_FINITE:
-            sketch = self.project(group, param)
+            sketch, held = self.project(group, param), self.held.get(param)
             scaled = Sketch(sketch.low_rank, *(over(x, share) for x in sketch[1:]))
             self.held[param] = scaled if held is None else added(held, scaled)
         param.grad = None
 
     @torch.no_grad()
+    @without_autocast()
     def reduce_(self) -> None:
         """Makes what the next step applies the same on every process, if `reduce` is set.
 
-        `step` and `clip_` call it. Gradients of projected parameters become held sketches.
+        `step` and `clip_` call it. Gradients of projected parameters become held sketches. A
+        parameter that has a gradient on some processes only has one of zeros on the others.
         """
         if self._reduce is None or self._is_reduced:
             return
+        zero_where_others_have_gradients(self, self._reduce, self.held)
         for group, param in self.present():
             if not is_sketched(self, group):
                 param.grad = self._reduce(_gradient(param))
             elif param.grad is not None:
-                self.accumulate(param)
+                self.accumulate_agreed(group, param)
         self._is_reduced = True
 
     def is_due(self, group: Group, param: Tensor) -> bool:
-        """Whether P is to be set from the next gradient."""
-        return self.projector(group).is_due(int(self.state[param].get("step", 0)))
+        """Whether P is to be set from the next gradient that has a direction.
 
-    def refresh(self, group: Group, param: Tensor) -> None:
-        """Sets P from the gradient, on the steps when the projector is due to."""
+        It is at the first part of an update whose step the projector names, and from then on as
+        long as no gradient with a direction has come.
+        """
+        state = self.state_of(group, param)
+        is_first_part = param not in self.held
+        clock_is_due = is_first_part and self.projector(group).is_due(int(state["step"]))
+        return clock_is_due or int(state["set_at"]) == NOT_SET
+
+    @torch.no_grad()
+    @without_autocast()
+    def refresh(self, group: Group, param: Tensor, square: Tensor | None = None) -> None:
+        """Sets P from the gradient where it is due, and the gradient has a direction.
+
+        Args:
+            group: Of the parameter.
+            param: With a `grad`.
+            square: The squared norm of that, if it is known.
+        """
         if not self.is_due(group, param):
             return
-        projector, state = self.projector(group), self.state[param]
-        step = int(state.get("step", 0))
+        gradient, state = _gradient(param), self.state[param]
+        state["set_at"].fill_(NOT_SET)
+        if square is None:
+            square = squared_norm(gradient)
+        if not has_direction(float(square), square.dtype):
+            return
+        projector, step = self.projector(group), int(state["step"])
         rank = min(group["rank"], *param.shape)
         dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
         key = f"{group['seed']}/{name_of(self, param)}/{step}"
-        side = self.side(group, param)
-        basis = projector.fresh_basis(_gradient(param), side, rank, dtype, key)
+        basis = projector.fresh_basis(gradient, self.side(group, param), rank, dtype, key)
         if isinstance(basis, TwoSided):
-            state["basis_output"] = along_axis(basis.output, param, OUTPUT_AXIS)
-            state["basis_input"] = along_axis(basis.input, param, INPUT_AXIS)
+            new = {"basis_output": basis.output, "basis_input": basis.input}
         else:
-            axis = OUTPUT_AXIS if side == "output" else INPUT_AXIS
-            state["basis"] = along_axis(basis, param, axis)
+            new = {"basis": basis}
+        state.update({name: distributed_as(x, state[name]) for name, x in new.items()})
+        state["set_at"].fill_(step)
 
+    def moves(self, group: Group, param: Tensor) -> bool:
+        """Whether P moves at the next step: it does not at the one that sets it."""
+        state = self.state_of(group, param)
+        step, set_at = int(state["step"]), int(state["set_at"])
+        return self.projector(group).moves_at(step) and set_at not in (step, NOT_SET)
+
+    @torch.no_grad()
+    @without_autocast()
     def project(self, group: Group, param: Tensor, square: Tensor | None = None) -> Sketch:
         """The gradient of one projected parameter -> what the projector needs of it.
 
@@ -330,41 +446,41 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             param: With a `grad`.
             square: The squared norm of that, if it is known.
         """
-        projector, state = self.projector(group), self.state[param]
+        projector, state = self.projector(group), self.state_of(group, param)
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        moves = projector.every == 1 or projector.moves_at(int(state.get("step", 0)))
+        moves = projector.every == 1 or self.moves(group, param)
         return projector.sketch(basis_of(state), matrix, self._reduce, moves, square)
 
+    @torch.no_grad()
+    @without_autocast()
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
 
         The gradient itself is read only by a projector that moves before W.
         """
-        projector, state = self.projector(group), self.state[param]
+        projector, state = self.projector(group), self.state_of(group, param)
         basis, rule, side = basis_of(state), self.rule(group), self.side(group, param)
-        # Moments lie as the weight does, so that the blocks of 8-bit ones are the release's.
         low_rank = to_matrix(sketch.low_rank, side)
-        if "step" not in state:
-            moments = {PREFIX + name: x for name, x in projector.init(basis, side).items()}
-            state.update(step=no_steps(), **rule.init(low_rank), **moments)
         projector_state = {
             k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)
         }
-        step = int(state["step"])
+        step, moves = int(state["step"]), self.moves(group, param)
 
         def move() -> None:
-            lr = self.projector_lr(group)
-            projector.move(basis, side, sketch, projector_state, step, lr)
+            if projector.moves_at(step):
+                seen = sketch if moves else None
+                lr = self.projector_lr(group)
+                projector.move(basis, side, seen, projector_state, step, lr)
 
-        moves = projector.moves_at(step)
-        if moves and projector.moves_first:
+        if projector.moves_first:
             move()
+        if projector.moves_first and moves:
             matrix = to_matrix(_gradient(param), side)
             low_rank = to_matrix(low_rank_gradient(basis, matrix), side)
         direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
         weight, direction = to_matrix(param, side), to_matrix(direction, side)
         self.lift(group, weight, basis, direction, rate * group["scale"])
-        if moves and not projector.moves_first:
+        if not projector.moves_first:
             move()
         state["step"] += 1
 
@@ -378,9 +494,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def step_full_rank(self, group: Group, param: Tensor) -> None:
         """One step of a parameter that is not projected, in place."""
         gradient = self.full_rank_gradient(group, param)
-        state, rule = self.state[param], self.rule(group)
-        if not state:
-            state.update(step=no_steps(), **rule.init(gradient))
+        state, rule = self.state_of(group, param), self.rule(group)
         state["step"] += 1
         direction, rate = rule.step(gradient, state, int(state["step"]), float(group["lr"]))
         add_(param, direction, *self.coefficients(group, rate))
@@ -398,8 +512,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Restores what `state_dict` returned, to continue bit for bit.
 
         Copies the tensors and keeps their dtypes, where `torch.optim.Optimizer` would cast the
-        float32 moments of a bfloat16 parameter to bfloat16. As there, the groups' options become
-        the saved ones.
+        float32 moments of a bfloat16 parameter to bfloat16. Each gets the placement that its
+        parameter asks for: whole state may be loaded where parameters are sharded. As in torch, the
+        groups' options become the saved ones.
 
         Raises:
             ValueError: for the state of another optimizer, or of other parameters, by the first
@@ -407,47 +522,107 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         groups = [{**LATER_OPTIONS, **group} for group in state_dict["param_groups"]]
         state_dict = {**state_dict, "param_groups": groups}
+        states = {index: completed(state) for index, state in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": states}
         check_state(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        indices = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = chain.from_iterable(g["params"] for g in self.param_groups)
-        for index, param in zip(indices, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                # The step count lies on the CPU, where reading it costs no synchronisation.
-                device = torch.device("cpu") if name == "step" else param.device
-                self.state[param][name] = value.to(device=device, copy=True)
+        forward_reduce()  # accelerate, which may not have been imported before, calls this
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, param in zip(saved["params"], group["params"], strict=True):
+                if state := states.get(index):
+                    self.state[param] = self._placed(group, param, state)
+
+    def _placed(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of the tensors of a parameter's state, contiguous and placed for it."""
+        own = self.init_state(group, param) if is_distributed(param) else {}
+
+        def placed(name: str, value: Tensor) -> Tensor:
+            if name in ON_HOST:
+                return value.to(device="cpu", copy=True)
+            value = value.to(param.device)
+            value = distributed_as(value, own[name]) if own else whole(value)
+            return value.clone(memory_format=torch.contiguous_format)
+
+        return {name: placed(name, value) for name, value in state.items()}
 
 
-def no_steps() -> Tensor:
-    """A count of steps. It lies on the CPU, where reading it costs no synchronisation."""
-    return torch.tensor(0.0, device="cpu")
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, out of wrappers such as `accelerate`'s, which hold it as `optimizer`.
+
+    Raises:
+        ValueError: for a wrapper with parameter groups of its own, which steps others than these.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        if optimizer.param_groups is not inner.param_groups:
+            raise ValueError(
+                f"a {type(optimizer).__name__} around a {type(inner).__name__} has parameter groups"
+                " of its own: expected an optimizer of osd_torch or torch, or a wrapper that steps "
+                "the same parameters"
+            )
+        optimizer = inner
+    return optimizer
+
+
+def forward_reduce() -> None:
+    """Lets `prepared.reduce = ...` reach the optimizer in `accelerate`'s wrapper.
+
+    The wrapper passes methods on, but keeps an attribute that is set to itself.
+    """
+    wrapper = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    if wrapper is not None and not hasattr(wrapper, "reduce"):
+        wrapper.reduce = property(
+            lambda self: getattr(self.optimizer, "reduce", None),
+            lambda self, reduce: setattr(self.optimizer, "reduce", reduce),
+        )
+
+
+def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def zero_where_others_have_gradients(
+    optimizer: torch.optim.Optimizer, reduce: Reduce, held: Container[Tensor] = ()
+) -> None:
+    """Gives a gradient of zeros to each parameter that has one on other processes only.
+
+    Args:
+        optimizer: Of the parameters.
+        reduce: The mean over processes.
+        held: Parameters that count as having a gradient.
+    """
+    params = all_params(optimizer)
+    present = [p.grad is not None or p in held for p in params]
+    shares = shares_of(present, reduce, params[0].device)
+    for param, is_present, some in zip(params, present, shares, strict=True):
+        if some and not is_present:
+            param.grad = torch.zeros_like(param)
+
+
+def step_number(step: int) -> Tensor:
+    """The number of a step, float32 on the CPU."""
+    return torch.tensor(step, dtype=torch.float32, device="cpu")
+
+
+def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A parameter's saved state with what earlier versions did not save.
+
+    They did not save when P was set, and where their first step was skipped they saved a P alone,
+    which the next step sets again.
+    """
+    if "step" not in state:
+        return {}
+    if "set_at" in state or not any(name.startswith("basis") for name in state):
+        return dict(state)
+    return {**state, "set_at": step_number(0)}
 
 
 def state_shapes(
     optimizer: SubspaceOptimizer, group: Group, param: Tensor
 ) -> dict[str, torch.Size]:
-    """The shapes of a parameter's state after its first step, by name."""
-
-    def like(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=accumulator_dtype(param.dtype), device="meta")
-
-    rule = optimizer.rule(group)
-    if group["rank"] is None:
-        state = rule.init(like(*param.shape))
-    else:
-        side, rank = optimizer.side(group, param), min(group["rank"], *param.shape)
-        basis: Basis
-        if side == "both":
-            basis, low_rank = TwoSided(*(like(n, rank) for n in param.shape)), like(rank, rank)
-            state = {"basis_output": basis.output, "basis_input": basis.input}
-        else:
-            p, q = to_matrix(like(*param.shape), side).shape
-            basis, low_rank = like(p, rank), like(rank, q)
-            state = {"basis": basis}
-        moments = optimizer.projector(group).init(basis, side)
-        state |= {PREFIX + name: x for name, x in moments.items()}
-        state |= rule.init(to_matrix(low_rank, side))
-    return {"step": torch.Size(), **{name: x.shape for name, x in state.items()}}
+    """The shapes of a parameter's state, by name."""
+    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return {name: x.shape for name, x in optimizer.init_state(group, like).items()}
 
 
 def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
@@ -479,10 +654,10 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
         optimizer.check_group(merged)
         for index, (name, param) in zip(saved["params"], named, strict=True):
             state = state_dict["state"].get(index, {})
+            if not state:  # it has taken no step
+                continue
             wanted = state_shapes(optimizer, merged, param)
-            # Where the first step was skipped there may be a basis, and nothing else.
-            expected = wanted if "step" in state else wanted.keys() & state.keys()
-            for part in sorted({*state, *expected}):
+            for part in sorted({*state, *wanted}):
                 there = getattr(state.get(part), "shape", None)
                 if there != wanted.get(part):
                     shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
@@ -502,7 +677,7 @@ def resolve_side(side: Side, tensor: Tensor) -> Side:
     return "input" if (inputs <= outputs) == (side == "shorter") else "output"
 
 
-def basis_of(state: dict[str, Tensor]) -> Basis:
+def basis_of(state: Mapping[str, Tensor]) -> Basis:
     """P in a parameter's state."""
     if "basis" in state:
         return state["basis"]
@@ -544,6 +719,7 @@ def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
 
 
 @torch.no_grad()
+@without_autocast()
 def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Scales what the next step applies to a largest norm, in place.
 
@@ -551,7 +727,7 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     of G for each other parameter. Sketches are held after `accumulate`, and with `reduce` set.
 
     Args:
-        optimizer: Any; with gradients, or held sketches, in place.
+        optimizer: Any, or a wrapper around one; with gradients, or held sketches, in place.
         max_norm: 0 does not scale.
 
     Returns:
@@ -562,11 +738,11 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         ValueError: for a negative or infinite `max_norm`.
     """
     check_number("max_norm", max_norm)
-    held: dict[Tensor, Sketch] = {}
+    optimizer, held = inner_optimizer(optimizer), {}
     if isinstance(optimizer, SubspaceOptimizer):
         optimizer.reduce_()
         held = optimizer.held
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = all_params(optimizer)
     gradients = [p.grad for p in params if p.grad is not None and p not in held]
     # In the optimizer's order: sketches are held in the backward pass', and sums round by theirs.
     norm = total_norm([*(held[p].low_rank for p in params if p in held), *gradients])
@@ -606,10 +782,11 @@ def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
 
     Returns:
         For each projected parameter that has taken a step its P: (m, r) where it acts on the
-        output side, (n, r) on the input side, or `TwoSided(output, input)`. Columns are the basis.
-        DTensors where the parameters are.
+        output side, (n, r) on the input side, or `TwoSided(output, input)`. Columns are the basis;
+        zeros until a gradient has set them. DTensors where the parameters are.
         The names are those that the optimizer was built with; without names, `group.position`.
     """
+    optimizer = inner_optimizer(optimizer)
     return {
         name: basis_of(optimizer.state[param])
         for i, group in enumerate(optimizer.param_groups)
@@ -624,6 +801,7 @@ def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     Raises:
         ValueError: for an optimizer of another make, which does not count them.
     """
+    optimizer = inner_optimizer(optimizer)
     group = optimizer.param_groups[0]
     if "skipped_steps" not in group and not isinstance(optimizer, SubspaceOptimizer):
         raise ValueError(

@@ -21,7 +21,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from osd_torch import llama
 from osd_torch.layerwise import LayerwiseUpdates
-from osd_torch.projectors import TwoSided, accumulator_dtype, low_rank_gradient, to_matrix
+from osd_torch.numerics import accumulator_dtype, without_autocast
+from osd_torch.projectors import TwoSided, low_rank_gradient, to_matrix
 from osd_torch.sharding import (
     Reduce,
     data_parallel,
@@ -34,6 +35,7 @@ from osd_torch.subspace import (
     SubspaceOptimizer,
     basis_of,
     clip_,
+    inner_optimizer,
     named_parameters,
     skipped_steps,
 )
@@ -177,7 +179,7 @@ def make_train_step(
         # Gradients are averaged over the processes, and each has its part of the sum.
         scale = processes / count if count else math.nan
         diagnostics.start(measure)
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), dtype=torch.float32, device=device)
         for k in range(micro_batches):
             if updates:
                 updates.share = int(counts[k]) / max(count, 1)
@@ -243,7 +245,7 @@ class Diagnostics:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, in_backward: bool) -> None:
-        self._optimizer = optimizer
+        self._optimizer = optimizer = inner_optimizer(optimizer)
         self._active = False
         self._sums: dict[str, list[Tensor]] = {}  # by kernel: captured, squared norm, off
         self._kernels: dict[Tensor, tuple[dict[str, Any], str]] = {}
@@ -266,6 +268,7 @@ class Diagnostics:
             self._add(param)
 
     @torch.no_grad()
+    @without_autocast()
     def _add(self, param: Tensor) -> None:
         state = self._optimizer.state.get(param)
         if not self._active or not state or param.grad is None:
@@ -283,7 +286,8 @@ class Diagnostics:
         weighted = grams[0] @ low_rank
         if both:
             weighted = weighted @ grams[1]
-        off = [torch.linalg.matrix_norm(g - torch.eye(len(g)).to(g)) / len(g) ** 0.5 for g in grams]
+        eye = torch.eye(len(grams[0]), dtype=low_rank.dtype, device=low_rank.device)
+        off = [torch.linalg.matrix_norm(gram - eye) / len(gram) ** 0.5 for gram in grams]
         wide = matrix.to(accumulator_dtype(matrix.dtype))
         found = [(low_rank * weighted).sum(), wide.square().sum(), torch.stack(off).max()]
         if name in self._sums:
