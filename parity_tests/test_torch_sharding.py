@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -32,6 +33,7 @@ import osd_torch
 from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 from osd_torch.rules import SGD
 from osd_torch.sharding import whole
+from osd_torch.subspace import ON_HOST
 
 transformers = pytest.importorskip("transformers")
 
@@ -361,8 +363,8 @@ def check_placements(module: Matrices, optimizer: torch.optim.Optimizer) -> None
     """P as the axis that it projects, and the state of both rules as `sharding.py` says."""
     for name, param in module.named_parameters():
         state = optimizer.state[param]
-        assert not isinstance(state.get("step"), DTensor)
-        assert all(isinstance(x, DTensor) for key, x in state.items() if key != "step")
+        assert not any(isinstance(state.get(key), DTensor) for key in ON_HOST)
+        assert all(isinstance(x, DTensor) for key, x in state.items() if key not in ON_HOST)
         if name == "mlp_row":  # its shapes do not tell the axes apart
             continue
         sharded, replicated = (Shard(0),), (Replicate(),)
@@ -560,3 +562,193 @@ def test_what_sharded_weights_cannot_do_is_refused_with_a_remedy(run: Run) -> No
 def test_no_process_group() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         osd_torch.mean_over_processes()
+
+
+# Who takes part in an update, and whole state in sharded parameters.
+
+
+class Experts(torch.nn.Module):
+    """Two matrices, a bias each, and a head; a process may leave some out of its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mlp_a, self.mlp_b = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+        self.head = torch.nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, used: str) -> Tensor:
+        """Sums what the used experts make of x."""
+        return self.head(sum(getattr(self, f"mlp_{name}")(x) for name in used))
+
+
+ROUTES = {"one idle": ("ab", "a"), "swapped": ("a", "b"), "nobody": ("a", "a")}
+
+
+def rows_of(rank: int, step: int) -> Tensor:
+    return torch.randn(8, 12, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def route(optimizer: str, routes: tuple[str, str], way: str) -> list[Tensor]:
+    """Three updates, in each of which a process uses the experts that are routed to it."""
+    net, rank = Experts(), dist.get_rank()
+    options = {"lr": 0.01, "rank": 4, "weight_decay": 0.1}
+    built = osd_torch.make_optimizer(net.named_parameters(), optimizer, "continuous_sgd", **options)
+    reduce = osd_torch.mean_over_processes()
+    parts = 2 if way == "waiting" else 1
+    updates = None
+    if way == "plain":
+        built.reduce = reduce
+    else:
+        updates = osd_torch.LayerwiseUpdates(built, micro_batches=parts, reduce=reduce)
+    for step in range(3):
+        for part in range(parts):
+            # In the second part the other process is idle.
+            used = routes[rank if part == 0 else 1 - rank]
+            loss = net(rows_of(rank, step), used).square().mean() / parts
+            loss.backward()
+        if updates is None:
+            built.step()
+            built.zero_grad()
+        else:
+            updates.finish()
+    return [param.detach().clone() for param in net.parameters()]
+
+
+def wanted_of_routes(optimizer: str, routes: tuple[str, str], parts: int) -> list[Tensor]:
+    """The same by one process: the mean of the gradients, where a missing one is zero.
+
+    A sketch is of a micro-batch where both processes use the matrix in it, and of the whole update
+    where one's gradient has waited for the other's.
+    """
+    shared = [name for name in "ab" if all(name in used for used in routes)]
+    net = Experts()
+    options = {"lr": 0.01, "rank": 4, "weight_decay": 0.1}
+    built = osd_torch.make_optimizer(net.named_parameters(), optimizer, "continuous_sgd", **options)
+    for step in range(3):
+        for part in range(parts):
+            for rank in range(WORLD):
+                used = routes[rank if part == 0 else 1 - rank]
+                loss = net(rows_of(rank, step), used).square().mean() / parts
+                (loss / WORLD).backward()
+            for name in shared if parts > 1 else ():
+                built.accumulate(getattr(net, f"mlp_{name}").weight, 1 / parts)
+        built.step()
+        built.zero_grad()
+    return [param.detach().clone() for param in net.parameters()]
+
+
+@pytest.mark.parametrize("way", ["plain", "layerwise", "waiting"])
+@pytest.mark.parametrize("case", ROUTES)
+def test_processes_agree_on_who_takes_part(run: Run, case: str, way: str) -> None:
+    """A parameter with a gradient on one process only gets the mean with zeros."""
+    if way == "waiting" and case == "nobody":
+        pytest.skip("with parts it is the case 'swapped'")
+    one, other = run(route, "galore_adamw", ROUTES[case], way)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b)
+    wanted = wanted_of_routes("galore_adamw", ROUTES[case], 2 if way == "waiting" else 1)
+    start = [param.detach() for param in Experts().parameters()]
+    for found, expected, before in zip(one, wanted, start, strict=True):
+        # The squared norm of a mean is estimated, which scales P's small steps.
+        moved = (expected - before).norm()
+        assert (found - expected).norm() <= 0.02 * moved
+        assert moved > 0 or torch.equal(found, before)
+
+
+def test_a_full_rank_optimizer_agrees_too(run: Run) -> None:
+    one, other = run(route, "adamw", ROUTES["swapped"], "layerwise")
+    wanted = wanted_of_routes("adamw", ROUTES["swapped"], 1)
+    for a, b, expected in zip(one, other, wanted, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-6)
+
+
+def accumulate_another() -> str:
+    net = Experts()
+    built = osd_torch.make_optimizer(net.named_parameters(), "galore_adamw", lr=0.01, rank=4)
+    built.reduce = osd_torch.mean_over_processes()
+    net(rows_of(0, 0), "ab").square().mean().backward()
+    try:
+        built.accumulate((net.mlp_a if dist.get_rank() else net.mlp_b).weight)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_parameters_accumulated_apart_are_named(run: Run) -> None:
+    for message in run(accumulate_another):
+        assert "different parameters: 'mlp_a.weight', 'mlp_b.weight'" in message
+
+
+def layerwise_in_ddp(parts: int) -> str:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential()
+    net.add_module("mlp", torch.nn.Linear(12, 12))
+    net.add_module("head", torch.nn.Linear(12, 12))
+    built = osd_torch.make_optimizer(net.named_parameters(), "galore_adamw", lr=0.01, rank=4)
+    updates = osd_torch.LayerwiseUpdates(built, micro_batches=parts)
+    wrapped = torch.nn.parallel.DistributedDataParallel(net)
+    try:
+        for step in range(2):
+            for _ in range(parts):
+                wrapped(rows_of(dist.get_rank(), step)).square().mean().backward()
+            updates.finish()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_hooks_that_find_gradients_in_ddps_hands_say_so(run: Run, parts: int) -> None:
+    for message in run(layerwise_in_ddp, parts):
+        assert "DistributedDataParallel" in message and "mean_over_processes()" in message
+
+
+LOADED = [
+    ("galore_adamw", "continuous"),
+    ("galore_adamw", "full"),
+    ("galore_adafactor", "std"),
+    ("galore_adamw8bit", "continuous_adam8bit"),
+]
+
+
+def load_whole(optimizer: str, proj_type: str, how: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """State of one sharded model into another, and two more steps of both."""
+    first, second = matrices(True), matrices(True)
+    trained = optimizer_of(first, optimizer, proj_type)
+    other = optimizer_of(second, optimizer, proj_type)
+    take_steps(first, trained, range(4))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        b.data.copy_(a.data)
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(first, trained, options=full)
+    if how == "plain":
+        states = trained.state_dict()
+        states["state"] = {
+            i: {key: whole(x).clone() for key, x in state.items()}
+            for i, state in states["state"].items()
+        }
+        other.load_state_dict(states)
+    else:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        saved = saved if dist.get_rank() == 0 else {}
+        set_optimizer_state_dict(second, other, saved, options=options)
+    for state in (*trained.state.values(), *other.state.values()):
+        for key, value in state.items():
+            part = value.to_local() if isinstance(value, DTensor) else value
+            assert part.is_contiguous(), key
+    take_steps(first, trained, range(4, 6))
+    take_steps(second, other, range(4, 6))
+    found, wanted = everything(second, other), everything(first, trained)
+    assert found.keys() == wanted.keys()
+    return {name: (found[name], wanted[name]) for name in found}
+
+
+@pytest.mark.parametrize("how", ["broadcast", "plain"])
+@pytest.mark.parametrize(("optimizer", "proj_type"), LOADED)
+def test_whole_state_loads_into_sharded_parameters(
+    run: Run, optimizer: str, proj_type: str, how: str
+) -> None:
+    for process in run(load_whole, optimizer, proj_type, how):
+        for name, (found, wanted) in process.items():
+            assert torch.equal(found, wanted), name
