@@ -16,6 +16,7 @@ import optax
 
 from osd_jax.projectors import Sketch, accumulator_dtype
 from osd_jax.subspace import SubspaceTransformation
+from osd_jax.trees import takes_shapes
 
 Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
 
@@ -131,6 +132,7 @@ def accumulate_sketches(
         raise ValueError(f"every_k is {every_k!r}: expected a whole number of at least 1")
     check_sketch_suffices(tx)
 
+    @takes_shapes
     def init(params: optax.Params) -> AccumulationState:
         inner = tx.init(params)
         return AccumulationState(jnp.zeros([], jnp.int32), nothing_held(tx, params, inner), inner)

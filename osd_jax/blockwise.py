@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from osd_jax.projectors import explicit_sharding, like_sharding
+from osd_jax.trees import boxed_like, takes_shapes, unboxed
 
 BLOCK_SIZE = 256
 MIN_SIZE = 4096
@@ -252,7 +253,9 @@ def quantize_state(
 
         return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_quantized)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.OptState:
+        params = unboxed(params)
         return compress(tx.init(params), params)
 
     def update(
@@ -261,8 +264,9 @@ def quantize_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        new, state = tx.update(updates, expand(state, updates), params, **extra_args)
-        return new, compress(state, updates)
+        grads = unboxed(updates)
+        new, state = tx.update(grads, expand(state, grads), unboxed(params), **extra_args)
+        return boxed_like(updates, new), compress(state, grads)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -287,8 +291,9 @@ def slice_by_slice(
             return 1
         if x.ndim > 2:
             return x.shape[0]
-        wanted = -(-x.size // max_size)
-        return next((c for c in range(wanted, x.shape[0]) if x.shape[0] % c == 0), 1)
+        # A slice that `quantize_state` would not hold in 8 bits has another state than the whole.
+        counts = range(-(-x.size // max_size), min(x.shape[0] - 1, x.size // MIN_SIZE) + 1)
+        return next((c for c in counts if x.shape[0] % c == 0), 1)
 
     def split(x: jax.Array, count: int) -> jax.Array:
         return x if x.ndim > 2 else x.reshape(count, x.shape[0] // count, -1)
@@ -317,7 +322,7 @@ def slice_by_slice(
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         leaves = jax.tree.leaves(updates)
-        tree: Any = jax.tree.structure(updates)
+        tree: Any = jax.tree.structure(unboxed(updates))
         is_scalar = [isinstance(field, jax.Array) and field.ndim == 0 for field in state]
         of_leaf = [
             [field] * len(leaves) if scalar else tree.flatten_up_to(field)
@@ -333,6 +338,7 @@ def slice_by_slice(
                 zip(*(new for _, new in found), strict=True), is_scalar, strict=True
             )
         ]
-        return jax.tree.unflatten(tree, [update for update, _ in found]), kind(*joined)
+        return boxed_like(updates, [update for update, _ in found]), kind(*joined)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    init = takes_shapes(lambda params: tx.init(unboxed(params)))
+    return optax.GradientTransformationExtraArgs(init, update)

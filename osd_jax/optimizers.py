@@ -41,16 +41,15 @@ from osd_jax.subspace import (
     Side,
     SubspaceTransformation,
     all_finite,
-    by_name,
     check_basis_dtype,
     check_dtype,
     check_rank,
-    dimension_numbers_by_name,
+    dimension_numbers_by_path,
     in_parts,
-    path_name,
     projectors,
     scale_by_subspace,
 )
+from osd_jax.trees import KeyPath, flatten, path_name, takes_shapes, unboxed
 
 Select = Callable[[str, jax.Array], bool]
 LION_SIGNS = ("lifted", "subspace")
@@ -369,7 +368,7 @@ def is_attention_or_mlp(path: str, array: jax.Array) -> bool:
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
     """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip."""
     is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
-    for leaf in jax.tree.leaves(opt_state, is_leaf=is_guard):
+    for leaf in jax.tree.leaves(unboxed(opt_state), is_leaf=is_guard):
         if is_guard(leaf):
             return leaf.total_notfinite, leaf.notfinite_count
     raise ValueError("this optimizer state counts no skipped steps: it is not make_optimizer's")
@@ -379,14 +378,14 @@ def _labels(
     select: Select, dimension_numbers: DimensionNumbers
 ) -> Callable[[optax.Params], optax.Params]:
     def labels(params: optax.Params) -> optax.Params:
-        numbers = dimension_numbers_by_name(dimension_numbers, params)
+        params = unboxed(params)
+        numbers = dimension_numbers_by_path(dimension_numbers, params)
 
-        def label(path: tuple[Any, ...], x: jax.Array) -> str:
-            name = path_name(path)
-            if not select(name, x):
+        def label(path: KeyPath, x: jax.Array) -> str:
+            if not select(path_name(path), x):
                 return "full"
             if select is is_attention_or_mlp:
-                axes = numbers(name)
+                axes = numbers(path)
                 is_vector = axes is not None and axes.reduction_axis == ()
                 return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
             return "subspace"
@@ -407,13 +406,16 @@ def _guarded(
     """
     tx = optax.with_extra_args_support(tx)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
-        jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
+        leaves = flatten(unboxed(params))
+        for path, x in leaves:
+            check_dtype(path_name(path), x)
         state = tx.init(params)
-        names = list(by_name(params))
-        if projects and names and not projectors(state):
+        if projects and leaves and not projectors(state):
+            first = path_name(leaves[0][0])
             warnings.warn(
-                f"none of the {len(names)} parameters is projected ({names[0]!r} first): every one "
+                f"none of the {len(leaves)} parameters is projected ({first!r} first): every one "
                 "is trained at full rank. select= says which to project, dimension_numbers= what "
                 "the matrices are of those that are not 2-D",
                 stacklevel=2,

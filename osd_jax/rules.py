@@ -16,10 +16,10 @@ import optax
 from osd_jax.projectors import accumulator_dtype, known_zero
 from osd_jax.subspace import (
     DimensionNumbers,
-    dimension_numbers_by_name,
+    dimension_numbers_by_path,
     matrix_layout,
-    path_name,
 )
+from osd_jax.trees import KeyPath, boxed_like, path_name, takes_shapes, unboxed
 
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
 
@@ -200,20 +200,21 @@ def on_matrices(
     tx = optax.with_extra_args_support(tx)
 
     def convert(tree: optax.Updates, like: optax.Updates, *, back: bool) -> optax.Updates:
-        numbers = dimension_numbers_by_name(dimension_numbers, like)
+        numbers = dimension_numbers_by_path(dimension_numbers, like)
 
-        def one(path: tuple[Any, ...], like: jax.Array, x: jax.Array) -> jax.Array:
-            name = path_name(path)
-            found = numbers(name) if like.ndim > 1 else None
+        def one(path: KeyPath, like: jax.Array, x: jax.Array) -> jax.Array:
+            found = numbers(path) if like.ndim > 1 else None
             if like.ndim < 2 or (found is not None and found.reduction_axis == ()):
                 matrix_shape = (*like.shape[:-1], 1, like.shape[-1] if like.ndim else 1)
                 return x.reshape(like.shape if back else matrix_shape)
-            layout = matrix_layout(name, like, found)
+            layout = matrix_layout(path_name(path), like, found)
             return layout.from_matrix(x) if back else layout.to_matrix(x)
 
         return jax.tree_util.tree_map_with_path(one, like, tree)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.OptState:
+        params = unboxed(params)
         return tx.init(convert(params, params, back=False))
 
     def update(
@@ -222,9 +223,10 @@ def on_matrices(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        like, params = unboxed(updates), unboxed(params)
         matrices = None if params is None else convert(params, params, back=False)
-        new, state = tx.update(convert(updates, updates, back=False), state, matrices, **extra_args)
-        return convert(new, updates, back=True), state
+        new, state = tx.update(convert(like, like, back=False), state, matrices, **extra_args)
+        return boxed_like(updates, convert(new, like, back=True)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -242,4 +244,5 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     ) -> tuple[optax.Updates, optax.OptState]:
         return tx.update(widen(updates), state, widen(params), **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(widen(params)), update)
+    init = takes_shapes(lambda params: tx.init(widen(params)))
+    return optax.GradientTransformationExtraArgs(init, update)

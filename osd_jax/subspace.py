@@ -41,6 +41,19 @@ from osd_jax.projectors import (
     written_transpose,
     zeros_of_axes,
 )
+from osd_jax.trees import (
+    KeyPath,
+    Path,
+    boxed_like,
+    by_path,
+    flatten,
+    is_box,
+    names,
+    path_name,
+    path_of,
+    takes_shapes,
+    unboxed,
+)
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 SIDES = get_args(Side)
@@ -85,8 +98,8 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     Attributes:
       refresh: (grads, state, when=True, reduce=None) -> state. Sets P from the gradients, on the
         steps that do so, if `when`. `reduce` is as in `project`; on other steps it is not called.
-      project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
-        for each that is projected. `reduce` is the mean over devices, such as
+      project: (grads, state, reduce=None) -> sketches, a tree like the gradients, less its boxes,
+        with a `Sketch` for each that is projected. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
         R is reduced first, and A taken with the reduced R.
       apply: (sketches, state, params) -> (updates, state).
@@ -116,6 +129,7 @@ class MatrixLayout:
     axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
     matrix_shape: tuple[int, ...]  # (batch..., p, q)
     side: ResolvedSide
+    draw: int = 0  # what is folded into the key of its random draws
 
     @property
     def is_flipped(self) -> bool:
@@ -132,11 +146,6 @@ class MatrixLayout:
         permuted = tuple(self.shape[axis] for axis in self.axes)
         inverse = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
         return matrix.reshape(permuted).transpose(inverse)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as text, such as `layers/attention/query`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -194,33 +203,52 @@ def matrix_layout(
     )
 
 
-def dimension_numbers_by_name(
+def dimension_numbers_by_path(
     dimension_numbers: DimensionNumbers, params: optax.Params
-) -> Callable[[str], SubspaceDimensionNumbers | None]:
+) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
     """Looks up a parameter's matrix axes by its path.
 
     By path and not by structure, so that a full tree of dimension numbers serves parameters of
-    which `optax.masked` or `optax.partition` has hidden some.
+    which `optax.masked` or `optax.partition` has hidden some. A tree of other containers, whose
+    paths only read like the parameters', serves too where no two of them read alike.
     """
-    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    params = unboxed(params)
+    tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
     if tree is None or isinstance(tree, SubspaceDimensionNumbers):
-        return lambda name: tree
+        return lambda path: tree
     is_leaf = lambda x: x is None or isinstance(x, (SubspaceDimensionNumbers, optax.MaskedNode))
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    numbers = {path_name(path): leaf for path, leaf in leaves}
-    for name, leaf in numbers.items():
-        if not is_leaf(leaf):
+    tree = unboxed(tree)
+    paths = [path for path, _ in flatten(tree, is_leaf)]
+    numbers = by_path(tree, is_leaf)
+    for path in paths:
+        if not is_leaf(leaf := numbers[path_of(path)]):
             raise ValueError(
-                f"dimension_numbers holds {leaf!r} for '{name}': expected "
+                f"dimension_numbers holds {leaf!r} for '{path_name(path)}': expected "
                 "SubspaceDimensionNumbers(reduction_axis, output_axis) or None"
             )
+    of_params = by_path(params)
+    unclaimed = [path for path in paths if path_of(path) not in of_params]
+    unserved = [path for path, _ in flatten(params) if path_of(path) not in numbers]
 
-    def lookup(name: str) -> SubspaceDimensionNumbers | None:
-        if name not in numbers:
+    def lookup(path: KeyPath) -> SubspaceDimensionNumbers | None:
+        if path_of(path) in numbers:
+            return numbers[path_of(path)]
+        name = path_name(path)
+        alike = [other for other in unclaimed if path_name(other) == name]
+        if not alike:
             raise ValueError(
-                f"dimension_numbers has nothing for parameter '{name}'; it has {sorted(numbers)}"
+                f"dimension_numbers has nothing for parameter '{name}'; it has "
+                f"{sorted(names(paths))}"
             )
-        return numbers[name]
+        rivals = [other for other in unserved if path_name(other) == name]
+        for kind, several in (("dimension_numbers has", alike), ("there are", rivals)):
+            if len(several) > 1:
+                both = " and ".join(jax.tree_util.keystr(other) for other in several)
+                raise ValueError(
+                    f"{kind} {both}, which both read '{name}', and none has the keys of "
+                    f"the other tree: give dimension_numbers the parameters' own keys"
+                )
+        return numbers[path_of(alike[0])]
 
     return lookup
 
@@ -292,12 +320,17 @@ def scale_by_subspace(
     inner = optax.with_extra_args_support(inner)
 
     def layouts(params: optax.Params) -> Any:
-        numbers = dimension_numbers_by_name(dimension_numbers, params)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: matrix_layout(path_name(path), x, numbers(path_name(path)), side),
-            params,
-        )
+        """A tree like `params`, less its boxes."""
+        numbers = dimension_numbers_by_path(dimension_numbers, params)
+        draws = iter(random_draws(params))
 
+        def one(path: KeyPath, x: jax.Array) -> MatrixLayout:
+            layout = matrix_layout(path_name(path), x, numbers(path), side)
+            return dataclasses.replace(layout, draw=next(draws))
+
+        return jax.tree_util.tree_map_with_path(one, unboxed(params))
+
+    @takes_shapes
     def init(params: optax.Params) -> SubspaceState:
         def matrix_of(layout: MatrixLayout, param: jax.Array) -> tuple[Any, int, Any]:
             check_dtype(layout.name, param)
@@ -315,7 +348,7 @@ def scale_by_subspace(
             matrix, r, wide = matrix_of(layout, param)
             return zeros_of_axes("rs" if side == "both" else "rq", matrix, r, wide)
 
-        tree = layouts(params)
+        tree, params = layouts(params), unboxed(params)
         bases = jax.tree.map(init_basis, tree, params)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
@@ -336,13 +369,13 @@ def scale_by_subspace(
             key = jax.random.fold_in(jax.random.key(seed), count)
 
             def one(layout: MatrixLayout, grad: jax.Array, basis: Basis) -> Basis:
-                name_key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
+                name_key = jax.random.fold_in(key, layout.draw)
                 new = projector.fresh_basis(name_key, layout.to_matrix(grad), basis, layout.side)
                 # The step is skipped where it is not; whoever takes the parts has set P by then.
                 finite = jnp.all(jnp.isfinite(grad))
                 return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, basis)
 
-            return jax.tree.map(one, layouts(grads), grads, bases)
+            return jax.tree.map(one, layouts(grads), unboxed(grads), bases)
 
         bases = _cond_once(
             projector.is_due(state.count) & when,
@@ -354,7 +387,7 @@ def scale_by_subspace(
 
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
-        tree = layouts(grads)
+        tree, grads = layouts(grads), unboxed(grads)
 
         def sketch(moves: bool, grads: optax.Updates, bases: Any) -> Any:
             return jax.tree.map(
@@ -406,7 +439,7 @@ def scale_by_subspace(
             def again(grads: optax.Updates, bases: Any, low_rank: Any) -> Any:
                 return jax.tree.map(
                     lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
-                    tree, grads, bases,
+                    tree, unboxed(grads), bases,
                 )  # fmt: skip
 
             bases = moved[0]
@@ -421,22 +454,25 @@ def scale_by_subspace(
             update = after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
             return update if widen_updates else update.astype(x.dtype)
 
-        updates = jax.tree.map(lift_one, tree, params, bases, directions)
+        updates = jax.tree.map(lift_one, tree, unboxed(params), bases, directions)
         count = optax.safe_increment(state.count)
-        return updates, SubspaceState(count, ProjectorState(*moved), inner_state)
+        state = SubspaceState(count, ProjectorState(*moved), inner_state)
+        return boxed_like(params, updates), state
 
     def update(
         grads: optax.Updates,
         state: SubspaceState,
         params: optax.Params | None = None,
         *,
-        sketches: Mapping[str, Any] | None = None,
+        sketches: Mapping[Path, Sketch] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceState]:
-        """With `sketches`, by parameter path, the gradients are read for shapes and dtypes only."""
+        """With `sketches`, by path, the gradients are read for shapes and dtypes only."""
         del params  # the gradients have the same shapes and dtypes
         if sketches is not None:
-            own = jax.tree_util.tree_map_with_path(lambda path, g: sketches[path_name(path)], grads)
+            own = jax.tree_util.tree_map_with_path(
+                lambda path, g: sketches[path_of(path)], unboxed(grads)
+            )
             return apply(own, state, grads, **extra_args)
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
@@ -462,9 +498,11 @@ def in_parts(
 
     def own_part(tree: Any, state: SubspaceState) -> Any:
         """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
-        names = projectors(state)
+        paths = by_path(state.projector.basis, is_two_sided)
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if path_name(path) in names else optax.MaskedNode(), tree
+            lambda path, x: x if path_of(path) in paths else optax.MaskedNode(),
+            tree,
+            is_leaf=is_box,
         )
 
     def refresh(
@@ -481,13 +519,13 @@ def in_parts(
 
     def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
         own = None if subspace is None else own_state(state)
-        found = {}
+        found: dict[Path, Sketch] = {}
         if subspace is not None and own is not None:
-            sketches = subspace.project(own_part(grads, own), own, reduce)
-            found = by_name(sketches, is_leaf=is_sketch)
+            found = by_path(subspace.project(own_part(grads, own), own, reduce), is_sketch)
         rest = reduce or (lambda x: x)
         return jax.tree_util.tree_map_with_path(
-            lambda path, g: found[path_name(path)] if path_name(path) in found else rest(g), grads
+            lambda path, g: found[path_of(path)] if path_of(path) in found else rest(g),
+            unboxed(grads),
         )
 
     def apply(
@@ -504,10 +542,10 @@ def in_parts(
             fill = jnp.where(all_finite(sketch), 0, jnp.nan)
             return jnp.broadcast_to(fill.astype(param.dtype), param.shape)
 
-        updates = jax.tree.map(stand_in, sketches, params, is_leaf=is_sketch)
+        updates = jax.tree.map(stand_in, sketches, unboxed(params), is_leaf=is_sketch)
         if subspace is not None:
-            extra_args["sketches"] = by_name(sketches, is_leaf=is_sketch)
-        return tx.update(updates, state, params, **extra_args)
+            extra_args["sketches"] = by_path(sketches, is_sketch)
+        return tx.update(boxed_like(params, updates), state, params, **extra_args)
 
     suffices = subspace is None or subspace.sketch_suffices
     return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, suffices)
@@ -520,10 +558,14 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.isfinite(jnp.array(sums)))
 
 
-def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return {path_name(path): leaf for path, leaf in leaves}
+def random_draws(params: optax.Params) -> list[int]:
+    """For each parameter what is folded into the key of its random draws: a number of its own.
+
+    The path's text says which, as it did before paths were told apart by their keys; the keys say
+    it where two paths have the same text.
+    """
+    named = names([path for path, _ in flatten(params)])
+    return [zlib.crc32(name.encode()) for name in named]
 
 
 def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
@@ -622,17 +664,18 @@ def subspace_diagnostics(
       dimension_numbers: Likewise.
 
     Returns:
-      By parameter path. Empty where nothing is projected.
+      By name, as in `projectors`. Empty where nothing is projected.
     """
-    numbers = dimension_numbers_by_name(dimension_numbers, grads)
-    leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
-    named = {path_name(path): grad for path, grad in leaves}
-    return {
-        name: _diagnose(
-            basis, matrix_layout(name, named[name], numbers(name), side).to_matrix(named[name])
-        )
-        for name, basis in projectors(opt_state).items()
-    }
+    grads = unboxed(grads)
+    numbers, by = dimension_numbers_by_path(dimension_numbers, grads), by_path(grads)
+    found = bases_by_key_path(opt_state)
+
+    def one(name: str, path: KeyPath, basis: Basis) -> Diagnostics:
+        grad = by[path_of(path)]
+        return _diagnose(basis, matrix_layout(name, grad, numbers(path), side).to_matrix(grad))
+
+    named = names([path for path, _ in found])
+    return {name: one(name, *both) for name, both in zip(named, found, strict=True)}
 
 
 def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
@@ -659,17 +702,28 @@ def subspace_states(opt_state: optax.OptState) -> list[SubspaceState]:
 
 
 def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
-    """The bases P in an optimizer state, by parameter path.
+    """The bases P in an optimizer state, by parameter.
 
     Returns:
       For each projected parameter its P: (..., m, r) where it acts on the output side, (..., n, r)
-      on the input side, or `TwoSided(output, input)`. Columns are the basis.
+      on the input side, or `TwoSided(output, input)`. Columns are the basis. The name is the path's
+      text, such as `mlp/kernel`; where two paths have the same text it is that of their keys, such
+      as `['mlp/a']['b']` and `['mlp']['a/b']`.
     """
-    is_basis = lambda x: isinstance(x, TwoSided)
-    return {
-        path_name(path): basis
-        for state in subspace_states(opt_state)
-        for path, basis in jax.tree_util.tree_flatten_with_path(
-            state.projector.basis, is_leaf=is_basis
-        )[0]
-    }
+    found = bases_by_key_path(opt_state)
+    named = names([path for path, _ in found])
+    return {name: basis for name, (_, basis) in zip(named, found, strict=True)}
+
+
+def bases_by_key_path(opt_state: optax.OptState) -> list[tuple[KeyPath, Basis]]:
+    """The bases P in an optimizer state, each with its parameter's key path."""
+    return [
+        leaf
+        for state in subspace_states(unboxed(opt_state))
+        for leaf in flatten(state.projector.basis, is_two_sided)
+    ]
+
+
+def is_two_sided(x: Any) -> bool:
+    """Whether `x` holds both bases of one matrix."""
+    return isinstance(x, TwoSided)
