@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from osd_jax.projectors import explicit_sharding, like_sharding
-from osd_jax.trees import boxed_like, takes_shapes, unboxed
+from osd_jax.projectors import check_static, explicit_sharding, like_sharding
+from osd_jax.trees import boxed_like, promotes, takes_shapes, unboxed
 
 BLOCK_SIZE = 256
 MIN_SIZE = 4096
@@ -65,6 +65,7 @@ def _rounding_table(signed: bool) -> np.ndarray:
     return np.searchsorted(_midpoints(signed), grid, side="left").astype(np.uint8)
 
 
+@promotes
 def quantize(
     array: jax.Array, *, signed: bool, block: int = BLOCK_SIZE, rounding: Rounding = "table"
 ) -> Quantized:
@@ -95,6 +96,7 @@ def quantize(
     return Quantized(like_sharding(_from_blocks(codes, array.shape), array), scales)
 
 
+@promotes
 def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
     """`Quantized` -> float32 (..., n)."""
     looked_up = functools.partial(_look_up, code_book(signed))
@@ -218,6 +220,8 @@ def quantize_state(
       >>> tx.init(jnp.zeros((64, 256))).mu.codes.dtype
       dtype('uint8')
     """
+    check_static("block", block)
+    check_static("min_size", min_size)
     if block < 1:
         raise ValueError(f"block is {block!r}: expected a whole number of at least 1")
     if rounding not in ("table", "nearest"):
@@ -258,6 +262,7 @@ def quantize_state(
         params = unboxed(params)
         return compress(tx.init(params), params)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -284,7 +289,11 @@ def slice_by_slice(
       tx: A rule that treats every row on its own, and needs no parameters. Its state is a tuple of
         scalars and of trees like the parameters.
       max_size: Numbers in a slice, at most, where the axis divides so.
+
+    Raises:
+      ValueError: for a `max_size` that is an array.
     """
+    check_static("max_size", max_size)
 
     def number_of_slices(x: jax.Array) -> int:
         if x.size <= max_size or x.ndim < 2:
@@ -314,6 +323,7 @@ def slice_by_slice(
         join = lambda m: m.reshape(-1, m.shape[-1]) if x.ndim == 2 else m
         return join(update), jax.tree.map(lambda m, one: m[0] if one else join(m), new, scalars)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: Any,

@@ -19,6 +19,7 @@ from osd_jax.projectors import (
     PROJECTOR_INITS,
     Projector,
     check_number,
+    check_static,
     known_zero,
     online_pca,
     random,
@@ -49,7 +50,7 @@ from osd_jax.subspace import (
     projectors,
     scale_by_subspace,
 )
-from osd_jax.trees import KeyPath, flatten, path_name, takes_shapes, unboxed
+from osd_jax.trees import KeyPath, boxed_like, flatten, path_name, promotes, takes_shapes, unboxed
 
 Select = Callable[[str, jax.Array], bool]
 LION_SIGNS = ("lifted", "subspace")
@@ -71,6 +72,18 @@ SIDES_BY_PROJ_TYPE: dict[str, Side] = {
     "continuous_sgd": "shorter",
 }
 PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
+
+# What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
+STATIC_ARGUMENTS = (
+    "schedule",
+    "rank",
+    "update_proj_gap",
+    "update_proj_every",
+    "select",
+    "dimension_numbers",
+    "basis_dtype",
+    "slice_size",
+)
 
 
 def make_optimizer(
@@ -144,6 +157,9 @@ def make_optimizer(
       (`skipped_steps`). Its parts `refresh`, `project` and `apply` take the whole trees of
       gradients, states and sketches; a gradient that is not projected is its own sketch.
 
+    `optax.inject_hyperparams(make_optimizer, static_args=osd_jax.optimizers.STATIC_ARGUMENTS)`
+    holds the other numbers in its state.
+
     Raises:
       ValueError: for an unknown name, an argument out of range, or one that the optimizer and
         projector chosen do not read, naming it and the choices.
@@ -159,6 +175,17 @@ def make_optimizer(
       >>> list(osd_jax.projectors(state))
       ['mlp/kernel']
     """
+    for name, value in (
+        ("schedule", schedule),
+        ("rank", rank),
+        ("update_proj_gap", update_proj_gap),
+        ("update_proj_every", update_proj_every),
+        ("select", select),
+        ("dimension_numbers", dimension_numbers),
+        ("basis_dtype", basis_dtype),
+        ("slice_size", slice_size),
+    ):
+        check_static(name, value, STATIC_ARGUMENTS)
     _check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
     _check_choice("proj_type", proj_type, PROJ_TYPES)
     _check_choice("lion_sign", lion_sign, LION_SIGNS)
@@ -378,7 +405,6 @@ def _labels(
     select: Select, dimension_numbers: DimensionNumbers
 ) -> Callable[[optax.Params], optax.Params]:
     def labels(params: optax.Params) -> optax.Params:
-        params = unboxed(params)
         numbers = dimension_numbers_by_path(dimension_numbers, params)
 
         def label(path: KeyPath, x: jax.Array) -> str:
@@ -390,7 +416,7 @@ def _labels(
                 return "full" if is_vector or (axes is None and x.ndim != 2) else "subspace"
             return "subspace"
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        return boxed_like(params, jax.tree_util.tree_map_with_path(label, unboxed(params)))
 
     return labels
 
@@ -423,6 +449,7 @@ def _guarded(
         zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
         return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
 
+    @promotes
     def update(
         grads: optax.Updates,
         state: optax.ApplyIfFiniteState,

@@ -19,7 +19,7 @@ from osd_jax.subspace import (
     dimension_numbers_by_path,
     matrix_layout,
 )
-from osd_jax.trees import KeyPath, boxed_like, path_name, takes_shapes, unboxed
+from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, takes_shapes, unboxed
 
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
 
@@ -33,6 +33,7 @@ def scale_by_adam_uncorrected_eps(
     first.
     """
 
+    @promotes
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
@@ -54,6 +55,7 @@ def scale_by_adam_uncorrected_eps(
 def interpolate_momentum(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
     """Lion's direction before its sign: `b1 m + (1 - b1) g`, then `m <- b2 m + (1 - b2) g`."""
 
+    @promotes
     def update(
         updates: optax.Updates, state: optax.ScaleByLionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByLionState]:
@@ -84,6 +86,7 @@ def scale_by_factored_second_moment(
     Source: arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
     """
 
+    @takes_shapes
     def init(params: optax.Params) -> FactoredSecondMomentState:
         return FactoredSecondMomentState(
             count=jnp.zeros([], jnp.int32),
@@ -92,6 +95,7 @@ def scale_by_factored_second_moment(
             v_col=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-2)), params),
         )
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: FactoredSecondMomentState,
@@ -127,7 +131,7 @@ def clip_by_matrix_rms(threshold: float = 1.0) -> optax.GradientTransformation:
         rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=(-2, -1), keepdims=True))
         return u / jnp.maximum(1, rms / threshold)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+    return optax.stateless(promotes(lambda updates, params: jax.tree.map(clip, updates)))
 
 
 def scale_by_adafactor(
@@ -173,6 +177,7 @@ def _decay(
     if known_zero(weight_decay):
         return optax.identity()
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.ScaleByScheduleState,
@@ -217,6 +222,7 @@ def on_matrices(
         params = unboxed(params)
         return tx.init(convert(params, params, back=False))
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -236,6 +242,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     tx = optax.with_extra_args_support(tx)
     widen = lambda tree: jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), tree)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,

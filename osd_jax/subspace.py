@@ -36,6 +36,7 @@ from osd_jax.projectors import (
     Sketch,
     TwoSided,
     accumulator_dtype,
+    check_static,
     contract,
     low_rank_gradient,
     written_transpose,
@@ -51,6 +52,7 @@ from osd_jax.trees import (
     names,
     path_name,
     path_of,
+    promotes,
     takes_shapes,
     unboxed,
 )
@@ -308,6 +310,7 @@ def scale_by_subspace(
       >>> jax.tree.map(jnp.shape, osd_jax.projectors(state))
       {'kernel': (16, 4)}
     """
+    check_static("rank", rank)
     check_rank(rank)
     check_basis_dtype(basis_dtype)
     if side not in SIDES:
@@ -356,15 +359,22 @@ def scale_by_subspace(
             inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
         )
 
+    @promotes
     def refresh(
         grads: optax.Updates,
         state: SubspaceState,
         when: jax.typing.ArrayLike = True,
         reduce: Reduce | None = None,
     ) -> SubspaceState:
-        """Sets P from the gradient (..., p, q), on the steps when the projector is due to."""
+        """Sets P from the gradient (..., p, q), on the steps when the projector is due to.
 
-        def fresh(count: jax.Array, grads: optax.Updates, bases: Any) -> Any:
+        Such a P is a constant to differentiation, as are the bases of a step within a subspace that
+        is given: an SVD's derivative is not finite where two singular values are equal, as those of
+        a gradient of low rank are. Through P's own steps derivatives are whole.
+        """
+
+        def fresh(count: jax.Array, seed: jax.Array, grads: optax.Updates, bases: Any) -> Any:
+            grads, bases = jax.lax.stop_gradient((grads, bases))
             grads = grads if reduce is None else jax.tree.map(reduce, grads)
             key = jax.random.fold_in(jax.random.key(seed), count)
 
@@ -380,11 +390,12 @@ def scale_by_subspace(
         bases = _cond_once(
             projector.is_due(state.count) & when,
             fresh,
-            lambda count, grads, bases: bases,
-            *(state.count, grads, state.projector.basis),
+            lambda count, seed, grads, bases: bases,
+            *(state.count, jnp.asarray(seed), grads, state.projector.basis),
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
+    @promotes
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
         tree, grads = layouts(grads), unboxed(grads)
@@ -405,6 +416,7 @@ def scale_by_subspace(
         moves = projector.moves_at(state.count)
         return _cond_once(moves, move, stay, grads, state.projector.basis)
 
+    @promotes
     def apply(
         sketches: Any,
         state: SubspaceState,
@@ -459,6 +471,7 @@ def scale_by_subspace(
         state = SubspaceState(count, ProjectorState(*moved), inner_state)
         return boxed_like(params, updates), state
 
+    @promotes
     def update(
         grads: optax.Updates,
         state: SubspaceState,
@@ -505,6 +518,7 @@ def in_parts(
             is_leaf=is_box,
         )
 
+    @promotes
     def refresh(
         grads: optax.Updates,
         state: optax.OptState,
@@ -517,6 +531,7 @@ def in_parts(
         is_own = lambda x: isinstance(x, SubspaceState)
         return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
 
+    @promotes
     def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
         own = None if subspace is None else own_state(state)
         found: dict[Path, Sketch] = {}
@@ -528,6 +543,7 @@ def in_parts(
             unboxed(grads),
         )
 
+    @promotes
     def apply(
         sketches: Any,
         state: optax.OptState,
@@ -591,11 +607,20 @@ def _cond_once(due: jax.Array, do: Callable[..., Any], keep: Callable[..., Any],
     branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
     """
 
-    @jax.custom_batching.custom_vmap
-    def choose(due: jax.Array, *args: Any) -> Any:
+    def plain(due: jax.Array, *args: Any) -> Any:
         return jax.lax.cond(due, do, keep, *args)
 
-    @choose.def_vmap
+    batchable = jax.custom_batching.custom_vmap(plain)
+    choose = jax.custom_jvp(batchable)
+
+    @choose.defjvp
+    @promotes
+    def differentiated(primals, tangents):  # type: ignore[no-untyped-def]
+        # Reverse mode goes through no custom rule of `vmap`, so the derivative is that of `plain`.
+        return choose(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    @batchable.def_vmap
+    @promotes
     def batched(axis_size, in_batched, due, *args):  # type: ignore[no-untyped-def]
         def spread(x: jax.Array, is_batched: bool) -> jax.Array:
             return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
@@ -648,6 +673,7 @@ class Diagnostics(NamedTuple):
     orthonormality: jax.Array
 
 
+@promotes
 def subspace_diagnostics(
     grads: optax.Updates,
     opt_state: optax.OptState,

@@ -119,6 +119,21 @@ def names(paths: Sequence[KeyPath]) -> list[str]:
     return [path_name(path) if is_alone(path) else jax.tree_util.keystr(path) for path in paths]
 
 
+def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under JAX's standard promotion of dtypes, whatever its caller has set.
+
+    `jax_numpy_dtype_promotion="strict"` looks for a caller's mistakes. Which dtypes an optimizer
+    computes in is its own affair, and some of Optax's rules, Adam for one, fail under it.
+    """
+
+    @functools.wraps(function)
+    def promoting(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return promoting
+
+
 def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """An `init` that also takes parameters of which only shapes are known.
 
@@ -130,6 +145,7 @@ def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """
 
     @functools.wraps(init)
+    @promotes
     def init_of_any(params: optax.Params) -> optax.OptState:
         is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         shapes = [x for x in jax.tree.leaves(params) if is_shape(x)]
