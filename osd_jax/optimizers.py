@@ -186,6 +186,12 @@ def make_optimizer(
         ("slice_size", slice_size),
     ):
         check_static(name, value, STATIC_ARGUMENTS)
+    for name, function in (("schedule", schedule), ("select", select)):
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"{name} is {function!r}: expected a function or None. optax.inject_hyperparams "
+                f"calls every function, except for static_args={STATIC_ARGUMENTS}"
+            )
     _check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
     _check_choice("proj_type", proj_type, PROJ_TYPES)
     _check_choice("lion_sign", lion_sign, LION_SIGNS)

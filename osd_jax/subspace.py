@@ -374,7 +374,6 @@ def scale_by_subspace(
         """
 
         def fresh(count: jax.Array, seed: jax.Array, grads: optax.Updates, bases: Any) -> Any:
-            grads, bases = jax.lax.stop_gradient((grads, bases))
             grads = grads if reduce is None else jax.tree.map(reduce, grads)
             key = jax.random.fold_in(jax.random.key(seed), count)
 
@@ -392,6 +391,8 @@ def scale_by_subspace(
             fresh,
             lambda count, seed, grads, bases: bases,
             *(state.count, jnp.asarray(seed), grads, state.projector.basis),
+            # In place of `fresh`, whose P is a constant.
+            derivative_of=lambda count, seed, grads, bases: optax.tree.zeros_like(bases),
         )
         return state._replace(projector=state.projector._replace(basis=bases))
 
@@ -600,17 +601,26 @@ def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Ar
     return contract("pr,rq->pq", basis, direction)
 
 
-def _cond_once(due: jax.Array, do: Callable[..., Any], keep: Callable[..., Any], *args: Any) -> Any:
+def _cond_once(
+    due: jax.Array,
+    do: Callable[..., Any],
+    keep: Callable[..., Any],
+    *args: Any,
+    derivative_of: Callable[..., Any] | None = None,
+) -> Any:
     """`do(*args)` if `due`, else `keep(*args)`, which has to cost less.
 
     Plain `lax.cond`, except under `jax.vmap` with a batched `due`: there `cond` would run both
     branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
+    `derivative_of`, if given, has the derivative that `do` is to have.
     """
 
     def plain(due: jax.Array, *args: Any) -> Any:
-        return jax.lax.cond(due, do, keep, *args)
+        return jax.lax.cond(due, derivative_of or do, keep, *args)
 
-    batchable = jax.custom_batching.custom_vmap(plain)
+    batchable = jax.custom_batching.custom_vmap(
+        lambda due, *args: jax.lax.cond(due, do, keep, *args)
+    )
     choose = jax.custom_jvp(batchable)
 
     @choose.defjvp
