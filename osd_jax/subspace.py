@@ -614,10 +614,6 @@ def _cond_once(
     branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
     `derivative_of`, if given, has the derivative that `do` is to have.
     """
-
-    def plain(due: jax.Array, *args: Any) -> Any:
-        return jax.lax.cond(due, derivative_of or do, keep, *args)
-
     batchable = jax.custom_batching.custom_vmap(
         lambda due, *args: jax.lax.cond(due, do, keep, *args)
     )
@@ -626,8 +622,14 @@ def _cond_once(
     @choose.defjvp
     @promotes
     def differentiated(primals, tangents):  # type: ignore[no-untyped-def]
-        # Reverse mode goes through no custom rule of `vmap`, so the derivative is that of `plain`.
-        return choose(*primals), jax.jvp(plain, primals, tangents)[1]
+        # Reverse mode goes through no custom rule of `vmap`, and through no `cond` of tangents
+        # whose `due` is batched.
+        (due, *args), (_, *directions) = primals, tangents
+        new, old = (
+            jax.jvp(branch, tuple(args), tuple(directions))[1]
+            for branch in (derivative_of or do, keep)
+        )
+        return choose(*primals), jax.tree.map(lambda x, y: jnp.where(due, x, y), new, old)
 
     @batchable.def_vmap
     @promotes
