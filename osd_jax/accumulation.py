@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.projectors import Sketch, accumulator_dtype
+from osd_jax.projectors import Sketch, accumulator_dtype, check_static
 from osd_jax.subspace import SubspaceTransformation
+from osd_jax.trees import promotes, takes_shapes
 
 Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
 
@@ -34,6 +35,7 @@ def check_sketch_suffices(tx: SubspaceTransformation) -> None:
         )
 
 
+@promotes
 def nothing_held(tx: SubspaceTransformation, grads: optax.Updates, state: optax.OptState) -> Held:
     """Zeros to hold the first part in.
 
@@ -49,6 +51,7 @@ def nothing_held(tx: SubspaceTransformation, grads: optax.Updates, state: optax.
     return jax.tree.map(zeros, jax.eval_shape(tx.project, grads, state))
 
 
+@promotes
 def hold(held: Held, sketches: Held, share: jax.typing.ArrayLike) -> Held:
     """Adds one part.
 
@@ -60,6 +63,7 @@ def hold(held: Held, sketches: Held, share: jax.typing.ArrayLike) -> Held:
     return jax.tree.map(lambda total, x: total + share * x, held, sketches)
 
 
+@promotes
 def squared_norm_held(held: Held) -> jax.Array:
     """What is applied, squared and summed: R where a gradient is projected, the gradient elsewhere.
 
@@ -71,6 +75,7 @@ def squared_norm_held(held: Held) -> jax.Array:
     return sum((jnp.sum(jnp.square(x)) for x in applied), jnp.float32(0))
 
 
+@promotes
 def scaled(held: Held, factor: jax.typing.ArrayLike) -> Held:
     """The sketches of the gradients times a factor."""
 
@@ -127,14 +132,17 @@ def accumulate_sketches(
       >>> bool(jnp.all(updates["mlp"] < 0))
       True
     """
+    check_static("every_k", every_k)
     if type(every_k) is not int or every_k < 1:
         raise ValueError(f"every_k is {every_k!r}: expected a whole number of at least 1")
     check_sketch_suffices(tx)
 
+    @takes_shapes
     def init(params: optax.Params) -> AccumulationState:
         inner = tx.init(params)
         return AccumulationState(jnp.zeros([], jnp.int32), nothing_held(tx, params, inner), inner)
 
+    @promotes
     def update(
         grads: optax.Updates,
         state: AccumulationState,

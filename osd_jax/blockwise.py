@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from osd_jax.projectors import explicit_sharding, like_sharding
+from osd_jax.projectors import check_static, explicit_sharding, like_sharding
+from osd_jax.trees import boxed_like, promotes, takes_shapes, unboxed
 
 BLOCK_SIZE = 256
 MIN_SIZE = 4096
@@ -64,6 +65,7 @@ def _rounding_table(signed: bool) -> np.ndarray:
     return np.searchsorted(_midpoints(signed), grid, side="left").astype(np.uint8)
 
 
+@promotes
 def quantize(
     array: jax.Array, *, signed: bool, block: int = BLOCK_SIZE, rounding: Rounding = "table"
 ) -> Quantized:
@@ -94,6 +96,7 @@ def quantize(
     return Quantized(like_sharding(_from_blocks(codes, array.shape), array), scales)
 
 
+@promotes
 def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
     """`Quantized` -> float32 (..., n)."""
     looked_up = functools.partial(_look_up, code_book(signed))
@@ -217,6 +220,8 @@ def quantize_state(
       >>> tx.init(jnp.zeros((64, 256))).mu.codes.dtype
       dtype('uint8')
     """
+    check_static("block", block)
+    check_static("min_size", min_size)
     if block < 1:
         raise ValueError(f"block is {block!r}: expected a whole number of at least 1")
     if rounding not in ("table", "nearest"):
@@ -252,17 +257,21 @@ def quantize_state(
 
         return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_quantized)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.OptState:
+        params = unboxed(params)
         return compress(tx.init(params), params)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        new, state = tx.update(updates, expand(state, updates), params, **extra_args)
-        return new, compress(state, updates)
+        grads = unboxed(updates)
+        new, state = tx.update(grads, expand(state, grads), unboxed(params), **extra_args)
+        return boxed_like(updates, new), compress(state, grads)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -280,15 +289,20 @@ def slice_by_slice(
       tx: A rule that treats every row on its own, and needs no parameters. Its state is a tuple of
         scalars and of trees like the parameters.
       max_size: Numbers in a slice, at most, where the axis divides so.
+
+    Raises:
+      ValueError: for a `max_size` that is an array.
     """
+    check_static("max_size", max_size)
 
     def number_of_slices(x: jax.Array) -> int:
         if x.size <= max_size or x.ndim < 2:
             return 1
         if x.ndim > 2:
             return x.shape[0]
-        wanted = -(-x.size // max_size)
-        return next((c for c in range(wanted, x.shape[0]) if x.shape[0] % c == 0), 1)
+        # A slice that `quantize_state` would not hold in 8 bits has another state than the whole.
+        counts = range(-(-x.size // max_size), min(x.shape[0] - 1, x.size // MIN_SIZE) + 1)
+        return next((c for c in counts if x.shape[0] % c == 0), 1)
 
     def split(x: jax.Array, count: int) -> jax.Array:
         return x if x.ndim > 2 else x.reshape(count, x.shape[0] // count, -1)
@@ -309,6 +323,7 @@ def slice_by_slice(
         join = lambda m: m.reshape(-1, m.shape[-1]) if x.ndim == 2 else m
         return join(update), jax.tree.map(lambda m, one: m[0] if one else join(m), new, scalars)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: Any,
@@ -317,7 +332,7 @@ def slice_by_slice(
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         leaves = jax.tree.leaves(updates)
-        tree: Any = jax.tree.structure(updates)
+        tree: Any = jax.tree.structure(unboxed(updates))
         is_scalar = [isinstance(field, jax.Array) and field.ndim == 0 for field in state]
         of_leaf = [
             [field] * len(leaves) if scalar else tree.flatten_up_to(field)
@@ -333,6 +348,7 @@ def slice_by_slice(
                 zip(*(new for _, new in found), strict=True), is_scalar, strict=True
             )
         ]
-        return jax.tree.unflatten(tree, [update for update, _ in found]), kind(*joined)
+        return boxed_like(updates, [update for update, _ in found]), kind(*joined)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    init = takes_shapes(lambda params: tx.init(unboxed(params)))
+    return optax.GradientTransformationExtraArgs(init, update)

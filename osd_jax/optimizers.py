@@ -20,6 +20,7 @@ from osd_jax.projectors import (
     PROJECTOR_INITS,
     Projector,
     check_number,
+    check_static,
     known_zero,
     online_pca,
     random,
@@ -44,16 +45,15 @@ from osd_jax.subspace import (
     SubspaceDimensionNumbers,
     SubspaceTransformation,
     all_finite,
-    by_name,
     check_basis_dtype,
     check_dtype,
     check_rank,
-    dimension_numbers_by_name,
+    dimension_numbers_by_path,
     in_parts,
-    path_name,
     projectors,
     scale_by_subspace,
 )
+from osd_jax.trees import boxed_like, flatten, path_name, promotes, takes_shapes, unboxed
 
 LION_SIGNS = ("lifted", "subspace")
 MOVE_PROJECTOR = ("after", "before")
@@ -74,6 +74,18 @@ SIDES_BY_PROJ_TYPE: dict[str, Side] = {
     "continuous_sgd": "shorter",
 }
 PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
+
+# What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
+STATIC_ARGUMENTS = (
+    "schedule",
+    "rank",
+    "update_proj_gap",
+    "update_proj_every",
+    "select",
+    "dimension_numbers",
+    "basis_dtype",
+    "slice_size",
+)
 
 
 def make_optimizer(
@@ -150,6 +162,9 @@ def make_optimizer(
       (`skipped_steps`). Its parts `refresh`, `project` and `apply` take the whole trees of
       gradients, states and sketches; a gradient that is not projected is its own sketch.
 
+    `optax.inject_hyperparams(make_optimizer, static_args=osd_jax.optimizers.STATIC_ARGUMENTS)`
+    holds the other numbers in its state.
+
     Raises:
       ValueError: for an unknown name, an argument out of range, or one that the optimizer and
         projector chosen do not read, naming it and the choices.
@@ -165,6 +180,23 @@ def make_optimizer(
       >>> list(osd_jax.projectors(state))
       ['mlp/kernel']
     """
+    for name, value in (
+        ("schedule", schedule),
+        ("rank", rank),
+        ("update_proj_gap", update_proj_gap),
+        ("update_proj_every", update_proj_every),
+        ("select", select),
+        ("dimension_numbers", dimension_numbers),
+        ("basis_dtype", basis_dtype),
+        ("slice_size", slice_size),
+    ):
+        check_static(name, value, STATIC_ARGUMENTS)
+    for name, function in (("schedule", schedule), ("select", select)):
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"{name} is {function!r}: expected a function or None. optax.inject_hyperparams "
+                f"calls every function, except for static_args={STATIC_ARGUMENTS}"
+            )
     _check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
     _check_choice("proj_type", proj_type, PROJ_TYPES)
     _check_choice("lion_sign", lion_sign, LION_SIGNS)
@@ -367,7 +399,7 @@ def _projector(
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
     """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip."""
     is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
-    for leaf in jax.tree.leaves(opt_state, is_leaf=is_guard):
+    for leaf in jax.tree.leaves(unboxed(opt_state), is_leaf=is_guard):
         if is_guard(leaf):
             return leaf.total_notfinite, leaf.notfinite_count
     raise ValueError("this optimizer state counts no skipped steps: it is not make_optimizer's")
@@ -377,9 +409,10 @@ def _labels(
     select: Select | None, dimension_numbers: DimensionNumbers
 ) -> Callable[[optax.Params], optax.Params]:
     def labels(params: optax.Params) -> optax.Params:
-        chosen = select or _kinds(params, dimension_numbers).selects
+        bare = unboxed(params)
+        chosen = select or _kinds(bare, dimension_numbers).selects
         label = lambda path, x: "subspace" if chosen(path_name(path), x) else "full"
-        return jax.tree_util.tree_map_with_path(label, params)
+        return boxed_like(params, jax.tree_util.tree_map_with_path(label, bare))
 
     return labels
 
@@ -387,14 +420,15 @@ def _labels(
 def _kinds(
     params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
 ) -> Kinds:
-    numbers = dimension_numbers_by_name(dimension_numbers, params)
+    numbers = dimension_numbers_by_path(dimension_numbers, params)
+    paths = {path_name(path): path for path, _ in flatten(unboxed(params))}
 
-    def numbers_if_any(name: str) -> SubspaceDimensionNumbers | None:
-        with contextlib.suppress(ValueError):
-            return numbers(name)
+    def numbers_of(name: str) -> SubspaceDimensionNumbers | None:
+        with contextlib.suppress(ValueError) if some_have_none else contextlib.nullcontext():
+            return numbers(paths[name])
         return None
 
-    return Kinds(by_name(params), numbers_if_any if some_have_none else numbers)
+    return Kinds(paths, numbers_of)
 
 
 def _announcer(
@@ -405,7 +439,7 @@ def _announcer(
     said: list[dict[str, tuple[int, ...]]] = []
 
     def announce(params: optax.Params, state: optax.OptState) -> None:
-        shapes = {name: tuple(x.shape) for name, x in by_name(params).items()}
+        shapes = {path_name(path): tuple(x.shape) for path, x in flatten(unboxed(params))}
         projected = list(projectors(state))
         if shapes and not projected:
             first = next(iter(shapes))
@@ -436,13 +470,17 @@ def _guarded(
     """
     tx = optax.with_extra_args_support(tx)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
-        jax.tree_util.tree_map_with_path(lambda path, x: check_dtype(path_name(path), x), params)
+        leaves = flatten(unboxed(params))
+        for path, x in leaves:
+            check_dtype(path_name(path), x)
         state = tx.init(params)
         announce(params, state)
         zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
         return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
 
+    @promotes
     def update(
         grads: optax.Updates,
         state: optax.ApplyIfFiniteState,

@@ -132,6 +132,7 @@ def online_pca(
       ValueError: for a negative penalty, an unknown `init`, or a period below 1.
     """
     check_number("penalty", penalty)
+    check_static("moves_first", moves_first)
     check_period(every)
     if init not in PROJECTOR_INITS:
         raise ValueError(f"init is {init!r}: expected one of {', '.join(PROJECTOR_INITS)}")
@@ -325,8 +326,25 @@ def _periodic(every: int, fresh_basis: FreshBasis) -> Projector:
     )
 
 
+def check_static(name: str, value: Any, static_args: tuple[str, ...] | None = None) -> None:
+    """Raises ValueError for an array where only a plain value will do.
+
+    Args:
+      name: The argument's.
+      value: Of the argument.
+      static_args: All arguments of its function that have to be plain. None: this one.
+    """
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} is an array, which decides what is computed and so has to be a plain value: "
+            "optax.inject_hyperparams makes arrays of numbers and of what functions return, except "
+            f"for those that it is told, static_args={static_args or (name,)}"
+        )
+
+
 def check_period(every: int) -> None:
     """Raises ValueError unless `every` is a whole number of steps, at least 1."""
+    check_static("every", every)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"the period of P is {every!r}: expected a whole number of at least 1")
 

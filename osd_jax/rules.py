@@ -16,10 +16,10 @@ import optax
 from osd_jax.projectors import accumulator_dtype, known_zero
 from osd_jax.subspace import (
     DimensionNumbers,
-    dimension_numbers_by_name,
+    dimension_numbers_by_path,
     matrix_layout,
-    path_name,
 )
+from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, takes_shapes, unboxed
 
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
 
@@ -33,6 +33,7 @@ def scale_by_adam_uncorrected_eps(
     first.
     """
 
+    @promotes
     def update(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
@@ -54,6 +55,7 @@ def scale_by_adam_uncorrected_eps(
 def interpolate_momentum(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
     """Lion's direction before its sign: `b1 m + (1 - b1) g`, then `m <- b2 m + (1 - b2) g`."""
 
+    @promotes
     def update(
         updates: optax.Updates, state: optax.ScaleByLionState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByLionState]:
@@ -84,6 +86,7 @@ def scale_by_factored_second_moment(
     Source: arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
     """
 
+    @takes_shapes
     def init(params: optax.Params) -> FactoredSecondMomentState:
         return FactoredSecondMomentState(
             count=jnp.zeros([], jnp.int32),
@@ -92,6 +95,7 @@ def scale_by_factored_second_moment(
             v_col=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-2)), params),
         )
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: FactoredSecondMomentState,
@@ -127,7 +131,7 @@ def clip_by_matrix_rms(threshold: float = 1.0) -> optax.GradientTransformation:
         rms = jnp.sqrt(jnp.mean(jnp.square(u), axis=(-2, -1), keepdims=True))
         return u / jnp.maximum(1, rms / threshold)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+    return optax.stateless(promotes(lambda updates, params: jax.tree.map(clip, updates)))
 
 
 def scale_by_adafactor(
@@ -173,6 +177,7 @@ def _decay(
     if known_zero(weight_decay):
         return optax.identity()
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.ScaleByScheduleState,
@@ -200,31 +205,34 @@ def on_matrices(
     tx = optax.with_extra_args_support(tx)
 
     def convert(tree: optax.Updates, like: optax.Updates, *, back: bool) -> optax.Updates:
-        numbers = dimension_numbers_by_name(dimension_numbers, like)
+        numbers = dimension_numbers_by_path(dimension_numbers, like)
 
-        def one(path: tuple[Any, ...], like: jax.Array, x: jax.Array) -> jax.Array:
-            name = path_name(path)
-            found = numbers(name) if like.ndim > 1 else None
+        def one(path: KeyPath, like: jax.Array, x: jax.Array) -> jax.Array:
+            found = numbers(path) if like.ndim > 1 else None
             if like.ndim < 2 or (found is not None and found.reduction_axis == ()):
                 matrix_shape = (*like.shape[:-1], 1, like.shape[-1] if like.ndim else 1)
                 return x.reshape(like.shape if back else matrix_shape)
-            layout = matrix_layout(name, like, found)
+            layout = matrix_layout(path_name(path), like, found)
             return layout.from_matrix(x) if back else layout.to_matrix(x)
 
         return jax.tree_util.tree_map_with_path(one, like, tree)
 
+    @takes_shapes
     def init(params: optax.Params) -> optax.OptState:
+        params = unboxed(params)
         return tx.init(convert(params, params, back=False))
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        like, params = unboxed(updates), unboxed(params)
         matrices = None if params is None else convert(params, params, back=False)
-        new, state = tx.update(convert(updates, updates, back=False), state, matrices, **extra_args)
-        return convert(new, updates, back=True), state
+        new, state = tx.update(convert(like, like, back=False), state, matrices, **extra_args)
+        return boxed_like(updates, convert(new, like, back=True)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -234,6 +242,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     tx = optax.with_extra_args_support(tx)
     widen = lambda tree: jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), tree)
 
+    @promotes
     def update(
         updates: optax.Updates,
         state: optax.OptState,
@@ -242,4 +251,5 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     ) -> tuple[optax.Updates, optax.OptState]:
         return tx.update(widen(updates), state, widen(params), **extra_args)
 
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(widen(params)), update)
+    init = takes_shapes(lambda params: tx.init(widen(params)))
+    return optax.GradientTransformationExtraArgs(init, update)

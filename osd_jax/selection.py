@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from osd_jax.subspace import SubspaceDimensionNumbers, path_name
+from osd_jax.subspace import SubspaceDimensionNumbers
+from osd_jax.trees import path_name, unboxed
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -291,7 +292,7 @@ class LinearSelection:
                 *(tuple(axis % array.ndim for axis in side) for side in axes)
             )
 
-        return jax.tree_util.tree_map_with_path(numbers, params)
+        return jax.tree_util.tree_map_with_path(numbers, unboxed(params))
 
 
 def _linear_kernels(model: nnx.Module) -> tuple[dict[int, Axes], set[int]]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from osd_jax.subspace import path_name
+from osd_jax.trees import KeyPath, boxed_like, path_name, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -193,7 +193,7 @@ def state_sharding(
     Args:
       tx: From `make_optimizer`, `scale_by_subspace`, Optax, or composed of these.
       params: The parameters, or their shapes and dtypes.
-      specs: A tree of `PartitionSpec` like `params`.
+      specs: A tree of `PartitionSpec` like `params`, with its boxes or without.
       mesh: Of any axes.
 
     Returns:
@@ -216,7 +216,7 @@ def state_sharding(
     """
     typed = mesh.abstract_mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
-    def split(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+    def split(path: KeyPath, array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         padded = PartitionSpec(*spec, *[None] * (len(array.shape) - len(spec)))
         for size, axes in zip(array.shape, padded, strict=True):
             shards = _shards(mesh, axes)
@@ -227,8 +227,9 @@ def state_sharding(
                 )
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(typed, padded))
 
+    shapes = jax.tree_util.tree_map_with_path(split, unboxed(params), unboxed(specs))
     with jax.sharding.use_abstract_mesh(typed):
-        state = jax.eval_shape(tx.init, jax.tree_util.tree_map_with_path(split, params, specs))
+        state = jax.eval_shape(tx.init, boxed_like(params, shapes))
     return jax.tree.map(
         lambda x: NamedSharding(mesh, x.sharding.spec if x.sharding else PartitionSpec()), state
     )

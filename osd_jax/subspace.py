@@ -38,6 +38,7 @@ from osd_jax.projectors import (
     TwoSided,
     accumulator_dtype,
     any_of,
+    check_static,
     contract,
     has_direction,
     low_rank_gradient,
@@ -45,6 +46,20 @@ from osd_jax.projectors import (
     squared_norm,
     written_transpose,
     zeros_of_axes,
+)
+from osd_jax.trees import (
+    KeyPath,
+    Path,
+    boxed_like,
+    by_path,
+    flatten,
+    is_box,
+    names,
+    path_name,
+    path_of,
+    promotes,
+    takes_shapes,
+    unboxed,
 )
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
@@ -91,8 +106,8 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
       refresh: (grads, state, when=True, reduce=None) -> state. Sets each P that is due at this
         step, if `when`, or that waits since, from its gradient if that has a direction. `reduce`
         is as in `project`; where no P is due or waits, it is not called.
-      project: (grads, state, reduce=None) -> sketches, a tree like the gradients with a `Sketch`
-        for each that is projected. `reduce` is the mean over devices, such as
+      project: (grads, state, reduce=None) -> sketches, a tree like the gradients, less its boxes,
+        with a `Sketch` for each that is projected. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
         R is reduced first, and A taken with the reduced R.
       apply: (sketches, state, params) -> (updates, state).
@@ -122,6 +137,7 @@ class MatrixLayout:
     axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
     matrix_shape: tuple[int, ...]  # (batch..., p, q)
     side: ResolvedSide
+    draw: int = 0  # what is folded into the key of its random draws
 
     @property
     def is_flipped(self) -> bool:
@@ -138,11 +154,6 @@ class MatrixLayout:
         permuted = tuple(self.shape[axis] for axis in self.axes)
         inverse = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
         return matrix.reshape(permuted).transpose(inverse)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as text, such as `layers/attention/query`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -200,33 +211,52 @@ def matrix_layout(
     )
 
 
-def dimension_numbers_by_name(
+def dimension_numbers_by_path(
     dimension_numbers: DimensionNumbers, params: optax.Params
-) -> Callable[[str], SubspaceDimensionNumbers | None]:
+) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
     """Looks up a parameter's matrix axes by its path.
 
     By path and not by structure, so that a full tree of dimension numbers serves parameters of
-    which `optax.masked` or `optax.partition` has hidden some.
+    which `optax.masked` or `optax.partition` has hidden some. A tree of other containers, whose
+    paths only read like the parameters', serves too where no two of them read alike.
     """
-    tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    params = unboxed(params)
+    tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
     if tree is None or isinstance(tree, SubspaceDimensionNumbers):
-        return lambda name: tree
+        return lambda path: tree
     is_leaf = lambda x: x is None or isinstance(x, (SubspaceDimensionNumbers, optax.MaskedNode))
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    numbers = {path_name(path): leaf for path, leaf in leaves}
-    for name, leaf in numbers.items():
-        if not is_leaf(leaf):
+    tree = unboxed(tree)
+    paths = [path for path, _ in flatten(tree, is_leaf)]
+    numbers = by_path(tree, is_leaf)
+    for path in paths:
+        if not is_leaf(leaf := numbers[path_of(path)]):
             raise ValueError(
-                f"dimension_numbers holds {leaf!r} for '{name}': expected "
+                f"dimension_numbers holds {leaf!r} for '{path_name(path)}': expected "
                 "SubspaceDimensionNumbers(reduction_axis, output_axis) or None"
             )
+    of_params = by_path(params)
+    unclaimed = [path for path in paths if path_of(path) not in of_params]
+    unserved = [path for path, _ in flatten(params) if path_of(path) not in numbers]
 
-    def lookup(name: str) -> SubspaceDimensionNumbers | None:
-        if name not in numbers:
+    def lookup(path: KeyPath) -> SubspaceDimensionNumbers | None:
+        if path_of(path) in numbers:
+            return numbers[path_of(path)]
+        name = path_name(path)
+        alike = [other for other in unclaimed if path_name(other) == name]
+        if not alike:
             raise ValueError(
-                f"dimension_numbers has nothing for parameter '{name}'; it has {sorted(numbers)}"
+                f"dimension_numbers has nothing for parameter '{name}'; it has "
+                f"{sorted(names(paths))}"
             )
-        return numbers[name]
+        rivals = [other for other in unserved if path_name(other) == name]
+        for kind, several in (("dimension_numbers has", alike), ("there are", rivals)):
+            if len(several) > 1:
+                both = " and ".join(jax.tree_util.keystr(other) for other in several)
+                raise ValueError(
+                    f"{kind} {both}, which both read '{name}', and none has the keys of "
+                    f"the other tree: give dimension_numbers the parameters' own keys"
+                )
+        return numbers[path_of(alike[0])]
 
     return lookup
 
@@ -286,6 +316,7 @@ def scale_by_subspace(
       >>> jax.tree.map(jnp.shape, osd_jax.projectors(state))
       {'kernel': (16, 4)}
     """
+    check_static("rank", rank)
     check_rank(rank)
     check_basis_dtype(basis_dtype)
     if side not in SIDES:
@@ -298,12 +329,17 @@ def scale_by_subspace(
     inner = optax.with_extra_args_support(inner)
 
     def layouts(params: optax.Params) -> Any:
-        numbers = dimension_numbers_by_name(dimension_numbers, params)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: matrix_layout(path_name(path), x, numbers(path_name(path)), side),
-            params,
-        )
+        """A tree like `params`, less its boxes."""
+        numbers = dimension_numbers_by_path(dimension_numbers, params)
+        draws = iter(random_draws(params))
 
+        def one(path: KeyPath, x: jax.Array) -> MatrixLayout:
+            layout = matrix_layout(path_name(path), x, numbers(path), side)
+            return dataclasses.replace(layout, draw=next(draws))
+
+        return jax.tree_util.tree_map_with_path(one, unboxed(params))
+
+    @takes_shapes
     def init(params: optax.Params) -> SubspaceState:
         def matrix_of(layout: MatrixLayout, param: jax.Array) -> tuple[Any, int, Any]:
             check_dtype(layout.name, param)
@@ -325,7 +361,7 @@ def scale_by_subspace(
             matrix, r, _ = matrix_of(layout, param)
             return zeros_of_axes("", matrix, r, jnp.int32) + NOT_SET
 
-        tree = layouts(params)
+        tree, params = layouts(params), unboxed(params)
         bases = jax.tree.map(init_basis, tree, params)
         set_at = jax.tree.map(init_set_at, tree, params)
         return SubspaceState(
@@ -334,6 +370,7 @@ def scale_by_subspace(
             inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
         )
 
+    @promotes
     def refresh(
         grads: optax.Updates,
         state: SubspaceState,
@@ -345,18 +382,23 @@ def scale_by_subspace(
         All of it stands within one `lax.cond`, which is taken while any P is due or waits. Inside
         it each parameter has two more: a matrix that waits for long, such as an expert without
         tokens, costs the norm of its gradient at every step, and an SVD only when that is not zero.
+
+        A P that is set is a constant to differentiation, as are the bases of a step within a
+        subspace that is given: an SVD's derivative is not finite where two singular values are
+        equal, as those of a gradient of low rank are. Through P's own steps derivatives are whole.
         """
 
         def set_wanted(
             layout: MatrixLayout,
             count: jax.Array,
+            seed: jax.Array,
             wanted: jax.Array,
             grad: jax.Array,
             basis: Basis,
             set_at: jax.Array,
         ) -> tuple[Basis, jax.Array]:
             key = jax.random.fold_in(jax.random.key(seed), count)
-            key = jax.random.fold_in(key, zlib.crc32(layout.name.encode()))
+            key = jax.random.fold_in(key, layout.draw)
             matrix = layout.to_matrix(grad)
             new = projector.fresh_basis(key, matrix, basis, layout.side, wanted)
             pick = lambda new, old: jnp.where(wanted[..., None, None], new, old)
@@ -365,6 +407,7 @@ def scale_by_subspace(
         def set_waiting(
             layout: MatrixLayout,
             count: jax.Array,
+            seed: jax.Array,
             grad: jax.Array,
             basis: Basis,
             set_at: jax.Array,
@@ -376,12 +419,17 @@ def scale_by_subspace(
             return _cond_once(
                 jnp.any(wanted),
                 functools.partial(set_wanted, layout),
-                lambda count, wanted, grad, basis, set_at: (basis, set_at),
-                *(count, wanted, grad, basis, set_at),
+                lambda count, seed, wanted, grad, basis, set_at: (basis, set_at),
+                *(count, seed, wanted, grad, basis, set_at),
             )
 
         def fresh(
-            due: jax.Array, count: jax.Array, grads: optax.Updates, bases: Any, set_at: Any
+            due: jax.Array,
+            count: jax.Array,
+            seed: jax.Array,
+            grads: optax.Updates,
+            bases: Any,
+            set_at: Any,
         ) -> tuple[Any, Any]:
             def one(
                 layout: MatrixLayout, grad: jax.Array, basis: Basis, set_at: jax.Array
@@ -390,28 +438,35 @@ def scale_by_subspace(
                 return _cond_once(
                     jnp.any(set_at == NOT_SET),
                     functools.partial(set_waiting, layout),
-                    lambda count, grad, basis, set_at: (basis, set_at),
-                    *(count, grad, basis, set_at),
+                    lambda count, seed, grad, basis, set_at: (basis, set_at),
+                    *(count, seed, grad, basis, set_at),
                 )
 
             tree = layouts(grads)
-            found = jax.tree.map(one, tree, grads, bases, set_at)
+            found = jax.tree.map(one, tree, unboxed(grads), bases, set_at)
             bases, set_at = (jax.tree.map(lambda _, x, i=i: x[i], tree, found) for i in range(2))
             return bases, set_at
 
         due = projector.is_due(state.count) & when
         waits = jax.tree.map(lambda at: at == NOT_SET, state.projector.set_at)
+        before = (state.projector.basis, state.projector.set_at)
         bases, set_at = _cond_once(
             due | any_of(waits),
             fresh,
-            lambda due, count, grads, bases, set_at: (bases, set_at),
-            *(due, state.count, grads, state.projector.basis, state.projector.set_at),
+            lambda due, count, seed, grads, bases, set_at: (bases, set_at),
+            *(due, state.count, jnp.asarray(seed), grads, *before),
+            # In place of `fresh`, whose P is a constant.
+            derivative_of=lambda due, count, seed, grads, bases, set_at: (
+                optax.tree.zeros_like(bases),
+                set_at,
+            ),
         )
         return state._replace(projector=state.projector._replace(basis=bases, set_at=set_at))
 
+    @promotes
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
-        tree = layouts(grads)
+        tree, grads = layouts(grads), unboxed(grads)
 
         def sketch(moves: bool, grads: optax.Updates, bases: Any) -> Any:
             return jax.tree.map(
@@ -429,6 +484,7 @@ def scale_by_subspace(
         moves = projector.moves_at(state.count, state.projector.set_at)
         return _cond_once(moves, move, stay, grads, state.projector.basis)
 
+    @promotes
     def apply(
         sketches: Any,
         state: SubspaceState,
@@ -463,7 +519,7 @@ def scale_by_subspace(
             def again(grads: optax.Updates, bases: Any, low_rank: Any) -> Any:
                 return jax.tree.map(
                     lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
-                    tree, grads, bases,
+                    tree, unboxed(grads), bases,
                 )  # fmt: skip
 
             bases = moved[0]
@@ -478,22 +534,26 @@ def scale_by_subspace(
             update = after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
             return update if widen_updates else update.astype(x.dtype)
 
-        updates = jax.tree.map(lift_one, tree, params, bases, directions)
+        updates = jax.tree.map(lift_one, tree, unboxed(params), bases, directions)
         count = optax.safe_increment(state.count)
-        return updates, SubspaceState(count, ProjectorState(*moved, set_at), inner_state)
+        state = SubspaceState(count, ProjectorState(*moved, set_at), inner_state)
+        return boxed_like(params, updates), state
 
+    @promotes
     def update(
         grads: optax.Updates,
         state: SubspaceState,
         params: optax.Params | None = None,
         *,
-        sketches: Mapping[str, Any] | None = None,
+        sketches: Mapping[Path, Sketch] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceState]:
-        """With `sketches`, by parameter path, the gradients are read for shapes and dtypes only."""
+        """With `sketches`, by path, the gradients are read for shapes and dtypes only."""
         del params  # the gradients have the same shapes and dtypes
         if sketches is not None:
-            own = jax.tree_util.tree_map_with_path(lambda path, g: sketches[path_name(path)], grads)
+            own = jax.tree_util.tree_map_with_path(
+                lambda path, g: sketches[path_of(path)], unboxed(grads)
+            )
             return apply(own, state, grads, **extra_args)
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
@@ -519,11 +579,14 @@ def in_parts(
 
     def own_part(tree: Any, state: SubspaceState) -> Any:
         """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
-        names = projectors(state)
+        paths = by_path(state.projector.basis, is_two_sided)
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if path_name(path) in names else optax.MaskedNode(), tree
+            lambda path, x: x if path_of(path) in paths else optax.MaskedNode(),
+            tree,
+            is_leaf=is_box,
         )
 
+    @promotes
     def refresh(
         grads: optax.Updates,
         state: optax.OptState,
@@ -536,17 +599,19 @@ def in_parts(
         is_own = lambda x: isinstance(x, SubspaceState)
         return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
 
+    @promotes
     def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
         own = None if subspace is None else own_state(state)
-        found = {}
+        found: dict[Path, Sketch] = {}
         if subspace is not None and own is not None:
-            sketches = subspace.project(own_part(grads, own), own, reduce)
-            found = by_name(sketches, is_leaf=is_sketch)
+            found = by_path(subspace.project(own_part(grads, own), own, reduce), is_sketch)
         rest = reduce or (lambda x: x)
         return jax.tree_util.tree_map_with_path(
-            lambda path, g: found[path_name(path)] if path_name(path) in found else rest(g), grads
+            lambda path, g: found[path_of(path)] if path_of(path) in found else rest(g),
+            unboxed(grads),
         )
 
+    @promotes
     def apply(
         sketches: Any,
         state: optax.OptState,
@@ -561,10 +626,10 @@ def in_parts(
             fill = jnp.where(all_finite(sketch), 0, jnp.nan)
             return jnp.broadcast_to(fill.astype(param.dtype), param.shape)
 
-        updates = jax.tree.map(stand_in, sketches, params, is_leaf=is_sketch)
+        updates = jax.tree.map(stand_in, sketches, unboxed(params), is_leaf=is_sketch)
         if subspace is not None:
-            extra_args["sketches"] = by_name(sketches, is_leaf=is_sketch)
-        return tx.update(updates, state, params, **extra_args)
+            extra_args["sketches"] = by_path(sketches, is_sketch)
+        return tx.update(boxed_like(params, updates), state, params, **extra_args)
 
     suffices = subspace is None or subspace.sketch_suffices
     return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, suffices)
@@ -577,10 +642,14 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.isfinite(jnp.array(sums)))
 
 
-def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return {path_name(path): leaf for path, leaf in leaves}
+def random_draws(params: optax.Params) -> list[int]:
+    """For each parameter what is folded into the key of its random draws: a number of its own.
+
+    The path's text says which, as it did before paths were told apart by their keys; the keys say
+    it where two paths have the same text.
+    """
+    named = names([path for path, _ in flatten(params)])
+    return [zlib.crc32(name.encode()) for name in named]
 
 
 def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
@@ -599,18 +668,40 @@ def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Ar
     return contract("pr,rq->pq", basis, direction)
 
 
-def _cond_once(due: jax.Array, do: Callable[..., Any], keep: Callable[..., Any], *args: Any) -> Any:
+def _cond_once(
+    due: jax.Array,
+    do: Callable[..., Any],
+    keep: Callable[..., Any],
+    *args: Any,
+    derivative_of: Callable[..., Any] | None = None,
+) -> Any:
     """`do(*args)` if `due`, else `keep(*args)`, which has to cost less.
 
     Plain `lax.cond`, except under `jax.vmap` with a batched `due`: there `cond` would run both
     branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
+    `derivative_of`, if given, has the derivative that `do` is to have.
     """
+    batchable = jax.custom_batching.custom_vmap(
+        lambda due, *args: jax.lax.cond(due, do, keep, *args)
+    )
+    choose = jax.custom_jvp(batchable)
 
-    @jax.custom_batching.custom_vmap
-    def choose(due: jax.Array, *args: Any) -> Any:
-        return jax.lax.cond(due, do, keep, *args)
+    @choose.defjvp
+    @promotes
+    def differentiated(primals, tangents):  # type: ignore[no-untyped-def]
+        # Reverse mode goes through no custom rule of `vmap`, and through no `cond` of tangents
+        # whose `due` is batched.
+        (due, *args), (_, *directions) = primals, tangents
+        new, old = (
+            jax.jvp(branch, tuple(args), tuple(directions))[1]
+            for branch in (derivative_of or do, keep)
+        )
+        is_integer = lambda tangent: tangent.dtype == jax.dtypes.float0
+        pick = lambda x, y: x if is_integer(x) else jnp.where(due, x, y)
+        return choose(*primals), jax.tree.map(pick, new, old)
 
-    @choose.def_vmap
+    @batchable.def_vmap
+    @promotes
     def batched(axis_size, in_batched, due, *args):  # type: ignore[no-untyped-def]
         def spread(x: jax.Array, is_batched: bool) -> jax.Array:
             return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
@@ -663,6 +754,7 @@ class Diagnostics(NamedTuple):
     orthonormality: jax.Array
 
 
+@promotes
 def subspace_diagnostics(
     grads: optax.Updates,
     opt_state: optax.OptState,
@@ -679,17 +771,18 @@ def subspace_diagnostics(
       dimension_numbers: Likewise.
 
     Returns:
-      By parameter path. Empty where nothing is projected.
+      By name, as in `projectors`. Empty where nothing is projected.
     """
-    numbers = dimension_numbers_by_name(dimension_numbers, grads)
-    leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
-    named = {path_name(path): grad for path, grad in leaves}
-    return {
-        name: _diagnose(
-            basis, matrix_layout(name, named[name], numbers(name), side).to_matrix(named[name])
-        )
-        for name, basis in projectors(opt_state).items()
-    }
+    grads = unboxed(grads)
+    numbers, by = dimension_numbers_by_path(dimension_numbers, grads), by_path(grads)
+    found = bases_by_key_path(opt_state)
+
+    def one(name: str, path: KeyPath, basis: Basis) -> Diagnostics:
+        grad = by[path_of(path)]
+        return _diagnose(basis, matrix_layout(name, grad, numbers(path), side).to_matrix(grad))
+
+    named = names([path for path, _ in found])
+    return {name: one(name, *both) for name, both in zip(named, found, strict=True)}
 
 
 def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
@@ -717,17 +810,28 @@ def subspace_states(opt_state: optax.OptState) -> list[SubspaceState]:
 
 
 def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
-    """The bases P in an optimizer state, by parameter path.
+    """The bases P in an optimizer state, by parameter.
 
     Returns:
       For each projected parameter its P: (..., m, r) where it acts on the output side, (..., n, r)
-      on the input side, or `TwoSided(output, input)`. Columns are the basis.
+      on the input side, or `TwoSided(output, input)`. Columns are the basis. The name is the path's
+      text, such as `mlp/kernel`; where two paths have the same text it is that of their keys, such
+      as `['mlp/a']['b']` and `['mlp']['a/b']`.
     """
-    is_basis = lambda x: isinstance(x, TwoSided)
-    return {
-        path_name(path): basis
-        for state in subspace_states(opt_state)
-        for path, basis in jax.tree_util.tree_flatten_with_path(
-            state.projector.basis, is_leaf=is_basis
-        )[0]
-    }
+    found = bases_by_key_path(opt_state)
+    named = names([path for path, _ in found])
+    return {name: basis for name, (_, basis) in zip(named, found, strict=True)}
+
+
+def bases_by_key_path(opt_state: optax.OptState) -> list[tuple[KeyPath, Basis]]:
+    """The bases P in an optimizer state, each with its parameter's key path."""
+    return [
+        leaf
+        for state in subspace_states(unboxed(opt_state))
+        for leaf in flatten(state.projector.basis, is_two_sided)
+    ]
+
+
+def is_two_sided(x: Any) -> bool:
+    """Whether `x` holds both bases of one matrix."""
+    return isinstance(x, TwoSided)

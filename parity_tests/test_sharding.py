@@ -36,8 +36,8 @@ from osd_jax.sharding import (
     state_sharding,
     train_state_sharding,
 )
-from osd_jax.subspace import path_name
 from osd_jax.train import TrainState, init_state, make_train_step
+from osd_jax.trees import path_name
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVEN = llama.LlamaConfig(

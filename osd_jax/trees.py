@@ -1,0 +1,171 @@
+"""Pytrees of parameters, whatever they are made of: their boxes, their paths and their names.
+
+Optax takes any pytree: dicts, `flax.nnx` states, dataclasses, tuples, modules, with None or
+`optax.MaskedNode` where a leaf is hidden. Leaves are found by their path, a tuple of plain keys;
+the text of a path is a name for people, and two paths can have the same one.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+KeyPath = tuple[Any, ...]  # as `jax.tree_util.tree_flatten_with_path` gives it
+Path = tuple[Hashable, ...]
+IsLeaf = Callable[[Any], bool]
+
+
+def is_box(x: Any) -> bool:
+    """Whether `x` is a container of one array with metadata, such as `nnx.Param`.
+
+    Flax is not imported: where nobody has imported it there is no such box.
+    """
+    kinds = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
+    loaded = ((sys.modules.get(module), name) for module, name in kinds)
+    return isinstance(x, tuple(getattr(module, name) for module, name in loaded if module))
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree with what each box holds in the place of the box.
+
+    `nnx.Optimizer` hands boxes to `init` and bare arrays to `update`; a box's metadata describes
+    the axes of its parameter, which bases, sketches and codes do not have.
+
+    Example:
+      >>> from flax import nnx
+      >>> unboxed({"kernel": nnx.Param(2.0), "bias": None})
+      {'bias': None, 'kernel': 2.0}
+    """
+
+    def open_box(x: Any) -> Any:
+        if not is_box(x):
+            return x
+        (content,) = jax.tree.leaves(x, is_leaf=lambda inside: inside is not x)
+        return unboxed(content)
+
+    return jax.tree.map(open_box, tree, is_leaf=is_box)
+
+
+def boxed_like(like: Any, tree: Any) -> Any:
+    """The leaves of an unboxed tree in the boxes of `like`, of the same leaves."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def path_name(path: KeyPath) -> str:
+    """A key path as text, such as `layers/attention/query`: a name for people, not a key."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def path_of(path: KeyPath) -> Path:
+    """A key path as plain keys, the same for a dict, a dataclass and a module of equal names.
+
+    Example:
+      >>> import jax
+      >>> [(path, _)] = jax.tree_util.tree_flatten_with_path({"mlp": [1.0]})[0]
+      >>> path_of(path)
+      ('mlp', 0)
+    """
+    return tuple(_plain(key) for key in path)
+
+
+def _plain(key: Any) -> Hashable:
+    match key:
+        case jax.tree_util.DictKey(key=plain) | jax.tree_util.FlattenedIndexKey(key=plain):
+            return plain
+        case jax.tree_util.SequenceKey(idx=plain) | jax.tree_util.GetAttrKey(name=plain):
+            return plain
+    return key
+
+
+def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> list[tuple[KeyPath, Any]]:
+    """The leaves of a tree, each with its key path."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+
+
+def by_path(tree: Any, is_leaf: IsLeaf | None = None) -> dict[Path, Any]:
+    """The leaves of a tree by their paths.
+
+    Raises:
+      ValueError: if a container gives the same key to two of its children.
+    """
+    leaves = flatten(tree, is_leaf)
+    found = {path_of(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        counts = collections.Counter(path_of(path) for path, _ in leaves)
+        twice = next(path for path, _ in leaves if counts[path_of(path)] > 1)
+        raise ValueError(
+            f"two leaves have the path {jax.tree_util.keystr(twice)}: a container registered with "
+            "register_pytree_with_keys has to give each of its children a key of its own"
+        )
+    return found
+
+
+def names(paths: Sequence[KeyPath]) -> list[str]:
+    """The text of each path, or its keys one by one where another path has the same text.
+
+    Example:
+      >>> import jax
+      >>> tree = {"mlp": {"a/b": 1}, "mlp/a": {"b": 2}, "norm": 3}
+      >>> names([path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]])
+      ["['mlp']['a/b']", "['mlp/a']['b']", 'norm']
+    """
+    having: dict[str, set[Path]] = collections.defaultdict(set)
+    for path in paths:
+        having[path_name(path)].add(path_of(path))
+    is_alone = lambda path: len(having[path_name(path)]) == 1
+    return [path_name(path) if is_alone(path) else jax.tree_util.keystr(path) for path in paths]
+
+
+def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under JAX's standard promotion of dtypes, whatever its caller has set.
+
+    `jax_numpy_dtype_promotion="strict"` looks for a caller's mistakes. Which dtypes an optimizer
+    computes in is its own affair, and some of Optax's rules, Adam for one, fail under it.
+    """
+
+    @functools.wraps(function)
+    def promoting(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return promoting
+
+
+def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An `init` that also takes parameters of which only shapes are known.
+
+    `jax.ShapeDtypeStruct` leaves stand for zeros, which are never allocated. Where they name
+    shardings, over one mesh, the state is laid out as `osd_jax.sharding.state_sharding` says.
+
+    Args:
+      init: Of an Optax transformation.
+    """
+
+    @functools.wraps(init)
+    @promotes
+    def init_of_any(params: optax.Params) -> optax.OptState:
+        is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        shapes = [x for x in jax.tree.leaves(params) if is_shape(x)]
+        if not shapes:
+            return init(params)
+        array = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+        make = lambda: init(jax.tree.map(array, params))
+        meshes = [x.sharding.mesh for x in shapes if hasattr(x.sharding, "mesh")]
+        if not meshes:
+            return jax.jit(make)()
+        from osd_jax.sharding import state_sharding  # which imports this module
+
+        whole = jax.sharding.PartitionSpec()
+        spec = lambda x: getattr(getattr(x, "sharding", None), "spec", whole)
+        tx = optax.GradientTransformation(init, optax.identity().update)
+        layout = state_sharding(tx, params, jax.tree.map(spec, params), meshes[0])
+        return jax.jit(make, out_shardings=layout)()
+
+    return init_of_any
