@@ -50,10 +50,20 @@ from osd_jax.subspace import (
     check_rank,
     dimension_numbers_by_path,
     in_parts,
-    projectors,
+    projected_paths,
     scale_by_subspace,
 )
-from osd_jax.trees import boxed_like, flatten, path_name, promotes, takes_shapes, unboxed
+from osd_jax.trees import (
+    boxed_like,
+    by_path,
+    flatten,
+    path_name,
+    path_of,
+    paths_by_name,
+    promotes,
+    takes_shapes,
+    unboxed,
+)
 
 LION_SIGNS = ("lifted", "subspace")
 MOVE_PROJECTOR = ("after", "before")
@@ -411,7 +421,8 @@ def _labels(
     def labels(params: optax.Params) -> optax.Params:
         bare = unboxed(params)
         chosen = select or _kinds(bare, dimension_numbers).selects
-        label = lambda path, x: "subspace" if chosen(path_name(path), x) else "full"
+        name_of = {path_of(path): name for name, path in paths_by_name(bare).items()}
+        label = lambda path, x: "subspace" if chosen(name_of[path_of(path)], x) else "full"
         return boxed_like(params, jax.tree_util.tree_map_with_path(label, bare))
 
     return labels
@@ -421,7 +432,7 @@ def _kinds(
     params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
 ) -> Kinds:
     numbers = dimension_numbers_by_path(dimension_numbers, params)
-    paths = {path_name(path): path for path, _ in flatten(unboxed(params))}
+    paths = paths_by_name(params)
 
     def numbers_of(name: str) -> SubspaceDimensionNumbers | None:
         with contextlib.suppress(ValueError) if some_have_none else contextlib.nullcontext():
@@ -439,8 +450,10 @@ def _announcer(
     said: list[dict[str, tuple[int, ...]]] = []
 
     def announce(params: optax.Params, state: optax.OptState) -> None:
-        shapes = {path_name(path): tuple(x.shape) for path, x in flatten(unboxed(params))}
-        projected = list(projectors(state))
+        arrays, is_projected = by_path(unboxed(params)), set(map(path_of, projected_paths(state)))
+        paths = {name: path_of(path) for name, path in paths_by_name(params).items()}
+        shapes = {name: tuple(arrays[path].shape) for name, path in paths.items()}
+        projected = [name for name, path in paths.items() if path in is_projected]
         if shapes and not projected:
             first = next(iter(shapes))
             warnings.warn(

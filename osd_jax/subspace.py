@@ -832,6 +832,11 @@ def bases_by_key_path(opt_state: optax.OptState) -> list[tuple[KeyPath, Basis]]:
     ]
 
 
+def projected_paths(opt_state: optax.OptState) -> list[KeyPath]:
+    """The key paths of the parameters that an optimizer state projects."""
+    return [path for path, _ in bases_by_key_path(opt_state)]
+
+
 def is_two_sided(x: Any) -> bool:
     """Whether `x` holds both bases of one matrix."""
     return isinstance(x, TwoSided)

@@ -123,6 +123,12 @@ def names(paths: Sequence[KeyPath]) -> list[str]:
     return [path_name(path) if is_alone(path) else jax.tree_util.keystr(path) for path in paths]
 
 
+def paths_by_name(tree: Any) -> dict[str, KeyPath]:
+    """The key paths of a tree's leaves, less its boxes, by the names that `names` gives them."""
+    paths = [path for path, _ in flatten(unboxed(tree))]
+    return dict(zip(names(paths), paths, strict=True))
+
+
 def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function under JAX's standard promotion of dtypes, whatever its caller has set.
 
