@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hang import HANG
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -37,7 +38,6 @@ from osd_torch.sharding import whole
 transformers = pytest.importorskip("transformers")
 
 WORLD = 2
-HANG = 600  # seconds after which a process without an answer hangs: they take a few
 Run = Callable[..., list[Any]]
 
 
@@ -79,7 +79,7 @@ class TwoProcesses:
                     pytest.fail(error)
             if not ready:
                 self.stop()
-                pytest.fail(f"no answer from {function.__name__} in {HANG} s")
+                pytest.fail(f"no answer from {function.__name__} in {HANG:g} s")
         return [results[connection] for connection in connections]
 
     def start(self) -> None:
