@@ -167,7 +167,7 @@ def run(name: str, arguments: list[str], jobs: int) -> Outcome:
     with tempfile.NamedTemporaryFile(suffix=".xml") as results:
         command = ["-m", "pytest", "-q", "--no-header", f"--junitxml={results.name}", *arguments]
         child = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment_of(setting), stdout=sys.stderr
+            [sys.executable, *command], cwd=ROOT, env=environment_of(setting), stdout=2
         )
         seconds = time.monotonic() - start
         text = Path(results.name).read_text()

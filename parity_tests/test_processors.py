@@ -22,7 +22,10 @@ def test_that_fails():
 """
 
 
-def test_a_setting_reaches_the_tests_and_failures_are_named(tmp_path: Path, capsys: Any) -> None:
+def test_a_setting_reaches_the_tests_and_failures_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = tmp_path / "test_one.py"
     path.write_text(TESTS)
     if reason := processors.reason_to_skip(processors.SETTINGS["ATen default"]):
