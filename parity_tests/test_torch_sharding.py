@@ -109,7 +109,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 # A tiny LLaMA, for 20 steps.
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 32, 32, 301
-LR = {"galore_lion": 1e-3}
+# Rounding turns the sign of an entry that is all but zero, which moves a weight by 2 lr: at 1e-3
+# that moves a loss by 7e-5.
+LR = {"galore_lion": 2e-4}
 MODES = ("ddp", "fsdp", "compressed", "layerwise")
 
 
@@ -210,11 +212,15 @@ def train_llama(
 one_process = functools.cache(functools.partial(train_llama, "one"))
 
 
-def assert_as_on_one(run: Run, mode: str, *args: Any, tolerance: float = 1e-4) -> None:
+def assert_as_on_one(run: Run, mode: str, *args: Any) -> None:
     first, second = run(train_llama, mode, *args)
     expected = one_process(*args)
     assert first == second
     assert first[1:] == expected[1:]
+    # Codes of the embedding's and the head's moments: `assert_close_8bit`'s probability is 1e-5 for
+    # each of 20 steps, 4 moments and 9,632 codes, which makes 8. One moves a weight by at most a
+    # step, 0.01, and the loss by 0.01 of the gradient's entry, of about 1 / sqrt(19,264): 2e-4.
+    tolerance = 1e-3 if "8bit" in args[0] else 1e-4
     assert first.losses == pytest.approx(expected.losses, rel=0, abs=tolerance)
 
 

@@ -140,11 +140,11 @@ def assert_same_losses(found: Path, wanted: Path, tolerance: float = 1e-5) -> No
         )
 
 
-def assert_same_weights(found: Path, wanted: Path, tolerance: float = 1e-5) -> None:
+def assert_same_weights(found: Path, wanted: Path) -> None:
     a, b = (load_file(path / "model" / "model.safetensors") for path in (found, wanted))
     assert a.keys() == b.keys()
     for name, weight in b.items():
-        np.testing.assert_allclose(a[name], weight, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(a[name], weight, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -311,10 +311,16 @@ def test_two_processes_equal_one(settings: dict[str, Any], home: Home) -> None:
     name = str(settings)
     alone = run(home, f"{name} by one", **{**settings, "batch_size": 8})
     both = two(home, f"{name} by two", **settings)
-    # Where a sum lies between two codes of 8 bits, the order of its terms decides.
-    tolerance = 1e-3 if "8bit" in name else 1e-5
-    assert_same_losses(both, alone, tolerance)
-    assert_same_weights(both, alone, tolerance)
+    if "8bit" not in name:
+        assert_same_losses(both, alone)
+        assert_same_weights(both, alone)
+        return
+    # Where a sum lies between two codes of 8 bits, the order of its terms decides: a weight then
+    # moves by another part of a step of 0.02, and one in a thousand does.
+    assert_same_losses(both, alone, tolerance=1e-3)
+    a, b = (load_file(path / "model" / "model.safetensors") for path in (both, alone))
+    for weight, wanted in ((a[name], wanted) for name, wanted in b.items()):
+        assert np.sqrt(np.mean((weight - wanted) ** 2)) <= 0.02 * 1e-3**0.5
 
 
 @pytest.mark.slow
