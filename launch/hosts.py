@@ -37,8 +37,8 @@ SECONDS_TO_MEET = 300
 """How long the first process to come waits for the last."""
 SECONDS_OF_SILENCE = 30
 """How long a process that answers no more is waited for."""
-SECONDS_TO_LEAVE = 60
-"""How long a process that is done waits for the others, so that none misses it."""
+SECONDS_TO_LEAVE = 3600
+"""How long a process that is done waits for the others: for the first, to write the whole model."""
 
 LOST = (
     "error: another process of this run has ended, or cannot be reached; it may say why. This one "

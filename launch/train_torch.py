@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_MINUTES = 10.0
 GLOO_TIMEOUTS = ("Timed out waiting", "timeout caused pair closure")
+SECONDS_FOR_THE_FIRST = 30.0
+"""How long the others wait before they tell of a mistake in their options: on a busy machine the
+first, which tells of the same, may be that far behind."""
 SECONDS_TO_BE_STOPPED = 2.0
 """How long one of several processes waits before it tells of an error.
 
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
             return train(options, device)
     except (UsageError, OSError):
         if process_index():
-            time.sleep(SECONDS_TO_BE_STOPPED)
+            time.sleep(SECONDS_FOR_THE_FIRST)
         raise
 
 

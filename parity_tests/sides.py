@@ -46,6 +46,7 @@ def run_jax(
     *,
     dtype: str = "float32",
     transposed: bool = True,
+    rejoin: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     **options: Any,
 ) -> Trajectory:
     """T steps of osd_jax as one scan, compiled once for each set of shapes and static options.
@@ -59,6 +60,8 @@ def run_jax(
         dtype: Of the parameters.
         transposed: Whether kernels are (input, output), as is JAX's way; False: they stay
             (output, input), and `SubspaceDimensionNumbers` says so.
+        rejoin: By name and side, (T, p, r): what P becomes after each step, up to its columns'
+            signs; NaN where it stays. The trajectory has P as it was before.
         **options: `lr` and make_optimizer's.
     """
     turn = lambda x: np.swapaxes(x, -1, -2) if transposed else x
@@ -74,7 +77,9 @@ def run_jax(
         traced = {name: jnp.asarray(options.pop(name), wide) for name in names}
         run = _jax_run(optimizer, proj_type, tuple(sorted(options.items())))
         params, ratio = to_jax(start, dtype), jnp.asarray(lr_ratio, wide)
-        weights, bases = jax.device_get(run(params, to_jax(gradients, dtype), ratio, traced))
+        others = {name: tuple(x.values()) for name, x in (rejoin or {}).items()}
+        grads = to_jax(gradients, dtype)
+        weights, bases = jax.device_get(run(params, grads, others, ratio, traced))
     return Trajectory(
         {name: _float64(turn(x) if is_matrix[name] else x) for name, x in weights.items()},
         {name: _by_side(x, proj_type, start[name].shape) for name, x in bases.items()},
@@ -84,7 +89,13 @@ def run_jax(
 @functools.cache
 def _jax_run(optimizer: str, proj_type: str, options: tuple[tuple[str, Any], ...]) -> Any:
     @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-    def run(params: Any, gradients: Any, lr_ratio: jax.Array, traced: dict[str, jax.Array]) -> Any:
+    def run(
+        params: Any,
+        gradients: Any,
+        rejoin: Any,
+        lr_ratio: jax.Array,
+        traced: dict[str, jax.Array],
+    ) -> Any:
         tx = osd_jax.make_optimizer(
             optimizer,
             proj_type,
@@ -94,16 +105,32 @@ def _jax_run(optimizer: str, proj_type: str, options: tuple[tuple[str, Any], ...
             **dict(options),
         )
 
-        def step(carry: Any, grads: Any) -> Any:
-            params, state = carry
+        def step(carry: Any, now: Any) -> Any:
+            (params, state), (grads, others) = carry, now
             updates, state = tx.update(grads, state, params)
             params = optax.apply_updates(params, updates)
-            bases = osd_jax.projectors(state)
-            return (params, state), (params, dict(bases))
+            bases = dict(osd_jax.projectors(state))
+            held = {
+                name: basis if isinstance(basis, tuple) else (basis,)
+                for name, basis in bases.items()
+            }
+            exchanged = {
+                id(P): _rejoined(P, other)
+                for name in others
+                for P, other in zip(held[name], others[name], strict=True)
+            }
+            state = jax.tree.map(lambda x: exchanged.get(id(x), x), state)
+            return (params, state), (params, bases)
 
-        return jax.lax.scan(step, (params, tx.init(params)), gradients)[1]
+        return jax.lax.scan(step, (params, tx.init(params)), (gradients, rejoin))[1]
 
     return run
+
+
+def _rejoined(basis: jax.Array, other: jax.Array) -> jax.Array:
+    """`other`, with the signs of the columns of `basis`, or that where `other` is NaN."""
+    signs = jnp.where(jnp.sum(basis * other, axis=0) < 0, -1, 1)
+    return jnp.where(jnp.isnan(other), basis, (other * signs).astype(basis.dtype))
 
 
 def forget_compiled() -> None:
@@ -158,11 +185,6 @@ def _by_side(basis: Any, proj_type: str, shape: tuple[int, ...]) -> dict[str, np
 
 def _float64(x: np.ndarray) -> np.ndarray:
     return np.array(x, np.float64)
-
-
-def align(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """`ours` (..., p, r) with the signs of its columns turned to those of `theirs`."""
-    return ours * np.where(np.sum(ours * theirs, axis=-2, keepdims=True) < 0, -1.0, 1.0)
 
 
 def gradients(

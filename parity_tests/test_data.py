@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hang import HANG
 
 from launch.data import DataError, load_tokenizer, open_data
 from launch.data.common import prepare_once
@@ -160,7 +161,7 @@ def test_workers_end_with_a_killed_parent(jsonl, cache, tmp_path):
         [sys.executable, script, f"text:{jsonl}", cache],
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=60,
+        timeout=HANG,
     )
     assert done.returncode == -9
 

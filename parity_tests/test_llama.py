@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT / "parity_tests" / "golden" / "tiny_llama"
+GOLDEN = ROOT / "parity_tests" / "golden" / "tiny_llama_posed"
 
 # Millions of parameters: as METHOD's table prints them, except llama_20m, where the table has 19.6
 # and both transformers and the arithmetic give 19.548.

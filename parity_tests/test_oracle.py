@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 import torch
+from golden_cases import align
 from oracle import Oracle, pca_gradient, pca_loss
-from sides import Run, align, gradients, run_jax, run_torch
+from sides import Run, gradients, run_jax, run_torch
 
 import osd_jax
 import osd_torch

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hang import HANG
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import osd_torch
+from osd_torch.blockwise import BLOCK_SIZE, code_books
 from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 from osd_torch.rules import SGD
 from osd_torch.sharding import whole
@@ -38,7 +40,6 @@ from osd_torch.subspace import ON_HOST
 transformers = pytest.importorskip("transformers")
 
 WORLD = 2
-HANG = 120  # seconds without an answer after which a test fails
 Run = Callable[..., list[Any]]
 
 
@@ -80,7 +81,7 @@ class TwoProcesses:
                     pytest.fail(error)
             if not ready:
                 self.stop()
-                pytest.fail(f"no answer from {function.__name__} in {HANG} s")
+                pytest.fail(f"no answer from {function.__name__} in {HANG:g} s")
         return [results[connection] for connection in connections]
 
     def start(self) -> None:
@@ -110,7 +111,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 # A tiny LLaMA, for 20 steps.
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 32, 32, 301
-LR = {"galore_lion": 1e-3}
+# Rounding turns the sign of an entry that is all but zero, which moves a weight by 2 lr: at 1e-3
+# that moves a loss by 7e-5.
+LR = {"galore_lion": 2e-4}
 MODES = ("ddp", "fsdp", "compressed", "layerwise")
 
 
@@ -211,11 +214,15 @@ def train_llama(
 one_process = functools.cache(functools.partial(train_llama, "one"))
 
 
-def assert_as_on_one(run: Run, mode: str, *args: Any, tolerance: float = 1e-4) -> None:
+def assert_as_on_one(run: Run, mode: str, *args: Any) -> None:
     first, second = run(train_llama, mode, *args)
     expected = one_process(*args)
     assert first == second
     assert first[1:] == expected[1:]
+    # Codes of the embedding's and the head's moments: `assert_close_8bit`'s probability is 1e-5 for
+    # each of 20 steps, 4 moments and 9,632 codes, which makes 8. One moves a weight by at most a
+    # step, 0.01, and the loss by 0.01 of the gradient's entry, of about 1 / sqrt(19,264): 2e-4.
+    tolerance = 1e-3 if "8bit" in args[0] else 1e-4
     assert first.losses == pytest.approx(expected.losses, rel=0, abs=tolerance)
 
 
@@ -418,6 +425,47 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """||found - expected||_F / ||expected||_F."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_close_8bit(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In float32, where another order of a sum may make a code another.
+
+    R, a sum of some 160 products, is off by d = 160^0.5 2^-24 = 1e-6 of itself, so that a value is
+    stored as the neighbour of its code with probability 2 d / s, where s = 0.05 is the median
+    spacing of the code book: 4e-5 at each of 7 steps, 3e-4 in all, and 1e-3 leaves room for values
+    near zero. Where later gradients cancel most of such a moment, what is left differs by many
+    codes. In the norm of the moment that is sqrt(1e-3) s = 1.6e-3, and so it is of the distance
+    that a weight moves.
+    """
+    share, limit = 1e-3, 2e-3
+    assert found.keys() == expected.keys()
+    start = dict(Matrices().named_parameters())
+    for name, value in expected.items():
+        parameter, _, key = name.partition("/")
+        if value.dtype == torch.uint8:
+            assert (found[name] != value).double().mean() <= share, name
+            value, ours = (values_of(run, parameter, key) for run in (expected, found))
+            assert distance(ours, value) <= limit, name
+        elif key.endswith("_absmax"):  # of codes
+            assert distance(found[name], value) <= limit, name
+        elif key:
+            assert distance(found[name], value) <= 1e-5, name
+        else:
+            origin = start[name].detach()
+            assert distance(found[name] - origin, value - origin) <= limit, name
+
+
+def values_of(run: dict[str, Tensor], parameter: str, moment: str) -> Tensor:
+    """What the codes of a moment stand for."""
+    codes, scales = run[f"{parameter}/{moment}"], run[f"{parameter}/{moment}_absmax"]
+    book = code_books(codes.device)[moment == "exp_avg_sq"]
+    return book[codes.flatten().long()] * scales.repeat_interleave(BLOCK_SIZE)[: codes.numel()]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "proj_type"),
     [*FLOAT64_PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)],
@@ -438,13 +486,7 @@ def test_sharded_8bit_state_is_that_of_whole_matrices(run: Run) -> None:
     """
     expected = run_whole("galore_adamw8bit", "random", torch.float32)
     found, _ = run(sharded_run, "galore_adamw8bit", "random", torch.float32)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if value.dtype == torch.uint8:  # a rounding error may move a value to the next code
-            apart = (found[name].int() - value.int()).abs()
-            assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, name
-        else:
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    assert_close_8bit(found, expected)
 
 
 def test_sharded_bfloat16_weights_keep_float32_state(run: Run) -> None:
@@ -453,8 +495,18 @@ def test_sharded_bfloat16_weights_keep_float32_state(run: Run) -> None:
     found, _ = run(sharded_run, "galore_adamw", "random", torch.bfloat16)
     assert {x.dtype for name, x in found.items() if "/" in name} == {torch.float32}
     for name, value in expected.items():
-        tolerance = 1e-5 if "/" in name else torch.finfo(torch.bfloat16).eps
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=1e-6, msg=name)
+        if "/" in name:
+            assert distance(found[name], value) <= 1e-5, name
+    # A step of about 0.01, off by 1e-6 of itself, moves a weight of about 1 over the border between
+    # two bfloat16 numbers, 2^-7 apart, with probability 2e-6; 1e-3 leaves room for 7 steps and for
+    # weights near zero, where the numbers are closer. Each is then off by 2^-7 of itself.
+    weights, others = (
+        torch.cat([x.flatten() for name, x in run.items() if "/" not in name])
+        for run in (expected, found)
+    )
+    share = 1e-3
+    assert (others != weights).double().mean() <= share
+    assert distance(others, weights) <= 2**-7 * share**0.5
 
 
 def placements_of_8bit_state() -> dict[str, list[bool]]:
@@ -511,26 +563,28 @@ def tensors(module: Matrices, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "proj_type", "dtype", "tolerance"),
+    ("optimizer", "proj_type", "dtype"),
     [
-        ("galore_adamw", "continuous", torch.float64, 1e-8),
-        ("galore_adafactor", "full", torch.float64, 1e-8),
-        ("galore_adamw8bit", "random", torch.float32, 1e-4),
+        ("galore_adamw", "continuous", torch.float64),
+        ("galore_adafactor", "full", torch.float64),
+        ("galore_adamw8bit", "random", torch.float32),
     ],
 )
 def test_a_checkpoint_goes_on_on_another_number_of_processes(
-    run: Run, tmp_path: Path, optimizer: str, proj_type: str, dtype: torch.dtype, tolerance: float
+    run: Run, tmp_path: Path, optimizer: str, proj_type: str, dtype: torch.dtype
 ) -> None:
+    is_close = functools.partial(assert_close, tolerance=1e-8)
+    if dtype == torch.float32:
+        is_close = assert_close_8bit
     args = (optimizer, proj_type, dtype)
     on_two, same = run(save, True, tmp_path / "two", *args)
     on_one = save(False, tmp_path / "one", *args)
     resumed, _ = run(resume, True, tmp_path / "two", *args)
     for name, value in on_two.items():
         assert torch.equal(value, same[name]) and torch.equal(value, resumed[name]), name
-    codes = lambda found: {k: x for k, x in found.items() if x.dtype != torch.uint8}
-    assert_close(codes(resume(False, tmp_path / "two", *args)), codes(on_one), tolerance)
+    is_close(resume(False, tmp_path / "two", *args), on_one)
     for found in run(resume, True, tmp_path / "one", *args):
-        assert_close(codes(found), codes(on_one), tolerance)
+        is_close(found, on_one)
 
 
 # What is refused.

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hang import HANG
 from safetensors.numpy import load_file
 from trainer_runs import ROOT, Home, lines_in, make_home, model, timeless
 
@@ -26,7 +27,13 @@ from launch.options import UsageError
 from launch.run_log import read_metrics
 from osd_jax.checkpoint import Checkpoints
 
-HANG = 240  # seconds after which a run of two processes has failed
+# `python -m launch.train_jax` that takes no busy process for a lost one.
+PATIENT = f"""
+from launch import hosts, train_jax
+from launch.options import run_cli
+hosts.SECONDS_OF_SILENCE = {HANG:.0f}
+raise SystemExit(run_cli(train_jax.main))
+"""
 
 # A document a row, so that the rows of an update do not depend on the number of processes; P moves
 # slowly, as in the published runs.
@@ -47,7 +54,7 @@ ROWS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     path = tmp_path_factory.mktemp("home")
-    home = make_home(path, train_jax, "-m", "launch.train_jax")
+    home = make_home(path, train_jax, "-c", PATIENT)
     paragraphs = (path / "corpus.txt").read_text().split("\n\n")
     # each a document of its own, some too short for a row
     lines = [f'{{"text": "{text[: 9 + 11 * (i % 5)]}"}}' for i, text in enumerate(paragraphs)]
@@ -97,9 +104,9 @@ class Pair:
             assert all(p.poll() is None for p in self.processes), self.said()
             time.sleep(0.01)
 
-    def ends(self, within: float = HANG) -> list[int]:
+    def ends(self) -> list[int]:
         """The exit codes."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + HANG
         try:
             return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
         except subprocess.TimeoutExpired:
@@ -133,11 +140,11 @@ def assert_same_losses(found: Path, wanted: Path, tolerance: float = 1e-5) -> No
         )
 
 
-def assert_same_weights(found: Path, wanted: Path, tolerance: float = 1e-5) -> None:
+def assert_same_weights(found: Path, wanted: Path) -> None:
     a, b = (load_file(path / "model" / "model.safetensors") for path in (found, wanted))
     assert a.keys() == b.keys()
     for name, weight in b.items():
-        np.testing.assert_allclose(a[name], weight, atol=tolerance, err_msg=name)
+        np.testing.assert_allclose(a[name], weight, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +262,7 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
 
 def assert_lost(pair: Pair, victim: int) -> None:
     """The other one has ended by itself, and said why."""
-    codes = pair.ends(within=60)
+    codes = pair.ends()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, pair.said()
     assert last_lines(pair.said()[1 - victim]) == hosts.LOST
 
@@ -304,10 +311,16 @@ def test_two_processes_equal_one(settings: dict[str, Any], home: Home) -> None:
     name = str(settings)
     alone = run(home, f"{name} by one", **{**settings, "batch_size": 8})
     both = two(home, f"{name} by two", **settings)
-    # Where a sum lies between two codes of 8 bits, the order of its terms decides.
-    tolerance = 1e-3 if "8bit" in name else 1e-5
-    assert_same_losses(both, alone, tolerance)
-    assert_same_weights(both, alone, tolerance)
+    if "8bit" not in name:
+        assert_same_losses(both, alone)
+        assert_same_weights(both, alone)
+        return
+    # Where a sum lies between two codes of 8 bits, the order of its terms decides: a weight then
+    # moves by another part of a step of 0.02, and one in a thousand does.
+    assert_same_losses(both, alone, tolerance=1e-3)
+    a, b = (load_file(path / "model" / "model.safetensors") for path in (both, alone))
+    for weight, wanted in ((a[name], wanted) for name, wanted in b.items()):
+        assert np.sqrt(np.mean((weight - wanted) ** 2)) <= 0.02 * 1e-3**0.5
 
 
 @pytest.mark.slow
@@ -374,7 +387,7 @@ def test_a_full_disk_in_one_ends_both(home: Home) -> None:
     pair.until(lambda: lines_in(pair.path) >= 8)
     limit = (pair.path / "metrics.jsonl").stat().st_size + 2_000
     resource.prlimit(pair.processes[0].pid, resource.RLIMIT_FSIZE, (limit, limit))
-    assert pair.ends(within=60) == [1, 1], pair.said()
+    assert pair.ends() == [1, 1], pair.said()
     said = [last_lines(text) for text in pair.said()]
     assert said[0].startswith("error: ") and "File too large" in said[0], said
     assert said[1] == hosts.LOST

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from hang import HANG
 from test_options import PUBLISHED_7B, PUBLISHED_7B_GALORE, PUBLISHED_60M
 from trainer_runs import (
     SETTINGS,
@@ -53,8 +56,6 @@ from launch.options import UsageError, run_cli
 from launch.run_log import read_metrics
 from osd_torch import checkpoint, llama
 from osd_torch.checkpoint import Checkpoints
-
-HANG = 120  # seconds after which a run of two processes has failed
 
 
 def torchrun(processes: int) -> list[str]:
@@ -101,6 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 Pair = Callable[..., list[Any]]
 Spoil = Callable[[pytest.MonkeyPatch, int], None]
+Meanwhile = Callable[[list[int], Callable[[], bool]], None]
 
 
 def serve(rank: int, connection: Connection) -> None:
@@ -108,6 +110,7 @@ def serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    train_torch.SECONDS_FOR_THE_FIRST = train_torch.SECONDS_TO_BE_STOPPED = 0  # nothing stops it
     while (job := connection.recv()) is not None:
         port, flags, spoil = job
         os.environ["MASTER_PORT"] = str(port)
@@ -128,7 +131,8 @@ def serve(rank: int, connection: Connection) -> None:
 def pair(home: Home) -> Iterator[Pair]:
     """Makes a run of two processes -> what each returned: an exit code, or a message.
 
-    `spoil`, a function of this module, may patch what one of them does; `meanwhile` gets their ids.
+    `spoil`, a function of this module, may patch what one of them does; `meanwhile` gets their ids,
+    and an event that waits for the first one's answer.
     """
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
@@ -143,7 +147,7 @@ def pair(home: Home) -> Iterator[Pair]:
         name: str,
         flags: list[str] | None = None,
         spoil: Spoil | None = None,
-        meanwhile: Callable[[list[int | None]], None] | None = None,
+        meanwhile: Meanwhile | None = None,
         **changes: Any,
     ) -> list[Any]:
         with socket.socket() as free:
@@ -152,7 +156,7 @@ def pair(home: Home) -> Iterator[Pair]:
         for mine, _ in ends:
             mine.send((port, flags or home.flags(name, **changes), spoil))
         if meanwhile:
-            meanwhile([worker.pid for worker in workers])
+            meanwhile([worker.pid for worker in workers], lambda: ends[0][0].poll(HANG))
         answers = []
         for mine, _ in ends:
             assert mine.poll(HANG), "a process hangs"
@@ -298,7 +302,7 @@ def test_one_of_two_processes_is_killed_and_both_end(victim: int, home: Home) ->
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     workers = sorted(int(word) for word in children.split())
     os.kill(workers[victim], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode != 0
     assert Checkpoints(home / name / "checkpoints").steps()
     process = by_torchrun(home, 2, name, resume=True, **settings)
@@ -313,7 +317,7 @@ def test_torchrun_stops_with_a_checkpoint_on_sigterm(home: Home) -> None:
     while process.poll() is None and lines_in(home / "terminated") < 5:
         time.sleep(0.01)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert output.count("stopping after this update, with a checkpoint") == 1, output
     last = [r for r in read_metrics(home / "terminated") if r["kind"] == "train"][-1]["step"]
     assert Checkpoints(home / "terminated" / "checkpoints").steps()[0] == last
@@ -742,16 +746,35 @@ def test_a_full_disk_ends_the_log_and_the_model_with_a_remedy(
     assert_same_end(run, reference.path)
 
 
+def second_hangs_in_the_sixth_update(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The given time limit holds from the fifth on: a busy machine may take long to get there."""
+    given: list[timedelta] = []
+    real = dist.init_process_group
+
+    def join(backend: str, timeout: timedelta) -> None:
+        given.append(timeout)
+        real(backend, timeout=timedelta(seconds=HANG))
+
+    def shorten(batch: dict[str, np.ndarray]) -> None:
+        dist.distributed_c10d._set_pg_timeout(given[0])
+
+    def stop(batch: dict[str, np.ndarray]) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    patch.setattr(dist, "init_process_group", join)
+    number, act = (4, shorten) if rank == 0 else (5, stop)
+    patch.setattr(TrainBatches, "__next__", at_batches(range(number, number + 1), act))
+
+
 def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home) -> None:
-    def stop_the_second(pids: list[int]) -> None:
-        while lines_in(home / "hung") < 3:
-            time.sleep(0.01)
-        os.kill(pids[1], signal.SIGSTOP)
-        time.sleep(8)  # 2 s, 2 s more before it is told, and time to spare
+    def wake_the_second(pids: list[int], first_answers: Callable[[], bool]) -> None:
+        answered = first_answers()
         os.kill(pids[1], signal.SIGCONT)
+        assert answered, "the first waits for ever"
 
     settings = {"num_training_steps": 2000, "timeout_minutes": 1 / 30}
-    first, _ = pair("hung", meanwhile=stop_the_second, **settings)
+    hangs = second_hangs_in_the_sixth_update
+    first, _ = pair("hung", spoil=hangs, meanwhile=wake_the_second, **settings)
     assert re.match(r"another process has not answered for 0.0333333 minutes: it hangs, or", first)
     assert "\n" not in first
 

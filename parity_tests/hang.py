@@ -1,0 +1,7 @@
+"""When a test gives a process up."""
+
+HANG = 1200.0
+"""Seconds after which a process that has not ended or answered hangs.
+
+It only ends a hang. None takes a tenth of it, on two cores that another process keeps busy.
+"""

@@ -1,0 +1,202 @@
+"""Runs the tests that compare numbers as other processors would, and prints a table.
+
+    python -m parity_tests.processors [--settings NAME ...] [--jobs 2] [arguments for pytest]
+
+The libraries below PyTorch and JAX choose their instructions by the processor, and sum in another
+order or round otherwise on another. Each setting makes one of them choose as on an older one. A
+setting that the processor at hand cannot follow is skipped, and one that does not arrive, as the
+library itself reports, is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+
+TORCH = ("test_torch_golden", "test_torch_sharding", "test_torch_optimizers", "test_torch_llama",
+         "test_torch_layerwise", "test_torch_checkpoint", "test_train_torch")  # fmt: skip
+JAX = ("test_jax_golden", "test_sharding", "test_jax_compose", "test_jax_layerwise", "test_llama",
+       "test_dimension_numbers", "test_checkpoint", "test_train_step", "test_train_jax",
+       "test_train_jax_hosts")  # fmt: skip
+BOTH = ("test_oracle", "test_jax_torch", "test_blockwise", "test_every_kth_step")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A choice of instructions.
+
+    Attributes:
+        environment: Variables, of which `XLA_FLAGS` is added to what is set.
+        needs: Instructions that the processor must have, as Linux calls them; one of them where
+            they are separated by `|`.
+        arrives: What a child's report must hold (see `REPORT`), a regular expression.
+        modules: Those of the tests that it can reach.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str = ""
+    arrives: str = ""
+    modules: tuple[str, ...] = TORCH + BOTH
+
+
+SETTINGS = {
+    "as it is": Setting(modules=TORCH + JAX + BOTH),
+    "2 threads": Setting({"OMP_NUM_THREADS": "2"}, arrives=r"threads: 2\b"),
+    "ATen default": Setting(
+        {"ATEN_CPU_CAPABILITY": "default"}, "avx2|asimd", r"ATen: (DEFAULT|NO AVX)"
+    ),
+    "ATen AVX2": Setting({"ATEN_CPU_CAPABILITY": "avx2"}, "avx2", "ATen: AVX2"),
+    "oneDNN AVX2": Setting({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "avx2", r"isa:Intel AVX2\n"),
+    "MKL compatible": Setting({"MKL_CBWR": "COMPATIBLE"}, "avx2", "CNR:COMPATIBLE"),
+    "OpenBLAS Haswell": Setting(
+        {"OPENBLAS_CORETYPE": "Haswell"}, "avx2", "Core: Haswell", JAX + BOTH
+    ),
+    "XLA SSE4.2": Setting(
+        {"XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2"}, "avx", 'max_isa: "SSE4_2"', JAX + BOTH
+    ),
+    "XLA AVX2": Setting(
+        {"XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}, "avx2", 'max_isa: "AVX2"', JAX + BOTH
+    ),
+    "XLA AVX512": Setting(
+        {"XLA_FLAGS": "--xla_cpu_max_isa=AVX512"}, "avx512f", 'max_isa: "AVX512"', JAX + BOTH
+    ),
+}
+
+# Makes each library say what it uses: by itself, in what follows from the variables of `ASK`, or in
+# the options that XLA writes to the folder given.
+REPORT = """
+import sys, pathlib, torch
+print("ATen:", torch.backends.cpu.get_cpu_capability())
+print("threads:", torch.get_num_threads())
+x = torch.ones(64, 64)
+x @ x
+if torch.backends.mkldnn.is_available():
+    x.to_mkldnn().relu()
+import jax
+jax.jit(lambda x: 2 * x)(1.0)
+import scipy.linalg
+for path in pathlib.Path(sys.argv[1]).glob("*debug_options"):
+    print(path.read_text())
+"""
+ASK = {"MKL_VERBOSE": "1", "ONEDNN_VERBOSE": "1", "OPENBLAS_VERBOSE": "2", "JAX_PLATFORMS": "cpu"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the tests under a setting: a row of the table."""
+
+    setting: str
+    passed: int
+    failed: list[str]
+    seconds: float
+    note: str = ""
+
+    def row(self) -> str:
+        """Markdown."""
+        said = self.note or ", ".join(self.failed)
+        return (
+            f"| {self.setting} | {self.passed} | {len(self.failed)} | {self.seconds:.0f} | {said} |"
+        )
+
+
+HEADER = "| setting | passed | failed | seconds | failures |\n|---|---:|---:|---:|---|"
+
+
+def environment_of(setting: Setting) -> dict[str, str]:
+    """This process' environment with the setting's, one thread if neither says otherwise."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **setting.environment}
+    flags = (os.environ.get("XLA_FLAGS", ""), setting.environment.get("XLA_FLAGS", ""))
+    environment["XLA_FLAGS"] = " ".join(flags).strip()
+    return environment
+
+
+def instructions() -> set[str]:
+    """Those of the processor, as Linux calls them; elsewhere none are known."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(
+        r"^(flags|Features)\s*:(.*)$", path.read_text() if path.exists() else "", re.M
+    )
+    return set(found[2].split()) if found else set()
+
+
+def reason_to_skip(setting: Setting) -> str:
+    """Why the processor cannot follow a setting, or nothing."""
+    if not setting.needs or instructions() & set(setting.needs.split("|")):
+        return ""
+    return f"skipped: {platform.machine()} without {setting.needs}"
+
+
+def report(setting: Setting) -> str:
+    """What the libraries of a child with this setting say that they use."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = environment_of(setting) | ASK
+        environment["XLA_FLAGS"] += f" --xla_dump_to={folder}"
+        child = subprocess.run(
+            [sys.executable, "-c", REPORT, folder],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    return child.stdout + child.stderr
+
+
+def run(name: str, arguments: list[str], jobs: int) -> Outcome:
+    """The tests under a setting; where `arguments` name files, those in place of the setting's."""
+    setting = SETTINGS[name]
+    if reason := reason_to_skip(setting):
+        return Outcome(name, 0, [], 0, reason)
+    said = report(setting)
+    if not re.search(setting.arrives, said):
+        print(said, file=sys.stderr)
+        return Outcome(name, 0, ["the setting did not arrive"], 0)
+    if not any(".py" in argument for argument in arguments):
+        arguments = [f"parity_tests/{module}.py" for module in setting.modules] + arguments
+    workers = jobs // int(environment_of(setting)["OMP_NUM_THREADS"])
+    if workers > 1:
+        arguments = ["-n", str(workers), "--dist", "loadfile", *arguments]
+    start = time.monotonic()
+    with tempfile.NamedTemporaryFile(suffix=".xml") as results:
+        command = ["-m", "pytest", "-q", "--no-header", f"--junitxml={results.name}", *arguments]
+        child = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment_of(setting), stdout=2
+        )
+        seconds = time.monotonic() - start
+        text = Path(results.name).read_text()
+    cases = list(ElementTree.fromstring(text).iter("testcase")) if text else []
+    failed = [
+        f"`{case.get('classname', '').split('.')[-1]}::{case.get('name')}`"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    if child.returncode and not failed:
+        failed = [f"pytest ended with {child.returncode}"]
+        return Outcome(name, 0, failed, seconds)
+    return Outcome(name, len(cases) - skipped - len(failed), failed, seconds)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 1 if a test failed under any setting."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--jobs", type=int, default=2, help="processes that run tests at a time")
+    options, for_pytest = parser.parse_known_args(arguments)
+    print(HEADER, flush=True)
+    outcomes = []
+    for name in options.settings:
+        outcomes.append(run(name, for_pytest, options.jobs))
+        print(outcomes[-1].row(), flush=True)
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
