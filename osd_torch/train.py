@@ -169,6 +169,10 @@ def make_train_step(
         assert isinstance(optimizer, SubspaceOptimizer)
         optimizer.reduce = reduce
 
+    if isinstance(optimizer, SubspaceOptimizer):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = lr  # known here, and not to be guessed
+
     def train_step(step: int, batch: Batch, measure: bool) -> Metrics:
         factor = schedule(step - skipped_steps(optimizer)[0])
         for group in optimizer.param_groups:
