@@ -298,8 +298,9 @@ def _load_sharded(
     try:
         saved = dcp.FileSystemReader(directory / "sharded").read_metadata().state_dict_metadata
         if not any(key.endswith(".set_at") for key in saved):  # of an earlier version
-            for state in parts["optimizer"]["state"].values():
-                state.pop("set_at", None)  # which load_state_dict completes
+            states = parts["optimizer"]["state"]
+            for name, state in states.items():  # load_state_dict completes them
+                states[name] = {key: x for key, x in state.items() if key != "set_at"}
         dcp.load(parts, checkpoint_id=directory / "sharded")
     except CheckpointException as error:
         raise OSError(f"{directory} {DAMAGED}: {_cause(error)}") from error
