@@ -25,10 +25,11 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent
 
 TORCH = ("test_torch_golden", "test_torch_sharding", "test_torch_optimizers", "test_torch_llama",
-         "test_torch_layerwise", "test_torch_checkpoint", "test_train_torch")  # fmt: skip
+         "test_torch_layerwise", "test_torch_checkpoint", "test_train_torch",
+         "test_torch_in_other_hands")  # fmt: skip
 JAX = ("test_jax_golden", "test_sharding", "test_jax_compose", "test_jax_layerwise", "test_llama",
        "test_dimension_numbers", "test_checkpoint", "test_train_step", "test_train_jax",
-       "test_train_jax_hosts")  # fmt: skip
+       "test_train_jax_hosts", "test_jax_set_at", "test_jax_x64")  # fmt: skip
 BOTH = ("test_oracle", "test_jax_torch", "test_blockwise", "test_every_kth_step")
 
 
