@@ -57,7 +57,7 @@ REASONS = {EXPERTS: _ASK, ARRAY: _ASK, CONVOLUTION: _ASK}
 _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
 _NAMED_AS_CHOSEN = re.compile(r"attn|attention|mlp")
 _TABLE = re.compile(
-    r"embed|(^|_)embs?(_|$)|^w[tp]e$|^shared$|table|codebook|tokens?$|latents$"
+    r"embed|(^|_)embs?(_|$)|^w[tp]e$|^shared$|(^|_)tables?(_|$)|codebook|tokens?$|latents$"
     r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias$|enc)"
     r"|(^|_)log(_|$)|time_(decay|faaaa|first)"
 )
@@ -124,12 +124,14 @@ class Kinds:
             return VECTOR
         if self._is_router(parts, words):
             return ROUTER
-        if any(_TABLE.search(word) and not _LINEAR.search(word) for word in words):
+        block = _first_block(parts, words, stacked=len(shape) > 2)
+        as_chosen = any(_NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words)
+        # A `text_embedder` around the blocks makes no tables of their matrices.
+        start = (-2 if as_chosen else 0) if block is None else block + 1
+        if any(_TABLE.search(word) and not _LINEAR.search(word) for word in words[start:]):
             return TABLE
         if _VECTOR.search(words[-1]):
             return VECTOR
-        block = _first_block(parts, words, stacked=len(shape) > 2)
-        as_chosen = any(_NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words)
         if not as_chosen:
             if _is_head(parts, words, block):
                 return HEAD

@@ -391,13 +391,13 @@ def scale_by_subspace(
         def set_wanted(
             layout: MatrixLayout,
             count: jax.Array,
-            seed: jax.Array,
+            key_data: jax.Array,
             wanted: jax.Array,
             grad: jax.Array,
             basis: Basis,
             set_at: jax.Array,
         ) -> tuple[Basis, jax.Array]:
-            key = jax.random.fold_in(jax.random.key(seed), count)
+            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
             key = jax.random.fold_in(key, layout.draw)
             matrix = layout.to_matrix(grad)
             new = projector.fresh_basis(key, matrix, basis, layout.side, wanted)
@@ -407,7 +407,7 @@ def scale_by_subspace(
         def set_waiting(
             layout: MatrixLayout,
             count: jax.Array,
-            seed: jax.Array,
+            key_data: jax.Array,
             grad: jax.Array,
             basis: Basis,
             set_at: jax.Array,
@@ -419,14 +419,14 @@ def scale_by_subspace(
             return _cond_once(
                 jnp.any(wanted),
                 functools.partial(set_wanted, layout),
-                lambda count, seed, wanted, grad, basis, set_at: (basis, set_at),
-                *(count, seed, wanted, grad, basis, set_at),
+                lambda count, key_data, wanted, grad, basis, set_at: (basis, set_at),
+                *(count, key_data, wanted, grad, basis, set_at),
             )
 
         def fresh(
             due: jax.Array,
             count: jax.Array,
-            seed: jax.Array,
+            key_data: jax.Array,
             grads: optax.Updates,
             bases: Any,
             set_at: Any,
@@ -438,8 +438,8 @@ def scale_by_subspace(
                 return _cond_once(
                     jnp.any(set_at == NOT_SET),
                     functools.partial(set_waiting, layout),
-                    lambda count, seed, grad, basis, set_at: (basis, set_at),
-                    *(count, seed, grad, basis, set_at),
+                    lambda count, key_data, grad, basis, set_at: (basis, set_at),
+                    *(count, key_data, grad, basis, set_at),
                 )
 
             tree = layouts(grads)
@@ -453,10 +453,10 @@ def scale_by_subspace(
         bases, set_at = _cond_once(
             due | any_of(waits),
             fresh,
-            lambda due, count, seed, grads, bases, set_at: (bases, set_at),
-            *(due, state.count, jnp.asarray(seed), grads, *before),
+            lambda due, count, key_data, grads, bases, set_at: (bases, set_at),
+            *(due, state.count, jax.random.key_data(jax.random.key(seed)), grads, *before),
             # In place of `fresh`, whose P is a constant.
-            derivative_of=lambda due, count, seed, grads, bases, set_at: (
+            derivative_of=lambda due, count, key_data, grads, bases, set_at: (
                 optax.tree.zeros_like(bases),
                 set_at,
             ),

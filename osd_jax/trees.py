@@ -145,7 +145,7 @@ def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An `init` that also takes parameters of which only shapes are known.
+    """An `init` that also takes the shapes of parameters in their place.
 
     `jax.ShapeDtypeStruct` leaves stand for zeros, which are never allocated. Where they name
     shardings, over one mesh, the state is laid out as `osd_jax.sharding.state_sharding` says.

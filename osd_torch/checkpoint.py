@@ -301,7 +301,9 @@ def _load_sharded(
             states = parts["optimizer"]["state"]
             for name, state in states.items():  # load_state_dict completes them
                 states[name] = {key: x for key, x in state.items() if key != "set_at"}
-        dcp.load(parts, checkpoint_id=directory / "sharded")
+        # Groups are this run's own.
+        wanted = {"model": parts["model"], "optimizer": {"state": parts["optimizer"]["state"]}}
+        dcp.load(wanted, checkpoint_id=directory / "sharded")
     except CheckpointException as error:
         raise OSError(f"{directory} {DAMAGED}: {_cause(error)}") from error
     set_state_dict(

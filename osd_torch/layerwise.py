@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from osd_torch.numerics import without_autocast
-from osd_torch.sharding import Reduce, is_distributed, shares_of
+from osd_torch.sharding import Reduce, is_distributed, means_of
 from osd_torch.subspace import (
     SubspaceOptimizer,
     all_params,
@@ -43,18 +43,33 @@ from osd_torch.subspace import (
     inner_optimizer,
     is_sketched,
     name_of,
+    zero_where_others_have_gradients,
 )
 
 # A second set of hooks would look for gradients that the first has taken.
 _UPDATED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
+class Met(NamedTuple):
+    """What processes learn of each other when they meet.
+
+    Attributes:
+        pass_is_done: Whether all are done with a backward pass.
+        update_is_done: Whether all are done with the update.
+        had_pass: Whether one has had a backward pass.
+    """
+
+    pass_is_done: bool
+    update_is_done: bool
+    had_pass: bool
+
+
 class LayerwiseUpdates:
     """Hooks that update an optimizer's parameters during the backward pass.
 
     With `reduce` a gradient waits until every process has one of the same parameter, which costs
-    nothing where all reach their parameters in one order. A process that does not reach a
-    parameter in the whole update adds zeros. The processes meet once in each hook to agree on it.
+    nothing where all reach their parameters in one order. A process whose backward pass does not
+    reach a parameter adds zeros. The processes meet once in each hook to agree on it.
 
     Args:
         optimizer: Any, or a wrapper such as `accelerate`'s around one, with no gradients; its
@@ -147,7 +162,9 @@ class LayerwiseUpdates:
         self._norms: list[Tensor] = []
         self._skipped_before: tuple[int, int] | None = None
         self._passes: dict[Tensor, int] = {}  # of this update, that reached a parameter
-        self._waiting: dict[Tensor, Tensor] = {}  # gradients that not every process has yet
+        self._graphs: list[int] = []  # of this update's backward passes, one for each hook
+        # Gradients that not every process has yet, with their shares of the update.
+        self._waiting: dict[Tensor, tuple[Tensor, float]] = {}
         self._group_index = {
             param: i for i, group in enumerate(optimizer.param_groups) for param in group["params"]
         }
@@ -164,14 +181,16 @@ class LayerwiseUpdates:
             RuntimeError: after another number of backward passes than `micro_batches`, or where
                 DistributedDataParallel has put gradients back.
         """
-        self._meet_at_the_end()
-        passes = max(self._passes.values(), default=0)
-        if passes != self.micro_batches:
+        others_passed = self._end_update()
+        # A nested backward pass, of reentrant checkpointing, has a graph of its own.
+        graphs = min(len(set(self._graphs)), self.micro_batches)
+        passes = max(graphs, *self._passes.values(), 0)
+        if passes != self.micro_batches and not (passes == 0 and others_passed):
             raise RuntimeError(
                 f"finish() after {passes} of the update's {self.micro_batches} backward passes "
                 "(micro_batches): do those that are left, or drop() what was begun"
             )
-        self._passes.clear()
+        self._begin()
         self._refuse_gradients([p for p in self._group_index if not self._keeps_gradient(p)])
         if self.waits:
             self._reduce_gradients()
@@ -191,8 +210,7 @@ class LayerwiseUpdates:
         What was stepped inside the backward pass stays.
         """
         self.optimizer.zero_grad()
-        self._passes.clear()
-        self._waiting.clear()
+        self._begin()
         self._norms.clear()
         self._count_once()
 
@@ -221,44 +239,65 @@ class LayerwiseUpdates:
                 "each update, and checkpoint activations with use_reentrant=False"
             )
         self._passes[param] = passes + 1
+        graph = torch._C._current_graph_task_id()
+        if self._graphs and graph != self._graphs[-1]:
+            self._end_backward_pass(param)
+        self._graphs.append(graph)
+        if self._keeps_gradient(param):
+            return
         if self._reduce is None:
-            self._take(param)
+            self._take(param, self.share)
         else:
-            self._set_aside(param)
-            self._meet(self._reduce, is_done=False)
+            assert param.grad is not None
+            self._waiting[param], param.grad = (param.grad, self.share), None
+            self._meet(self._reduce)
 
-    def _set_aside(self, param: Tensor) -> None:
-        """Takes a gradient out of `grad`, where the step of another parameter would see it."""
-        gradient, param.grad = param.grad, None
-        assert gradient is not None
-        if param in self._waiting:  # of an earlier micro-batch
-            gradient += self._waiting[param]
-        self._waiting[param] = gradient
+    def _begin(self) -> None:
+        """The state of an update before its first backward pass."""
+        self._passes.clear()
+        self._graphs.clear()
+        self._waiting.clear()
 
-    def _meet(self, reduce: Reduce, is_done: bool) -> bool:
-        """Takes the gradients that now wait on every process; whether all are done."""
-        params = list(self._group_index)
-        flags = [*(param in self._waiting for param in params), is_done]
-        *shares, done = shares_of(flags, reduce, params[0].device)
-        all_are_done = done > 1 - 1e-6
-        for param, share in zip(params, shares, strict=True):
-            if share > (0 if all_are_done else 1 - 1e-6):
-                gradient = self._waiting.pop(param, None)
-                param.grad = torch.zeros_like(param) if gradient is None else gradient
-                self._take(param)
-        return all_are_done
-
-    def _meet_at_the_end(self) -> None:
-        """Takes all gradients that wait, on any process."""
+    def _end_backward_pass(self, param: Tensor) -> None:
+        """Takes what is left of a backward pass, at the first gradient, `param`'s, of the next."""
         if self._reduce is not None:
-            while not self._meet(self._reduce, is_done=True):
+            gradient, param.grad = param.grad, None
+            while not self._meet(self._reduce, pass_is_done=True).pass_is_done:
                 pass
+            param.grad = gradient
 
-    def _take(self, param: Tensor) -> None:
-        """What is done with a parameter's gradient."""
+    def _end_update(self) -> bool:
+        """Takes what is left of the update; whether other processes have had a backward pass."""
+        met = Met(False, self._reduce is None, False)
+        while not met.update_is_done:
+            assert self._reduce is not None
+            met = self._meet(self._reduce, pass_is_done=True, update_is_done=True)
+        return met.had_pass
+
+    def _meet(
+        self, reduce: Reduce, pass_is_done: bool = False, update_is_done: bool = False
+    ) -> Met:
+        """Takes the gradients that now wait on every process; all where the pass is done."""
+        params = list(self._group_index)
+        flags = [float(param in self._waiting) for param in params]
+        shares = [self._waiting[param][1] if param in self._waiting else 0.0 for param in params]
+        own = [float(x) for x in (pass_is_done, update_is_done, bool(self._passes))]
+        means = means_of([*flags, *shares, *own], reduce, params[0].device)
+        on_all = 1 - 1e-9
+        met = Met(means[-3] > on_all, means[-2] > on_all, means[-1] > 0)
+        for i, param in enumerate(params):
+            having, share = means[i], means[len(params) + i]
+            if having > (0 if met.pass_is_done else on_all):
+                gradient, _ = self._waiting.pop(param, (None, 0.0))
+                param.grad = torch.zeros_like(param) if gradient is None else gradient
+                self._take(param, share / having)
+        return met
+
+    def _take(self, param: Tensor, share: float) -> None:
+        """Takes a step with a gradient, or adds its sketch where the step waits."""
         if isinstance(self.optimizer, SubspaceOptimizer) and self._is_sketched(param):
-            group, share = self._group(param), self.share if self.waits else 1.0
-            self.optimizer.accumulate_agreed(group, param, share)
+            part = share if self.waits else 1.0
+            self.optimizer.accumulate_agreed(self._group(param), param, part)
         if self.waits:
             return
         self._refuse_gradients([x for x in all_params(self.optimizer) if x is not param])
@@ -297,6 +336,8 @@ class LayerwiseUpdates:
         """For an optimizer that does not do it itself."""
         if self._reduce is None or isinstance(self.optimizer, SubspaceOptimizer):
             return
+        if self.waits:
+            zero_where_others_have_gradients(self.optimizer, self._reduce)
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
@@ -83,9 +84,8 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "basis_dtype": None,
     "seed": 0,
 }
-# What a group keeps of the learning rates that it saw: the peak, the last one, and the keys
-# `max_lr` and `initial_lr`.
-SEEN = "seen_peak"
+# What a group keeps of the learning rates that it saw; see `seen_rates`.
+SEEN = "seen_lr"
 
 
 class PublishedOptimizer(SubspaceOptimizer):
@@ -113,13 +113,13 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     Without `peak_lr` the peak of lr is guessed: `max_lr` (which `OneCycleLR` sets in the group), or
     else `initial_lr` (which PyTorch's other schedulers set), or else lr as the group was added; and
-    never less than an lr that was seen, so that P's step size is at most 1 / update_proj_gap. When
-    one of the two keys changes, or lr rises from the end of `OneCycleLR`, another schedule has
-    begun, and the guess starts from that. The logger "osd_torch" names the guess once.
+    never less than an lr that was seen, so that P's step size is at most 1 / update_proj_gap. A
+    schedule that rises and falls below half of the guess corrects it, and one that follows another
+    starts it again; see `seen_rates`. The logger "osd_torch" names the guess once.
     """
 
     _has_named_peak = False  # of this object, which its state does not keep
-    _has_raised_peak = False
+    _has_mended_peak = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**SUBSPACE_DEFAULTS, **defaults})
@@ -167,29 +167,31 @@ class PublishedOptimizer(SubspaceOptimizer):
         """Adds a group of parameters, projected if it has a `rank`; raises as the class does."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group[SEEN] = (first_peak(group), float(group["lr"]), *schedule_keys(group))
+        group[SEEN] = first_rates(group)
 
     def observe(self, group: Group) -> None:
         """Guesses the peak of the group's learning rate, where it is read and not given."""
         is_online = group["rank"] is not None and group["proj_type"] in PROJECTOR_RULES
         if not is_online or group["peak_lr"] is not None or group["projector_lr_multiple"]:
             return
-        before, group[SEEN] = group[SEEN], seen_peak(group)
-        if not self._has_named_peak and group[SEEN][0]:
+        before, group[SEEN] = group[SEEN], seen_rates(group)
+        peak = group[SEEN]["peak"]
+        if not self._has_named_peak:
             self._has_named_peak = True
             log.info(
                 "P's step size is lr / peak / update_proj_gap; the peak of lr is guessed to be %g. "
                 "peak_lr= gives it",
-                group[SEEN][0],
+                peak,
             )
-        is_raised = before[2:] == group[SEEN][2:] and before[0] * (1 + 1e-6) < group[SEEN][0]
-        if is_raised and not self._has_raised_peak:
-            self._has_raised_peak = True
+        is_same_schedule = all(before[key] == group[SEEN][key] for key in schedule_keys(group))
+        is_other = not math.isclose(peak, before["peak"], rel_tol=1e-6)
+        if is_same_schedule and is_other and not self._has_mended_peak:
+            self._has_mended_peak = True
             log.warning(
-                "lr is %g, above the peak of %g that was guessed for it: P's step size, lr / peak "
-                "/ update_proj_gap, takes the largest lr so far as the peak. peak_lr= gives it",
-                group[SEEN][0],
-                before[0],
+                "the peak of lr was guessed to be %g, and is %g by the rates seen so far: P's step "
+                "size, lr / peak / update_proj_gap, follows it. peak_lr= gives it",
+                before["peak"],
+                peak,
             )
 
     def projector_lr(self, group: Group) -> float:
@@ -197,47 +199,68 @@ class PublishedOptimizer(SubspaceOptimizer):
         lr = float(group["lr"])
         if group["projector_lr_multiple"] is not None:
             return group["projector_lr_multiple"] * lr
-        peak = seen_peak(group)[0] if group["peak_lr"] is None else float(group["peak_lr"])
+        peak = seen_rates(group)["peak"] if group["peak_lr"] is None else float(group["peak_lr"])
         return (lr / peak if peak else 1.0) / group["update_proj_gap"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, a pickle of an earlier version too."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.update(_with_seen_rates(group))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restores what `state_dict` returned; see `SubspaceOptimizer.load_state_dict`."""
-        groups = [_with_seen_peak(group) for group in state_dict["param_groups"]]
+        groups = [_with_seen_rates(group) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
 
-def schedule_keys(group: Group) -> tuple[float | None, float | None]:
-    """(`max_lr`, `initial_lr`), which PyTorch's schedulers set in a group when they are made."""
-    max_lr, initial_lr = group.get("max_lr"), group.get("initial_lr")
-    return tuple(None if x is None else float(x) for x in (max_lr, initial_lr))  # type: ignore
+def first_rates(group: Group) -> dict[str, Any]:
+    """What `SEEN` is when a group is added: the peak by what the group says of it, and no rate."""
+    keys = schedule_keys(group)
+    given = (keys["max_lr"], keys["initial_lr"], group["lr"])
+    peak = float(next(x for x in given if x is not None))
+    return {"peak": peak, "first": None, "last": None, "highest": 0.0, **keys}
 
 
-def first_peak(group: Group) -> float:
-    """The peak of a schedule that has just begun, by what the group says of it."""
-    keys = (*schedule_keys(group), group["lr"])
-    return float(next(x for x in keys if x is not None))
+def schedule_keys(group: Group) -> dict[str, float | None]:
+    """What PyTorch's schedulers set in a group when they are made."""
+    found = {key: group.get(key) for key in ("max_lr", "initial_lr")}
+    return {key: None if x is None else float(x) for key, x in found.items()}
 
 
-def seen_peak(group: Group) -> tuple[float, float, float | None, float | None]:
-    """What `SEEN` is to be at the present learning rate."""
-    peak, last, *keys = group[SEEN]
-    lr, (max_lr, initial_lr) = float(group["lr"]), schedule_keys(group)
-    one_cycle_ended = max_lr is not None and last <= float(group.get("min_lr", 0)) * (1 + 1e-6)
-    if max_lr is not None and max_lr != keys[0]:
-        peak = max_lr
-    elif [max_lr, initial_lr] != keys:
-        peak = lr if initial_lr is None else initial_lr
-    elif one_cycle_ended and lr > last > 0:
-        peak = lr
-    return max(peak, lr), lr, max_lr, initial_lr
+def seen_rates(group: Group) -> dict[str, Any]:
+    """What `SEEN` is to be at the present learning rate.
+
+    A dict of "peak", the guess; the "first", "last" and "highest" rate of the present schedule; and
+    the keys that its scheduler has set. Another schedule has begun where a key has changed, or
+    where lr does what `OneCycleLR` does not: it rises after it fell, or is below `min_lr`. A
+    schedule that rose and falls has shown its peak, if that is below half of the guess.
+    """
+    seen, lr, keys = group[SEEN], float(group["lr"]), schedule_keys(group)
+    if not lr:  # at the start of a warm-up, and where tools look at the state
+        return seen
+    last, highest = seen["last"], seen["highest"]
+    changed = [key for key in keys if keys[key] != seen[key]]
+    fell = last is not None and last < highest
+    after_one_cycle = keys["max_lr"] is not None and (
+        (fell and lr > last * (1 + 1e-6)) or lr < float(group.get("min_lr", 0)) * (1 - 1e-6)
+    )
+    if changed or after_one_cycle:
+        known = keys["max_lr"] if "max_lr" in changed else keys["initial_lr"]
+        peak = lr if after_one_cycle and not changed or known is None else known
+        seen = {"peak": peak, "first": None, "last": None, "highest": 0.0}
+        last, highest = None, 0.0
+    first = lr if last is None else seen["first"]
+    has_shown = last is not None and first < highest and lr < last and highest < seen["peak"] / 2
+    peak = highest if has_shown else max(seen["peak"], lr)
+    return {"peak": peak, "first": first, "last": lr, "highest": max(highest, lr), **keys}
 
 
-def _with_seen_peak(group: Group) -> Group:
+def _with_seen_rates(group: Group) -> Group:
     """A saved group; in those of earlier versions `peak_lr` is lr as the group was added."""
     if SEEN in group or "peak_lr" not in group:
         return group
-    peak = first_peak({**group, "lr": group["peak_lr"]})
-    return {**group, "peak_lr": None, SEEN: (peak, float(group["lr"]), *schedule_keys(group))}
+    return {**group, "peak_lr": None, SEEN: first_rates({**group, "lr": group["peak_lr"]})}
 
 
 class SubspaceAdamW(PublishedOptimizer):

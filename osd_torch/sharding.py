@@ -110,15 +110,16 @@ def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
     return averaged
 
 
-def shares_of(flags: Sequence[bool], reduce: Reduce, device: torch.device) -> list[float]:
-    """The share of the processes on which each flag is up, the same list on every one.
+def means_of(values: Sequence[float], reduce: Reduce, device: torch.device) -> list[float]:
+    """The mean over processes of each value, the same list on every one.
 
     Args:
-        flags: Of this process, as many on every process.
+        values: Of this process, as many on every process; of a flag the mean is the share of the
+            processes on which it is up.
         reduce: The mean over processes.
         device: That `reduce` serves.
     """
-    return reduce(torch.tensor(flags, dtype=torch.float32, device=device)).tolist()
+    return reduce(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
@@ -293,6 +294,15 @@ def is_distributed(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def has_plain_placement(tensor: Tensor) -> bool:
+    """Whether no axis of a tensor is sharded over two dimensions of a mesh."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sharded = [p for p in tensor.placements if p.is_shard()]
+    axes = [p.dim for p in sharded]  # type: ignore[attr-defined]
+    return all(type(p) is Shard for p in sharded) and len(set(axes)) == len(axes)
+
+
 def first_axis_parts(tensor: Tensor) -> int | None:
     """The parts that a tensor's first axis is in; None if another one is sharded, too."""
     if not isinstance(tensor, DTensor):
@@ -305,7 +315,7 @@ def first_axis_parts(tensor: Tensor) -> int | None:
 def zeros_along(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype, axes: Sequence[int | None]
 ) -> Tensor:
-    """Zeros, of which some axes are distributed over the processes as axes of `like` are.
+    """Zeros with axes distributed over the processes as axes of `like` are.
 
     Args:
         like: A parameter.

@@ -22,12 +22,13 @@ sides (output, input). P has shape (p, r), and its columns are the basis.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import numbers
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,10 +49,11 @@ from osd_torch.sharding import (
     Reduce,
     all_finite,
     distributed_as,
+    has_plain_placement,
     is_distributed,
     local,
+    means_of,
     on_host,
-    shares_of,
     squared_norm,
     squared_norms,
     total_norm,
@@ -60,7 +62,6 @@ from osd_torch.sharding import (
 )
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
-SIDES = get_args(Side)
 Group = dict[str, Any]
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
 PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter's state
@@ -118,6 +119,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.held = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceOptimizer:
+        """A copy that reduces as this one does; a pickle leaves `reduce` to be set again."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._reduce = self._reduce
+        return other
+
     @property
     def reduce(self) -> Reduce | None:
         """The mean over processes, where each has gradients of its own; None: they agree.
@@ -168,6 +177,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     f"parameter '{name}' has shape {tuple(param.shape)}, which is not a matrix: put"
                     " it into a group without rank"
                 )
+            check_placement(name, param)
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters, projected if it has a `rank`.
@@ -330,7 +340,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ValueError: for a share outside [0, 1], a parameter that is not projected, has no
                 gradient or is not the optimizer's, or if the projector needs the gradient itself
                 when the step is taken (`move_projector="before"`), or if with `reduce` set the
-                processes call it for different parameters.
+                processes call it for different parameters or shares.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
@@ -346,14 +356,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
         if self._reduce is not None:
             params = all_params(self)
-            shares = shares_of([p is param for p in params], self._reduce, param.device)
-            called_for = [p for p, some in zip(params, shares, strict=True) if some]
+            flags = [float(p is param) for p in params]
+            *some, mean_share = means_of([*flags, share], self._reduce, param.device)
+            called_for = [p for p, is_any in zip(params, some, strict=True) if is_any]
             if len(called_for) > 1:
                 names = ", ".join(repr(name_of(self, p)) for p in called_for)
                 raise ValueError(
                     f"processes call accumulate for different parameters: {names}; with reduce "
                     "set, call it for the same ones in the same order on all of them, with a "
                     "gradient of zeros where a process has none"
+                )
+            if abs(mean_share - share) > 1e-9:
+                raise ValueError(
+                    f"share is {share!r} for parameter '{name}' on this process, and {mean_share!r}"
+                    " in the mean of all: give it over all processes, the same on each"
                 )
         self.accumulate_agreed(group, param, share)
 
@@ -547,12 +563,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, out of wrappers such as `accelerate`'s, which hold it as `optimizer`.
+    """The optimizer itself, out of wrappers such as `accelerate`'s.
+
+    They hold it as `optimizer`, those of `torch.distributed.optim` as `optim`.
 
     Raises:
         ValueError: for a wrapper with parameter groups of its own, which steps others than these.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+    inside = lambda x: getattr(x, "optimizer", None) or getattr(x, "optim", None)
+    while isinstance(inner := inside(optimizer), torch.optim.Optimizer):
         if optimizer.param_groups is not inner.param_groups:
             raise ValueError(
                 f"a {type(optimizer).__name__} around a {type(inner).__name__} has parameter groups"
@@ -593,8 +612,8 @@ def zero_where_others_have_gradients(
     """
     params = all_params(optimizer)
     present = [p.grad is not None or p in held for p in params]
-    shares = shares_of(present, reduce, params[0].device)
-    for param, is_present, some in zip(params, present, shares, strict=True):
+    some_have = means_of(present, reduce, params[0].device)
+    for param, is_present, some in zip(params, present, some_have, strict=True):
         if some and not is_present:
             param.grad = torch.zeros_like(param)
 
@@ -896,6 +915,17 @@ def check_dtype(name: str, param: Tensor) -> None:
         raise ValueError(
             f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
             "(float16 overflows in squared gradients; use bfloat16)"
+        )
+
+
+def check_placement(name: str, param: Tensor) -> None:
+    """Raises ValueError for a sharded matrix with an axis that two mesh dimensions share."""
+    if not has_plain_placement(param):
+        placements = getattr(param, "placements", ())
+        raise ValueError(
+            f"parameter '{name}' is placed as {placements}: expected each of its axes sharded "
+            "over one dimension of the mesh at the most (fully_shard with tensor parallelism over "
+            "the same axis is not supported); put it into a group without rank"
         )
 
 

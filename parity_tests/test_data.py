@@ -317,11 +317,12 @@ def test_a_folder_and_a_pattern_read_shards_by_number(tmp_path, cache, caplog):
     blob.symlink_to(tmp_path / "0a1b2c")
     (root / "sub" / "loop").symlink_to(root)
     (root / "README.md").write_text("about")
+    (root / "dataset_info.json").write_text('{"description": "about"}\n')
     write_texts(root / ".hidden.jsonl", ["no"])
     write_texts(root / ".git" / "kept.jsonl", ["no"])
     with caplog.at_level("INFO", "launch"):
         folder = open_corpus(f"text:{root}", cache_dir=cache)
-    assert "leaves out 3 file(s)" in caplog.text
+    assert "leaves out 4 file(s)" in caplog.text
     assert all(name in caplog.text for name in ("README.md", ".hidden.jsonl", "kept.jsonl"))
     wanted = [text for shard in shards for text in shard]
     assert sum(documents_of(folder), []) == wanted

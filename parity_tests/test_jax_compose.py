@@ -553,3 +553,11 @@ def test_sketches_are_reduced_over_devices() -> None:
     assert found.squared_norm < jnp.mean(jnp.sum(parts**2, (1, 2)))
     alike = jax.tree.map(lambda x: x[1], project(jnp.stack([mean] * 3)))
     chex.assert_trees_all_close(alike, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**40])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    params = {"mlp": jnp.ones((6, 8))}
+    tx = osd_jax.make_optimizer("galore_adamw", "random", learning_rate=0.1, rank=2, seed=seed)
+    _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert jnp.any(osd_jax.projectors(state)["mlp"])

@@ -674,3 +674,22 @@ def test_a_warning_is_seen_without_any_set_up(
     named = [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
     osd_torch.make_optimizer(named, "galore_adamw", lr=0.1, rank=4)
     assert "33.3 % of those in linear maps inside the blocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("text_embedder.encoder.layer.0.attention.query.weight", "matrix"),
+        ("embedding_model.layers.0.self_attn.q_proj.weight", "matrix"),
+        ("stable_cascade.blocks.0.attn.to_q.weight", "matrix"),
+        ("text_embedder.mlp.weight", "matrix"),
+        ("embeddings.word_embeddings.weight", "embedding or table"),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+         "embedding or table"),
+        ("layers.0.attn.relative_position_bias_table", "embedding or table"),
+    ],
+)  # fmt: skip
+def test_what_blocks_stand_in_makes_no_tables_of_their_matrices(name: str, kind: str) -> None:
+    path = name.replace(".", "/")
+    assert osd_torch.selection.Kinds([name])(name, (8, 8)) == kind
+    assert osd_jax.selection.Kinds([path])(path, (8, 8)) == kind

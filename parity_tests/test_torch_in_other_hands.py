@@ -260,7 +260,7 @@ def test_a_state_that_does_not_say_when_p_was_set_loads() -> None:
     del old["state"][0]["set_at"]
     for group in old["param_groups"]:
         group["peak_lr"] = 0.01
-        del group["seen_peak"]
+        del group["seen_lr"]
     weights = param.detach().clone()
     ends = []
     for state in (saved, old):
@@ -290,6 +290,10 @@ SCHEDULES: dict[str, tuple[float | Tensor, Schedule]] = {
     "shrunk": (1.0, lambda o: lr_scheduler.LambdaLR(o, lambda s: 1e-2 * min(1, (s + 1) / 10))),
     "warm-up": (1e-2, lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=10)),
     "restarts": (1e-2, lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 10)),
+    "one cycle from its end's rate": (
+        1e-2,
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=60, final_div_factor=1),
+    ),
     "plateau": (1e-2, lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2)),
     "tensor": (
         torch.tensor(1e-2),
@@ -350,24 +354,50 @@ def test_a_schedules_known_peak_is_used_from_its_first_step() -> None:
     assert max(found) == pytest.approx(1, rel=1e-2)
 
 
-@pytest.mark.parametrize("how", ["initial_lr taken away", "both kept", "both taken away"])
-def test_a_phase_of_a_lower_rate_is_seen_as_one(how: str) -> None:
+@pytest.mark.parametrize("one_cycle", [{}, {"final_div_factor": 1}, {"three_phase": True}])
+def test_one_cycle_is_followed_to_its_end(one_cycle: dict[str, Any]) -> None:
     param, optimizer = online()
-    total = 30 if how == "both kept" else 60
-    ratios(param, optimizer, lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=total), 29)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=50, **one_cycle)
+    rates = []
+
+    class Watched:
+        def step(self) -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+
+    found = ratios(param, optimizer, Watched(), 49)
+    assert found == pytest.approx([rate / 1e-2 for rate in rates])
+
+
+@pytest.mark.parametrize("steps", [29, 25, 50])
+@pytest.mark.parametrize("lr", [1e-4, 1e-9])
+@pytest.mark.parametrize("keys", ["kept", "initial_lr set again", "taken away"])
+def test_a_phase_of_a_lower_rate_is_seen_as_one(keys: str, lr: float, steps: int) -> None:
+    """After OneCycleLR, also where the loop stopped before its end."""
+    param, optimizer = online()
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=30 if steps < 30 else 51)
+    ratios(param, optimizer, scheduler, steps)
     group = optimizer.param_groups[0]
-    group["lr"] = 1e-4
-    if how == "initial_lr taken away":
-        del group["initial_lr"]
-    elif how == "both taken away":
+    if keys == "initial_lr set again":
+        group["initial_lr"] = lr
+    elif keys == "taken away":
         del group["initial_lr"], group["max_lr"]
-    second = ByHand(optimizer, lambda step: 1e-4)
-    if how != "both taken away":
-        optimizer.param_groups[0]["initial_lr"] = 1e-4 if how != "both kept" else 4e-4
-    if how == "both kept":  # the cycle is over: lr rises from its last and lowest value
-        optimizer.param_groups[0]["lr"] = 4e-8
-        ratios(param, optimizer, ByHand(optimizer, lambda step: 1e-4), 1)
-    assert ratios(param, optimizer, second, 5) == pytest.approx([1.0] * 5)
+    group["lr"] = lr
+    found = ratios(param, optimizer, ByHand(optimizer, lambda step: lr), 5)
+    is_seen = keys != "kept" or lr < 1e-8 or steps != 25  # else it may be the cycle's own descent
+    assert found == pytest.approx([1.0 if is_seen else lr / 1e-2] * 5)
+
+
+def test_a_schedule_that_shows_a_lower_peak_corrects_the_guess(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the schedule of "Attention Is All You Need" does, with lr=1 and absolute factors."""
+    param, optimizer = online(1.0)
+    factor = lambda step: 1e-3 * min((step + 1) / 10, (10 / (step + 1)) ** 0.5)
+    found = ratios(param, optimizer, lr_scheduler.LambdaLR(optimizer, factor), 30)
+    assert max(found[:10]) <= 1e-3
+    assert found[11:] == pytest.approx([factor(step) / 1e-3 for step in range(11, 30)])
+    assert "guessed to be 1, and is 0.001" in caplog.text
 
 
 def test_the_peak_can_be_given() -> None:
@@ -392,7 +422,7 @@ def test_the_guess_is_named_once_and_its_change_once(caplog: pytest.LogCaptureFi
     info, warning = caplog.records
     assert info.levelno == logging.INFO
     assert "guessed to be 1e-05" in info.message and "peak_lr=" in info.message
-    assert warning.levelno == logging.WARNING and "above the peak of 1e-05" in warning.message
+    assert warning.levelno == logging.WARNING and "guessed to be 1e-05" in warning.message
     caplog.clear()
     param, optimizer = online(1e-5, peak_lr=1e-2)
     ratios(param, optimizer, SCHEDULES["by hand"][1](optimizer), 20)
@@ -563,6 +593,12 @@ def test_reduce_reaches_a_prepared_optimizer() -> None:
     assert accelerated(other).reduce is None
 
 
+def test_a_copy_reduces_too() -> None:
+    optimizer = build(Pair(), "galore_adamw", "continuous")
+    optimizer.reduce = torch.clone
+    assert copy.deepcopy(optimizer).reduce is torch.clone
+
+
 def test_wrappers_that_are_refused() -> None:
     model = Pair()
     optimizer = build(model, "galore_adamw", "continuous")
@@ -573,6 +609,11 @@ def test_wrappers_that_are_refused() -> None:
             function(type_of_its_own(optimizer))
     with pytest.raises(ValueError, match="Sharder around a SubspaceAdamW"):
         osd_torch.clip_(type_of_its_own(optimizer), 1.0)
+    for attribute in ("optimizer", "optim"):  # as ZeroRedundancyOptimizer has it
+        shard = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+        setattr(shard, attribute, optimizer)
+        with pytest.raises(ValueError, match="SGD around a SubspaceAdamW has parameter groups"):
+            osd_torch.LayerwiseUpdates(shard, micro_batches=2)
     other.scaler = object()
     with pytest.raises(ValueError, match="Wrapper scales the loss"):
         osd_torch.LayerwiseUpdates(other)

@@ -636,31 +636,45 @@ class Experts(torch.nn.Module):
         return self.head(sum(getattr(self, f"mlp_{name}")(x) for name in used))
 
 
-ROUTES = {"one idle": ("ab", "a"), "swapped": ("a", "b"), "nobody": ("a", "a")}
+# What each process uses in the first part of an update and in the second; None: no backward pass.
+Routes = tuple[tuple[str | None, str | None], tuple[str | None, str | None]]
+ROUTES: dict[str, Routes] = {
+    "one idle": (("ab", "a"), ("a", "ab")),
+    "swapped": (("a", "b"), ("b", "a")),
+    "nobody": (("a", "a"), ("a", "a")),
+    "one part": (("a", "a"), ("ab", "a")),
+    "one process": (("ab", "ab"), (None, None)),
+}
+SHARES = {1: (1.0,), 2: (0.25, 0.75)}
+WAYS = {"plain": 1, "layerwise": 1, "waiting": 2}
 
 
 def rows_of(rank: int, step: int) -> Tensor:
     return torch.randn(8, 12, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def route(optimizer: str, routes: tuple[str, str], way: str) -> list[Tensor]:
+def part_of_loss(net: Experts, used: str, rank: int, step: int, share: float) -> Tensor:
+    return share * net(rows_of(rank, step), used).square().mean()
+
+
+def route(optimizer: str, routes: Routes, way: str) -> list[Tensor]:
     """Three updates, in each of which a process uses the experts that are routed to it."""
     net, rank = Experts(), dist.get_rank()
     options = {"lr": 0.01, "rank": 4, "weight_decay": 0.1}
     built = osd_torch.make_optimizer(net.named_parameters(), optimizer, "continuous_sgd", **options)
     reduce = osd_torch.mean_over_processes()
-    parts = 2 if way == "waiting" else 1
+    shares = SHARES[WAYS[way]]
     updates = None
     if way == "plain":
         built.reduce = reduce
     else:
-        updates = osd_torch.LayerwiseUpdates(built, micro_batches=parts, reduce=reduce)
+        updates = osd_torch.LayerwiseUpdates(built, micro_batches=len(shares), reduce=reduce)
     for step in range(3):
-        for part in range(parts):
-            # In the second part the other process is idle.
-            used = routes[rank if part == 0 else 1 - rank]
-            loss = net(rows_of(rank, step), used).square().mean() / parts
-            loss.backward()
+        for share, used in zip(shares, routes[rank], strict=False):
+            if updates is not None:
+                updates.share = share
+            if used is not None:
+                part_of_loss(net, used, rank, step, share).backward()
         if updates is None:
             built.step()
             built.zero_grad()
@@ -669,39 +683,32 @@ def route(optimizer: str, routes: tuple[str, str], way: str) -> list[Tensor]:
     return [param.detach().clone() for param in net.parameters()]
 
 
-def wanted_of_routes(optimizer: str, routes: tuple[str, str], parts: int) -> list[Tensor]:
-    """The same by one process: the mean of the gradients, where a missing one is zero.
-
-    A sketch is of a micro-batch where both processes use the matrix in it, and of the whole update
-    where one's gradient has waited for the other's.
-    """
-    shared = [name for name in "ab" if all(name in used for used in routes)]
+def wanted_of_routes(optimizer: str, routes: Routes, parts: int) -> list[Tensor]:
+    """The same by one process: the mean of the gradients, where a missing one is zero."""
     net = Experts()
     options = {"lr": 0.01, "rank": 4, "weight_decay": 0.1}
     built = osd_torch.make_optimizer(net.named_parameters(), optimizer, "continuous_sgd", **options)
     for step in range(3):
-        for part in range(parts):
+        for part, share in enumerate(SHARES[parts]):
             for rank in range(WORLD):
-                used = routes[rank if part == 0 else 1 - rank]
-                loss = net(rows_of(rank, step), used).square().mean() / parts
-                (loss / WORLD).backward()
-            for name in shared if parts > 1 else ():
-                built.accumulate(getattr(net, f"mlp_{name}").weight, 1 / parts)
+                if (used := routes[rank][part]) is not None:
+                    (part_of_loss(net, used, rank, step, share) / WORLD).backward()
+            for expert in (net.mlp_a, net.mlp_b):
+                if parts > 1 and optimizer != "adamw" and expert.weight.grad is not None:
+                    built.accumulate(expert.weight, share)
         built.step()
         built.zero_grad()
     return [param.detach().clone() for param in net.parameters()]
 
 
-@pytest.mark.parametrize("way", ["plain", "layerwise", "waiting"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", ROUTES)
 def test_processes_agree_on_who_takes_part(run: Run, case: str, way: str) -> None:
     """A parameter with a gradient on one process only gets the mean with zeros."""
-    if way == "waiting" and case == "nobody":
-        pytest.skip("with parts it is the case 'swapped'")
     one, other = run(route, "galore_adamw", ROUTES[case], way)
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
-    wanted = wanted_of_routes("galore_adamw", ROUTES[case], 2 if way == "waiting" else 1)
+    wanted = wanted_of_routes("galore_adamw", ROUTES[case], WAYS[way])
     start = [param.detach() for param in Experts().parameters()]
     for found, expected, before in zip(one, wanted, start, strict=True):
         # The squared norm of a mean is estimated, which scales P's small steps.
@@ -710,9 +717,11 @@ def test_processes_agree_on_who_takes_part(run: Run, case: str, way: str) -> Non
         assert moved > 0 or torch.equal(found, before)
 
 
-def test_a_full_rank_optimizer_agrees_too(run: Run) -> None:
-    one, other = run(route, "adamw", ROUTES["swapped"], "layerwise")
-    wanted = wanted_of_routes("adamw", ROUTES["swapped"], 1)
+@pytest.mark.parametrize("way", ["layerwise", "waiting"])
+@pytest.mark.parametrize("case", ["swapped", "one part"])
+def test_a_full_rank_optimizer_agrees_too(run: Run, case: str, way: str) -> None:
+    one, other = run(route, "adamw", ROUTES[case], way)
+    wanted = wanted_of_routes("adamw", ROUTES[case], WAYS[way])
     for a, b, expected in zip(one, other, wanted, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-6)

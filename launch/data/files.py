@@ -25,6 +25,8 @@ from launch.data.common import DataError
 COMPRESSED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{kind}{c}" for c in COMPRESSED for kind in ("txt", "json", "jsonl")), ".parquet")
 READABLE = ", ".join(SUFFIXES)
+# What Hugging Face's `datasets` writes beside the data it describes.
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TFDS_C4 = "c4/en/3.1.0"
 C4_SPLITS = ("train", "validation")
 PASSAGE = 2_000  # characters; C4's documents have 2,200 on average
@@ -59,7 +61,12 @@ def text_files(pattern: str) -> list[Path]:
     pattern = os.path.expanduser(pattern)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = [path for path in found if not os.path.isdir(path)]
-    named = files or [path for folder in found for path in _files_in(folder)]
+    named = files or [
+        path
+        for folder in found
+        for path in _files_in(folder)
+        if os.path.basename(path) not in DESCRIPTIONS
+    ]
     there = files or [path for folder in found for path in _files_in(folder, hidden=True)]
     kept = [path for path in named if _is_readable(path)]
     left = sorted(set(there) - set(kept))
@@ -68,7 +75,7 @@ def text_files(pattern: str) -> list[Path]:
             f"text:{pattern} matches {_names(left)}: expected {READABLE}; give another pattern"
         )
     if left:
-        reason = f"hidden, or not {READABLE}"
+        reason = f"hidden, a description of the data, or not {READABLE}"
         log.info("text:%s leaves out %d file(s), %s: %s", pattern, len(left), reason, _names(left))
     return _checked(kept)
 
@@ -284,7 +291,9 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
 
 
 def _no_column(where: str, column: str, found: Sequence[str]) -> str:
-    there = ", ".join(map(_quoted, found[:20])) or "nothing"
+    if not found:
+        return f"{where}: no {_quoted(column)} there, nor anything else: expected a text a document"
+    there = ", ".join(map(_quoted, found[:20]))
     return f"{where}: no {_quoted(column)} there, only {there}: name one of these by --text_column"
 
 
