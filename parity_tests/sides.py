@@ -159,7 +159,7 @@ def run_torch(
     bases: dict[str, list[Any]] = {}
     for step, ratio in enumerate(lr_ratio):
         for group in built.param_groups:
-            group["lr"] = peak * float(ratio)
+            group |= {"lr": peak * float(ratio), "peak_lr": peak}  # a ratio may exceed 1
         for name, param in params.items():
             param.grad = grads[name][step]
         built.step()

@@ -255,23 +255,12 @@ def torch_after_first_step(optimizer: Any, basis_of: Callable[[int, int], Any]) 
         optimizer: Just made.
         basis_of: (p, r) -> P.
     """
-    import torch
-
-    from osd_torch.projectors import low_rank_gradient, to_matrix
-    from osd_torch.subspace import PREFIX
-
     for group in optimizer.param_groups:
         for param in group["params"] if group["rank"] is not None else ():
-            side = optimizer.side(group, param)
-            matrix = to_matrix(param.detach(), side)
-            basis = basis_of(len(matrix), group["rank"])
-            moments = optimizer.projector(group).init(basis, side)
-            optimizer.state[param] = {
-                "step": torch.tensor(1.0),
-                "basis": basis,
-                **optimizer.rule(group).init(to_matrix(low_rank_gradient(basis, matrix), side)),
-                **{PREFIX + name: x for name, x in moments.items()},
-            }
+            state = optimizer.state_of(group, param)
+            state["basis"].copy_(basis_of(*state["basis"].shape))
+            state["step"].fill_(1)
+            state["set_at"].fill_(0)
 
 
 def _torch_adamw(case: Case, given: Arrays, device: str, dtype: str) -> Built:
