@@ -335,6 +335,13 @@ def zeros_along(
     return dtensor.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=placements)
 
 
+def shape_of(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of another dtype to make others like it; a plain one takes no memory."""
+    if isinstance(like, DTensor):
+        return like.detach().to(dtype)
+    return torch.empty((), dtype=dtype, device=like.device).expand(like.shape)
+
+
 def zeros_placed_as(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype, replicate: bool = False
 ) -> Tensor:

@@ -54,6 +54,7 @@ from osd_torch.sharding import (
     local,
     means_of,
     on_host,
+    shape_of,
     squared_norm,
     squared_norms,
     total_norm,
@@ -208,10 +209,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             like: The parameter, or a tensor with its shape, dtype, device and placement.
         """
         rule, wide = self.rule(group), accumulator_dtype(like.dtype)
-        every_axis = tuple(range(like.ndim))
         if group["rank"] is None:
-            zeros = zeros_along(like, like.shape, wide, every_axis)
-            return {"step": step_number(0), **rule.init(zeros)}
+            return {"step": step_number(0), **rule.init(shape_of(like, wide))}
+        every_axis = tuple(range(like.ndim))
         side, rank = self.side(group, like), min(group["rank"], *like.shape)
 
         def basis_along(axis: int) -> Tensor:
