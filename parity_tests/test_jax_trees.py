@@ -213,8 +213,17 @@ def of_dict(name: str) -> tuple[list[list[np.ndarray]], list[tuple[int, ...]]]:
     return found, [x.shape for x in jax.tree.leaves(osd_jax.projectors(state))]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dict"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Every kind with two transformations and every transformation with two kinds; the rest is slow.
+EVERYWHERE = {"continuous", "accumulated", "nnx.State", "no keys"}
+TREES = [
+    pytest.param(name, kind, marks=() if EVERYWHERE & {name, kind} else pytest.mark.slow)
+    for name in OPTIMIZERS
+    for kind in KINDS
+    if kind != "dict"
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), TREES)
 def test_any_tree_has_the_numbers_of_a_dict(name: str, kind: str) -> None:
     expected, shapes = of_dict(name)
     found, state = run(OPTIMIZERS[name](), KINDS[kind])
@@ -509,7 +518,7 @@ def every_optimizer() -> list[tuple[str, str]]:
     return found + [(one, "std") for one in names.FULL_RANK_OPTIMIZERS]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("optimizer", "proj_type"), every_optimizer())
 def test_strict_promotion_changes_nothing(optimizer: str, proj_type: str, dtype: str) -> None:
     """Traced: the same types. `optax.adamw` itself fails under it."""
