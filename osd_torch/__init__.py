@@ -5,6 +5,7 @@ arXiv 2408.12857.
 """
 
 from osd_torch.layerwise import LayerwiseUpdates
+from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_torch.optimizers import (
     SubspaceAdafactor,
     SubspaceAdamW,
@@ -12,15 +13,33 @@ from osd_torch.optimizers import (
     SubspaceLion,
     make_optimizer,
 )
-from osd_torch.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_torch.projectors import BasisRule, Clock, online_pca, random, svd
 from osd_torch.selection import select_linear
 from osd_torch.sharding import data_parallel, fully_shard_llama, mean_over_processes
+from osd_torch.sketch import (
+    COLUMN_ENERGIES,
+    CORRELATION,
+    SQUARED_NORM,
+    Needs,
+    Sketch,
+    Statistic,
+    TwoSided,
+)
 from osd_torch.subspace import SubspaceOptimizer, clip_, projectors, skipped_steps
 
 __all__ = [
+    "COLUMN_ENERGIES",
+    "CORRELATION",
+    "SQUARED_NORM",
+    "BasisRule",
+    "Clock",
     "LayerwiseUpdates",
-    "Projector",
+    "Lift",
+    "Lifted",
+    "Needs",
+    "Seen",
     "Sketch",
+    "Statistic",
     "SubspaceAdafactor",
     "SubspaceAdamW",
     "SubspaceAdamW8bit",
@@ -35,7 +54,9 @@ __all__ = [
     "online_pca",
     "projectors",
     "random",
+    "scaled",
     "select_linear",
+    "sign_after_lift",
     "skipped_steps",
     "svd",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from osd_torch.numerics import float32_by_default
-from osd_torch.rules import Adam, Rule, State
+from osd_torch.rules import Adam, Change, Rule, State, transported_second_moment
 from osd_torch.sharding import (
     first_axis_parts,
     local,
@@ -92,6 +92,25 @@ class Adam8bit(Rule):
         # bitsandbytes has taken the step, downhill.
         return placed_like(parted_like(step, placed), gradient), -lr
 
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """Both moments, read back, carried over in float32 and quantized again."""
+        if state["exp_avg"].dtype != torch.uint8:
+            Adam(self.betas, self.eps).transport_(state, change, t)
+            return
+        names = ("exp_avg", "exp_avg_sq")
+        codes = [local(state[name]) for name in names]
+        scales = [local(state[f"{name}_absmax"]) for name in names]
+        books = code_books(codes[0].device)
+        first, second = map(read_back, codes, scales, books)
+        values = (
+            change.of(first),
+            transported_second_moment(first, second, change, self.betas, t),
+        )
+        for value, book, own, scale in zip(values, books, codes, scales, strict=True):
+            new_codes, new_scales = quantize(value, book)
+            own.copy_(new_codes)
+            scale.copy_(new_scales)
+
     def move_(self, weight: Tensor, gradient: Tensor, state: State, t: int, lr: float) -> None:
         """One step of `weight` in place, with 8-bit moments and without weight decay.
 
@@ -123,6 +142,25 @@ class Adam8bit(Rule):
             absmax2=state["exp_avg_sq_absmax"],
             weight_decay=0.0,
         )
+
+
+def read_back(codes: Tensor, scales: Tensor, code_book: Tensor) -> Tensor:
+    """The float32 values of 8-bit codes, in their shape."""
+    values = code_book[codes.flatten().long()]
+    blocks = scales.repeat_interleave(BLOCK_SIZE)[: values.numel()]
+    return (values * blocks).view(codes.shape)
+
+
+def quantize(values: Tensor, code_book: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, scales): each block divided by its largest magnitude, each value's nearest code."""
+    flat = values.flatten()
+    pad = -flat.numel() % BLOCK_SIZE
+    blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, BLOCK_SIZE)
+    scales = blocks.abs().amax(dim=1)
+    relative = (blocks / scales.clamp(min=torch.finfo(scales.dtype).tiny)[:, None]).flatten()
+    middles = (code_book[1:] + code_book[:-1]) / 2
+    codes = torch.bucketize(relative, middles)[: flat.numel()].to(torch.uint8)
+    return codes.view(values.shape), scales
 
 
 def blocks_fit(like: Tensor) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import warnings
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
-from osd_torch.projectors import Basis, Projector, check_period, online_pca, random, svd
+from osd_torch.lift import Lift, scaled, sign_after_lift
+from osd_torch.projectors import BasisRule, Order, check_period, online_pca, random, svd
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
 from osd_torch.selection import (
     Kinds,
@@ -31,14 +33,12 @@ from osd_torch.subspace import (
     Group,
     Side,
     SubspaceOptimizer,
-    add_,
     check_basis_dtype,
     check_dense,
     check_dtype,
     check_number,
     check_rank,
     count_if_not_finite,
-    lift,
     log,
     resolve_side,
 )
@@ -82,8 +82,14 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "peak_lr": None,
     "move_projector": "after",
     "basis_dtype": None,
+    "transport_moments": False,
     "seed": 0,
 }
+# The options of a group that say what its basis rule is.
+BASIS_OPTIONS = (
+    "proj_type", "update_proj_gap", "update_proj_every", "penalty", "projector_weight_decay",
+    "move_projector",
+)  # fmt: skip
 # What a group keeps of the learning rates that it saw; see `seen_rates`.
 SEEN = "seen_lr"
 
@@ -106,6 +112,7 @@ class PublishedOptimizer(SubspaceOptimizer):
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
         basis_dtype             dtype of P; None: float32, float64 for float64 parameters (None)
+        transport_moments       carry the moments of R over whenever P changes (False)
         seed                    of `random` (0)
 
     A key that is close to one of an optimizer's, and none, is taken for a mistake; others stay, for
@@ -146,22 +153,13 @@ class PublishedOptimizer(SubspaceOptimizer):
         """The side of a matrix (output, input) that P projects, by `proj_type`."""
         return resolve_side(SIDES_BY_PROJ_TYPE[group["proj_type"]], param)
 
-    def projector(self, group: Group) -> Projector:
-        """The rule that moves P, by `proj_type`."""
-        proj_type, every = group["proj_type"], group["update_proj_gap"]
-        if proj_type == "random":
-            return random(every)
-        if proj_type not in PROJECTOR_RULES:
-            return svd(every)
-        rule, release_decay = PROJECTOR_RULES[proj_type]
-        decay = group["projector_weight_decay"]
-        return online_pca(
-            rule,
-            penalty=group["penalty"],
-            weight_decay=release_decay if decay is None else decay,
-            moves_first=group["move_projector"] == "before",
-            every=group["update_proj_every"],
-        )
+    def basis_rule(self, group: Group) -> BasisRule:
+        """The rule for P, by `proj_type`."""
+        return _basis_rule(*(group[name] for name in BASIS_OPTIONS))
+
+    def lift(self, group: Group) -> Lift:
+        """The plain lift, times `scale`."""
+        return _scaled(group["scale"])
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters, projected if it has a `rank`; raises as the class does."""
@@ -212,6 +210,23 @@ class PublishedOptimizer(SubspaceOptimizer):
         """Restores what `state_dict` returned; see `SubspaceOptimizer.load_state_dict`."""
         groups = [_with_seen_rates(group) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+@functools.cache
+def _basis_rule(
+    proj_type: str, gap: int, every: int, penalty: float, weight_decay: float | None, order: Order
+) -> BasisRule:
+    """The rule for P that `BASIS_OPTIONS` describe."""
+    if proj_type == "random":
+        return random(gap)
+    if proj_type not in PROJECTOR_RULES:
+        return svd(gap)
+    rule, release_decay = PROJECTOR_RULES[proj_type]
+    decay = release_decay if weight_decay is None else weight_decay
+    return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
+
+
+_scaled, _sign_after_lift = functools.cache(scaled), functools.cache(sign_after_lift)
 
 
 def first_rates(group: Group) -> dict[str, Any]:
@@ -338,14 +353,9 @@ class SubspaceLion(PublishedOptimizer):
         sign_in_subspace = group["rank"] is None or group["lion_sign"] == "subspace"
         return Lion(tuple(group["betas"]), sign=sign_in_subspace)
 
-    def lift(
-        self, group: Group, weight: Tensor, basis: Basis, direction: Tensor, rate: float
-    ) -> None:
-        """W <- W - lr * sign(P D) with weight decay, or the sign first; see `lion_sign`."""
-        if group["lion_sign"] == "subspace":
-            return super().lift(group, weight, basis, direction, rate)
-        sign = lift(basis, direction).sign_()
-        add_(weight, sign, *self.coefficients(group, float(group["lr"])))
+    def lift(self, group: Group) -> Lift:
+        """W <- W - lr * sign(P D), or the plain lift of signs; see `lion_sign`."""
+        return super().lift(group) if group["lion_sign"] == "subspace" else _sign_after_lift()
 
 
 class SubspaceAdafactor(PublishedOptimizer):

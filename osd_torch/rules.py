@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,26 @@ def zeros_like(like: Tensor) -> Tensor:
     What loads and saves state (`torch.distributed`, safetensors) reads memory in order.
     """
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+
+class Change(NamedTuple):
+    """A change of P: Q = P_new^T P_old, (r, r), for each side that P projects; else None."""
+
+    output: Tensor | None
+    input: Tensor | None
+
+    def of(self, moment: Tensor) -> Tensor:
+        """What a moment of R, laid out as (output, input), is by the new P: Q m."""
+        own = local(moment)
+        if self.output is not None:
+            own = local(self.output).to(own.dtype) @ own
+        if self.input is not None:
+            own = own @ local(self.input).to(own.dtype).mT
+        return own
+
+    def squared(self) -> Change:
+        """The squares of Q's entries."""
+        return Change(*(None if side is None else side.square() for side in self))
 
 
 class Rule(Protocol):
@@ -67,6 +87,44 @@ class Rule(Protocol):
             own.mul_(1 - lr * weight_decay)
         own.add_(local(direction).to(own.dtype), alpha=-rate)
 
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """Carries the moments over to a P that has changed, in place.
+
+        Args:
+            state: What `init` made for R.
+            change: Of P.
+            t: The number of steps taken, at least 1.
+
+        Raises:
+            ValueError: if the rule cannot.
+        """
+        raise ValueError(
+            f"transport_moments is True, and {type(self).__name__} cannot carry its state over to "
+            "another P: expected a rule whose moments have the shape of R, such as Adam or Lion"
+        )
+
+
+def transported_second_moment(
+    first: Tensor, second: Tensor, change: Change, betas: tuple[float, float], t: int
+) -> Tensor:
+    """Adam's second moment by the new P, as LDAdam (arXiv 2410.16103) estimates it.
+
+    `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where Q^2 are the squares of Q's entries
+    and c1, c2 the bias corrections after t steps: variances are carried over as those of
+    uncorrelated entries, means as they are.
+
+    Args:
+        first: m before the change, (r, q) or its transpose.
+        second: v before the change.
+        change: Of P.
+        betas: Decay of m and of v.
+        t: Steps taken.
+    """
+    c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
+    mean = local(first) / c1
+    variance = change.squared().of(local(second) / c2 - mean.square())
+    return variance.add_(change.of(mean).square()).abs_().mul_(c2)
+
 
 @dataclass(frozen=True)
 class Adam(Rule):
@@ -106,6 +164,13 @@ class Adam(Rule):
         self._move(moved, gradient, state, t, lr=rate, weight_decay=weight_decay * lr / rate)
         if moved is not own:
             own.copy_(moved)
+
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """Both moments; see `transported_second_moment`."""
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        new = transported_second_moment(first, second, change, self.betas, t)
+        local(second).copy_(new)
+        local(first).copy_(change.of(first))
 
     def _rate(self, t: int, lr: float) -> float:
         return lr * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
@@ -170,6 +235,10 @@ class Lion(Rule):
         moment.mul_(beta2).add_(own, alpha=1 - beta2)
         return parted_like(direction.sign_() if self.sign else direction, gradient), lr
 
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """The moment."""
+        local(state["exp_avg"]).copy_(change.of(state["exp_avg"]))
+
 
 @dataclass(frozen=True)
 class Adafactor(Rule):
@@ -233,3 +302,6 @@ class SGD(Rule):
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """The gradient itself."""
         return gradient, lr
+
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """Nothing: there is no state."""

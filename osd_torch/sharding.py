@@ -3,7 +3,7 @@
 Whole weights (DDP). Every process holds all weights and all state. DDP averages the gradients; or
 nothing does, and `optimizer.reduce = mean_over_processes()` averages sketches in their place:
 R first, then A = G R^T with the averaged R, which is exact. The squared norm of an average is not
-to be had from its parts, and an estimate stands in (`projectors.reduced_sketch`). It scales the
+to be had from its parts, and an estimate stands in (`sketch.as_in_subspace`). It scales the
 gradient of P: SGD notices, and a rule that is free of scale only where the estimate is off by
 another factor from one step to the next.
 
@@ -276,6 +276,20 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         for i, square in zip(places, together.unbind(), strict=True):
             squares[i] = square
     return squares
+
+
+def squared_columns(matrix: Tensor) -> Tensor:
+    """||M_j||^2 of each column: (p, q) -> (q,), in float32 (float64 for float64).
+
+    A DTensor, distributed as the columns are, where M is one.
+    """
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(local(matrix), dim=0, dtype=wide).square()
+    if not isinstance(matrix, DTensor):
+        return squares
+    along = lambda p: Partial() if p.is_shard(0) else Shard(0) if p.is_shard(1) else Replicate()
+    placements = [along(p) for p in matrix.placements]
+    return from_parts(squares, matrix.device_mesh, placements, matrix.shape[1:])
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -34,17 +34,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from osd_torch.lift import Lift, Lifted, Seen, lift
 from osd_torch.numerics import accumulator_dtype, has_direction, without_autocast
-from osd_torch.projectors import (
-    Basis,
-    Projector,
-    Sketch,
-    TwoSided,
-    low_rank_gradient,
-    product,
-    to_matrix,
-)
-from osd_torch.rules import Rule
+from osd_torch.projectors import MOVE, REFRESH, BasisRule, on_whole_matrix, to_matrix
+from osd_torch.rules import Change, Rule
 from osd_torch.sharding import (
     Reduce,
     all_finite,
@@ -61,17 +54,28 @@ from osd_torch.sharding import (
     whole,
     zeros_along,
 )
+from osd_torch.sketch import (
+    Basis,
+    Needs,
+    Sketch,
+    TwoSided,
+    low_rank_gradient,
+    make_sketch,
+    product,
+    reading_gradient,
+)
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 Group = dict[str, Any]
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
-PREFIX = "projector_"  # of the names of what P's optimizer keeps in a parameter's state
+# Of the names, in a parameter's state, of what P's optimizer keeps, and of what the lift keeps.
+PREFIX, LIFT_PREFIX = "projector_", "lift_"
 # Options of the rules of W: by these the groups of one optimizer differ from another's.
 RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
 )  # fmt: skip
 # Options that are younger than some saved states, and what those were trained with.
-LATER_OPTIONS = {"update_proj_every": 1}
+LATER_OPTIONS = {"update_proj_every": 1, "transport_moments": False}
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
 # State that lies on the CPU, where reading it costs no synchronisation.
 ON_HOST = ("step", "set_at")
@@ -80,16 +84,18 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
-    """What the optimizer classes share: a rule for W, run in a subspace that a projector moves.
+    """What the optimizer classes share: a rule for W, run in a subspace that a basis rule moves.
 
     A parameter group with a `rank` is projected: for a gradient laid out as M, `R = P^T M`, the
-    rule turns R into a direction D, and `W <- W - lr * scale * P D` (arXiv 2408.12857, equation 6).
-    A group without one gets the same rule at full rank.
+    rule turns R into a direction D, and the lift turns that into an update of W, such as
+    `W <- W - lr * scale * P D` (arXiv 2408.12857, equation 6). A group without one gets the same
+    rule at full rank.
 
     State per parameter, contiguous tensors only: `step`; the moments in the shape of R, float32
     (float64 for float64 parameters) or 8 bits; `basis`, or `basis_output` and `basis_input`;
-    `set_at`, the step at which P was set; and the moments of P's optimizer, named with the prefix
-    `projector_`.
+    `set_at`, the step at which P was set; the moments of P's optimizer, named with the prefix
+    `projector_`; and what the lift keeps, with the prefix `lift_`. All of it exists as soon as the
+    optimizer holds the parameter, so that it is the same on every process before the first step.
 
     P is set from a gradient that has a direction: its squared norm is neither zero nor infinite.
     Until the first one P is zero and `set_at` is -1, and the parameter takes steps of zero. A
@@ -155,8 +161,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The side of a matrix (output, input) that P projects: "output", "input" or "both"."""
         raise NotImplementedError
 
-    def projector(self, group: Group) -> Projector:
-        """The rule that moves this group's P."""
+    def basis_rule(self, group: Group) -> BasisRule:
+        """The rule for this group's P."""
+        raise NotImplementedError
+
+    def lift(self, group: Group) -> Lift:
+        """The rule that turns a direction in the subspace into an update of W."""
         raise NotImplementedError
 
     def projector_lr(self, group: Group) -> float:
@@ -172,6 +182,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if group["rank"] is None:
             return
         check_rank(group["rank"])
+        if group.get("transport_moments"):
+            check_can_transport(self.rule(group))
         for name, param in named_parameters(group):
             if param.ndim != 2:
                 raise ValueError(
@@ -193,13 +205,28 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if param.requires_grad:
+                self.state_of(group, param)
 
     def state_of(self, group: Group, param: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter; before its first step, what `init_state` makes."""
+        """The state of a parameter; before its first step, what `init_state` makes.
+
+        It is made again where the model has moved to another device or dtype since then.
+        """
         state = self.state[param]
-        if not state:
+        if not state or (int(state["step"]) == 0 and not self._fits(group, param)):
             state.update(self.init_state(group, param))
         return state
+
+    def _fits(self, group: Group, param: Tensor) -> bool:
+        """Whether a parameter's state is of its present device and dtype."""
+        kinds = state_kinds(self, group, param)
+        return all(
+            (x.shape, x.dtype) == kinds[name] and (name in ON_HOST or x.device == param.device)
+            for name, x in self.state[param].items()
+        )
 
     def init_state(self, group: Group, like: Tensor) -> dict[str, Tensor]:
         """A parameter's state before its first step: zeros, and no P.
@@ -221,17 +248,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         projected = {"output": (OUTPUT_AXIS,), "input": (INPUT_AXIS,), "both": every_axis}[side]
         names = ("basis_output", "basis_input") if side == "both" else ("basis",)
         bases = {name: basis_along(axis) for name, axis in zip(names, projected, strict=True)}
-        moments = self.projector(group).init(basis_of(bases), side)
+        moments = self.basis_rule(group).init(basis_of(bases), side)
         # R as the weight lies, with the rank in place of the projected axes: so the blocks of 8-bit
         # moments are the release's.
         shape = [rank if axis in projected else n for axis, n in enumerate(like.shape)]
         follows = [None if axis in projected else axis for axis in every_axis]
+        low_rank = zeros_along(like, shape, wide, follows)
+        kept = self.lift(group).init(
+            to_matrix(shape_of(like, wide), side), to_matrix(low_rank, side)
+        )
         return {
             "step": step_number(0),
             "set_at": step_number(NOT_SET),
             **bases,
             **{PREFIX + name: x for name, x in moments.items()},
-            **rule.init(zeros_along(like, shape, wide, follows)),
+            **{LIFT_PREFIX + name: x.contiguous() for name, x in kept.items()},
+            **rule.init(low_rank),
         }
 
     def observe(self, group: Group) -> None:
@@ -283,17 +315,23 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         # All that the host has to know of the gradients, in one synchronisation: whether they are
         # finite, and the norms that scale P's. A held sketch's own is not that of its R.
         squares = squared_norms(applied)
-        own = {p: sketch.squared_norm for p, sketch in held.items()}
-        known = on_host([*squares, *(square for square in own.values() if square is not None)])
-        squares, scales = known[: len(squares)], iter(known[len(squares) :])
-        own = {p: None if square is None else next(scales) for p, square in own.items()}
+        numbers = [
+            (sketch.statistics, name)
+            for sketch in held.values()
+            for name, x in sketch.statistics.items()
+            if x.ndim == 0
+        ]
+        known = on_host([*squares, *(statistics[name] for statistics, name in numbers)])
+        squares, of_held = known[: len(squares)], known[len(squares) :]
+        for (statistics, name), value in zip(numbers, of_held, strict=True):
+            statistics[name] = value
         if count_if_not_finite(self, applied, squares):
             return
         for (group, param), square in zip(present, squares, strict=True):
             if group["rank"] is None:
                 self.step_full_rank(group, param)
             elif param in held:
-                self.apply(group, param, held.pop(param)._replace(squared_norm=own[param]))
+                self.apply(group, param, held.pop(param))
             else:
                 self.refresh(group, param, square)
                 self.apply(group, param, self.project(group, param, square))
@@ -327,9 +365,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Turns a projected parameter's gradient into a sketch, adds it to the held one, drops it.
 
         The gradient is one micro-batch's part of the update's: parts add up, as backward passes
-        add to `grad`. R of their sum is exact. Of A and s the mean over the parts' own values
-        stands in, each part scaled up to a whole gradient by its share. Where P is due to be set,
-        it is from the first part of the update that has a direction.
+        add to `grad`. R of their sum is exact. Of each statistic the mean over the parts' own
+        values stands in, each part scaled up to a whole gradient by its share. Where P is due to be
+        set, it is from the first part of the update that has a direction.
 
         Args:
             param: With a `grad`.
@@ -338,9 +376,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: for a share outside [0, 1], a parameter that is not projected, has no
-                gradient or is not the optimizer's, or if the projector needs the gradient itself
-                when the step is taken (`move_projector="before"`), or if with `reduce` set the
-                processes call it for different parameters or shares.
+                gradient or is not the optimizer's, or if a rule needs the gradient itself when the
+                step is taken, or if with `reduce` set the processes call it for different
+                parameters or shares.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
@@ -382,9 +420,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 if self._reduce is not None:
                     param.grad = self._reduce(_gradient(param))
                 self.refresh(group, param)
-            sketch, held = self.project(group, param), self.held.get(param)
-            scaled = Sketch(sketch.low_rank, *(over(x, share) for x in sketch[1:]))
-            self.held[param] = scaled if held is None else added(held, scaled)
+            part, held = self.project(group, param).part(share), self.held.get(param)
+            self.held[param] = part if held is None else held.add_(part)
         param.grad = None
 
     @torch.no_grad()
@@ -408,13 +445,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def is_due(self, group: Group, param: Tensor) -> bool:
         """Whether P is to be set from the next gradient that has a direction.
 
-        It is at the first part of an update whose step the projector names, and from then on as
+        It is at the first part of an update whose step the rule's clock names, and from then on as
         long as no gradient with a direction has come.
         """
         state = self.state_of(group, param)
+        event = self.basis_rule(group).clock.event(int(state["step"]))
         is_first_part = param not in self.held
-        clock_is_due = is_first_part and self.projector(group).is_due(int(state["step"]))
-        return clock_is_due or int(state["set_at"]) == NOT_SET
+        return (event == REFRESH and is_first_part) or int(state["set_at"]) == NOT_SET
 
     @torch.no_grad()
     @without_autocast()
@@ -434,78 +471,88 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             square = squared_norm(gradient)
         if not has_direction(float(square), square.dtype):
             return
-        projector, step = self.projector(group), int(state["step"])
-        rank = min(group["rank"], *param.shape)
-        dtype = group["basis_dtype"] or accumulator_dtype(param.dtype)
+        side, step, old = self.side(group, param), int(state["step"]), basis_of(state)
         key = f"{group['seed']}/{name_of(self, param)}/{step}"
-        basis = projector.fresh_basis(gradient, self.side(group, param), rank, dtype, key)
-        if isinstance(basis, TwoSided):
-            new = {"basis_output": basis.output, "basis_input": basis.input}
-        else:
-            new = {"basis": basis}
-        state.update({name: distributed_as(x, state[name]) for name, x in new.items()})
+        rule = self.basis_rule(group)
+        basis = rule.fresh(to_matrix(gradient, side), old, side, key, on_whole_matrix)
+        state.update(
+            {name: distributed_as(x, state[name]) for name, x in named_bases(basis).items()}
+        )
         state["set_at"].fill_(step)
+        for x in of_prefix(state, PREFIX).values():
+            x.zero_()  # what P's optimizer knew was of the old P
+        self._transport(group, param, old)
 
     def moves(self, group: Group, param: Tensor) -> bool:
         """Whether P moves at the next step: it does not at the one that sets it."""
         state = self.state_of(group, param)
         step, set_at = int(state["step"]), int(state["set_at"])
-        return self.projector(group).moves_at(step) and set_at not in (step, NOT_SET)
+        event = self.basis_rule(group).clock.event(step)
+        return event == MOVE and set_at not in (step, NOT_SET)
 
     @torch.no_grad()
     @without_autocast()
     def project(self, group: Group, param: Tensor, square: Tensor | None = None) -> Sketch:
-        """The gradient of one projected parameter -> what the projector needs of it.
+        """The gradient of one projected parameter -> what its rules need of it.
 
         Args:
             group: Of the parameter.
             param: With a `grad`.
             square: The squared norm of that, if it is known.
         """
-        projector, state = self.projector(group), self.state_of(group, param)
+        state = self.state_of(group, param)
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        moves = projector.every == 1 or self.moves(group, param)
-        return projector.sketch(basis_of(state), matrix, self._reduce, moves, square)
+        statistics = self.lift(group).needs.statistics
+        if self.moves(group, param):
+            statistics += self.basis_rule(group).needs.statistics
+        known = {} if square is None else {"squared_norm": square}
+        return make_sketch(basis_of(state), matrix, statistics, self._reduce, known)
 
     @torch.no_grad()
     @without_autocast()
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
 
-        The gradient itself is read only by a projector that moves before W.
+        The gradient itself is read only where a rule needs it.
         """
-        projector, state = self.projector(group), self.state_of(group, param)
-        basis, rule, side = basis_of(state), self.rule(group), self.side(group, param)
+        basis_rule, rule, lift = self.basis_rule(group), self.rule(group), self.lift(group)
+        state, side = self.state_of(group, param), self.side(group, param)
+        basis, step, moves = basis_of(state), int(state["step"]), self.moves(group, param)
+        gradient = None if param.grad is None else to_matrix(param.grad, side)
+        if moves and basis_rule.order == "before":
+            self._move(group, param, sketch, step)
+            assert gradient is not None
+            sketch = sketch._replace(low_rank=low_rank_gradient(basis, gradient))
         low_rank = to_matrix(sketch.low_rank, side)
-        projector_state = {
-            k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)
-        }
-        step, moves = int(state["step"]), self.moves(group, param)
-
-        def move() -> None:
-            if projector.moves_at(step):
-                seen = sketch if moves else None
-                lr = self.projector_lr(group)
-                projector.move(basis, side, seen, projector_state, step, lr)
-
-        if projector.moves_first:
-            move()
-        if projector.moves_first and moves:
-            matrix = to_matrix(_gradient(param), side)
-            low_rank = to_matrix(low_rank_gradient(basis, matrix), side)
         direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
-        weight, direction = to_matrix(param, side), to_matrix(direction, side)
-        self.lift(group, weight, basis, direction, rate * group["scale"])
-        if not projector.moves_first:
-            move()
+        own = of_prefix(state, LIFT_PREFIX)
+        lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own))
+        alpha, beta = self.coefficients(group, rate * lifted.scale)
+        add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta)
+        for name, value in lifted.state.items():
+            own[name].copy_(value)
         state["step"] += 1
+        if moves and basis_rule.order == "after":
+            self._move(group, param, sketch, step)
 
-    def lift(
-        self, group: Group, weight: Tensor, basis: Basis, direction: Tensor, rate: float
-    ) -> None:
-        """W <- W - rate * P D with weight decay, in place; W laid out as (p, q)."""
-        alpha, beta = self.coefficients(group, rate)
-        add_lifted_(weight, basis, direction, alpha, beta)
+    def _move(self, group: Group, param: Tensor, sketch: Sketch, step: int) -> None:
+        """Moves P at a step, from 0. Its optimizer's first step is the first after P was set."""
+        state, rule, side = self.state[param], self.basis_rule(group), self.side(group, param)
+        basis, every = basis_of(state), rule.clock.move_every
+        assert isinstance(basis, Tensor) and every is not None
+        old = basis.clone() if group.get("transport_moments") else basis
+        t = step // every - int(state["set_at"]) // every
+        lr = self.projector_lr(group)
+        if rule.move_(basis, side, sketch, of_prefix(state, PREFIX), t, lr):
+            self._transport(group, param, old)
+
+    def _transport(self, group: Group, param: Tensor, old: Basis) -> None:
+        """Carries the moments of R over from the old P to the present one, where that is asked."""
+        state = self.state[param]
+        taken = int(state["step"])
+        if group.get("transport_moments") and taken:
+            change = change_of(old, basis_of(state), self.side(group, param))
+            self.rule(group).transport_(state, change, taken)
 
     def step_full_rank(self, group: Group, param: Tensor) -> None:
         """One step of a parameter that is not projected, in place."""
@@ -547,6 +594,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             for index, param in zip(saved["params"], group["params"], strict=True):
                 if state := states.get(index):
                     self.state[param] = self._placed(group, param, state)
+                elif param.requires_grad:
+                    self.state_of(group, param)
 
     def _placed(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies of the tensors of a parameter's state, contiguous and placed for it."""
@@ -636,12 +685,18 @@ def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, "set_at": step_number(0)}
 
 
-def state_shapes(
+def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What a parameter's state keeps under names with a prefix, by the rest of the name."""
+    named = [(name, x) for name, x in state.items() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): x for name, x in named}
+
+
+def state_kinds(
     optimizer: SubspaceOptimizer, group: Group, param: Tensor
-) -> dict[str, torch.Size]:
-    """The shapes of a parameter's state, by name."""
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shapes and dtypes of a parameter's state, by name."""
     like = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    return {name: x.shape for name, x in optimizer.init_state(group, like).items()}
+    return {name: (x.shape, x.dtype) for name, x in optimizer.init_state(group, like).items()}
 
 
 def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
@@ -675,7 +730,7 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
             state = state_dict["state"].get(index, {})
             if not state:  # it has taken no step
                 continue
-            wanted = state_shapes(optimizer, merged, param)
+            wanted = {k: shape for k, (shape, _) in state_kinds(optimizer, merged, param).items()}
             for part in sorted({*state, *wanted}):
                 there = getattr(state.get(part), "shape", None)
                 if there != wanted.get(part):
@@ -703,20 +758,31 @@ def basis_of(state: Mapping[str, Tensor]) -> Basis:
     return TwoSided(state["basis_output"], state["basis_input"])
 
 
-def lift(basis: Basis, direction: Tensor) -> Tensor:
-    """P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
+def named_bases(basis: Basis) -> dict[str, Tensor]:
+    """P as a parameter's state holds it."""
     if isinstance(basis, TwoSided):
-        return product(product(basis.output, direction), basis.input.mT)
-    return product(basis, direction)
+        return {"basis_output": basis.output, "basis_input": basis.input}
+    return {"basis": basis}
 
 
-def add_lifted_(weight: Tensor, basis: Basis, direction: Tensor, alpha: float, beta: float) -> None:
-    """W <- beta W + alpha P D in place, rounded once, without a temporary of W's size.
+def change_of(old: Basis, new: Basis, side: Side) -> Change:
+    """P_new^T P_old of each side of a matrix (output, input) that P projects."""
+    if isinstance(old, TwoSided) and isinstance(new, TwoSided):
+        return Change(product(new.output.mT, old.output), product(new.input.mT, old.input))
+    assert isinstance(old, Tensor) and isinstance(new, Tensor)
+    change = product(new.mT, old)
+    return Change(change, None) if side == "output" else Change(None, change)
 
-    The exception is a weight in bfloat16 on a CPU, whose products in bfloat16 are slow.
+
+def add_lifted_(weight: Tensor, basis: Basis, lifted: Lifted, alpha: float, beta: float) -> None:
+    """W <- beta W + alpha * then(P D + rest) in place, rounded once.
+
+    The plain lift takes no temporary of W's size. The exception is a weight in bfloat16 on a CPU,
+    whose products in bfloat16 are slow.
     """
-    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
-        add_(weight, lift(basis, direction), alpha, beta)
+    direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
+    if direction is None or not is_plain or weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        add_(weight, update_of(basis, lifted), alpha, beta)
         return
     if isinstance(basis, TwoSided):
         left, right = product(basis.output, direction), basis.input.mT
@@ -724,6 +790,19 @@ def add_lifted_(weight: Tensor, basis: Basis, direction: Tensor, alpha: float, b
         left, right = basis, direction
     weight, left, right = local(weight), local(left), local(right)
     weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
+
+
+def update_of(basis: Basis, lifted: Lifted) -> Tensor:
+    """then(P D + rest), (p, q)."""
+    if lifted.low_rank is None:
+        if lifted.rest is None:
+            raise ValueError("a lift returned neither a direction nor a rest: expected one of them")
+        update = lifted.rest
+    else:
+        update = lift(basis, lifted.low_rank)
+        if lifted.rest is not None:
+            local(update).add_(local(lifted.rest))
+    return update if lifted.then is None else lifted.then(update)
 
 
 def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
@@ -770,39 +849,23 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         for gradient in gradients:
             scale_(gradient, factor)
         for sketch in held.values():
-            scale_(sketch.low_rank, factor)
-            for x in sketch[1:]:
-                scale_(x, factor.square())
+            sketch.scale_(factor)
     return norm
 
 
-def scale_(tensor: Tensor | None, factor: Tensor) -> None:
-    """Multiplies a tensor, if there is one, in place."""
-    if tensor is not None:
-        part = local(tensor)
-        part.mul_(factor.to(part.device))
-
-
-def over(tensor: Tensor | None, share: float) -> Tensor | None:
-    """A tensor divided by a share, if there is one."""
-    return tensor if tensor is None or share == 1 else tensor / share
-
-
-def added(a: Sketch, b: Sketch) -> Sketch:
-    """The sum of two sketches, in the memory of the first."""
-    for x, y in zip(a, b, strict=True):
-        if x is not None and y is not None:
-            x.add_(y)
-    return a
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiplies a tensor in place."""
+    part = local(tensor)
+    part.mul_(factor.to(part.device))
 
 
 def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
     """The bases P in an optimizer, by parameter name.
 
     Returns:
-        For each projected parameter that has taken a step its P: (m, r) where it acts on the
-        output side, (n, r) on the input side, or `TwoSided(output, input)`. Columns are the basis;
-        zeros until a gradient has set them. DTensors where the parameters are.
+        For each projected parameter its P: (m, r) where it acts on the output side, (n, r) on the
+        input side, or `TwoSided(output, input)`. Columns are the basis; zeros until a gradient has
+        set them. DTensors where the parameters are.
         The names are those that the optimizer was built with; without names, `group.position`.
     """
     optimizer = inner_optimizer(optimizer)
@@ -894,19 +957,30 @@ def check_number(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
 
+def needs_of(optimizer: SubspaceOptimizer, group: Group) -> list[Needs]:
+    """What the rules of a projected group read of a gradient."""
+    return [optimizer.basis_rule(group).needs, optimizer.lift(group).needs]
+
+
 def is_sketched(optimizer: SubspaceOptimizer, group: Group) -> bool:
     """Whether a step of this group can be taken from sketches alone."""
-    return group["rank"] is not None and not optimizer.projector(group).moves_first
+    return group["rank"] is not None and reading_gradient(needs_of(optimizer, group)) is None
 
 
 def check_sketch_suffices(optimizer: SubspaceOptimizer, group: Group) -> None:
     """Raises ValueError if a step of this group reads more of a gradient than its sketch."""
-    if group["rank"] is not None and not is_sketched(optimizer, group):
+    needs = None if group["rank"] is None else reading_gradient(needs_of(optimizer, group))
+    if needs is not None:
         raise ValueError(
-            "move_projector is 'before', which takes R again from the gradient after P has moved, "
-            "and there only its sketch is kept (micro-batches or clipping, layer by layer): use "
-            "move_projector='after', or one micro-batch and no clipping"
+            f"{needs.reason}, and there only its sketch is kept (micro-batches or clipping, layer "
+            f"by layer): use {needs.remedy}, or one micro-batch and no clipping"
         )
+
+
+def check_can_transport(rule: Rule) -> None:
+    """Raises ValueError for a rule that cannot carry its state over to another P."""
+    if type(rule).transport_ is Rule.transport_:
+        rule.transport_({}, Change(None, None), 1)
 
 
 def check_dtype(name: str, param: Tensor) -> None:

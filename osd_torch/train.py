@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from osd_torch import llama
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.numerics import accumulator_dtype, without_autocast
-from osd_torch.projectors import TwoSided, low_rank_gradient, to_matrix
+from osd_torch.projectors import to_matrix
 from osd_torch.sharding import (
     Reduce,
     data_parallel,
@@ -31,7 +31,9 @@ from osd_torch.sharding import (
     sum_over_processes,
     whole,
 )
+from osd_torch.sketch import TwoSided, low_rank_gradient
 from osd_torch.subspace import (
+    NOT_SET,
     SubspaceOptimizer,
     basis_of,
     clip_,
@@ -276,6 +278,8 @@ class Diagnostics:
     def _add(self, param: Tensor) -> None:
         state = self._optimizer.state.get(param)
         if not self._active or not state or param.grad is None:
+            return
+        if int(state["set_at"]) == NOT_SET:
             return
         assert isinstance(self._optimizer, SubspaceOptimizer)
         group, name = self._kernels[param]

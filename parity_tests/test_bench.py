@@ -38,7 +38,8 @@ from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.cpu import keep_lapack_to_one_thread
 from launch.options import UsageError
-from osd_torch.projectors import Sketch, online_pca_gradient
+from osd_torch.projectors import online_pca_gradient
+from osd_torch.sketch import CORRELATION, SQUARED_NORM, make_sketch
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 RANK = 4
@@ -72,7 +73,8 @@ def test_the_published_way_steps_p_down_the_closed_form(shape: tuple[int, int]) 
     step.move()
     matrix = as_m(weight.grad, right)
     low_rank = basis.mT @ matrix
-    sketch = Sketch(low_rank, matrix @ low_rank.mT, matrix.square().sum())
+    sketch = make_sketch(basis, matrix, (CORRELATION, SQUARED_NORM))
+    torch.testing.assert_close(sketch.low_rank, low_rank)
     torch.testing.assert_close(found[0], online_pca_gradient(basis, sketch), rtol=1e-10, atol=1e-12)
 
 
@@ -118,7 +120,7 @@ def test_the_floor_is_the_products_of_a_step(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(floor.moved, moved, **close)
     # All that P's gradient needs besides: (2 / s) (... - 2 A).
     s = matrix.square().sum()
-    gradient = online_pca_gradient(basis, Sketch(low_rank, a, s))
+    gradient = online_pca_gradient(basis, make_sketch(basis, matrix, (CORRELATION, SQUARED_NORM)))
     torch.testing.assert_close((floor.moved - 2 * a) * 2 / s, gradient, **close)
 
     of_jax = seven_products(

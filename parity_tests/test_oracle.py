@@ -174,7 +174,8 @@ def test_the_closed_form_is_autograd_of_the_loss(penalty: float) -> None:
         autograd = np.asarray(jax.grad(loss)(jax.numpy.asarray(P)))
         sketch = osd_jax.Sketch(*map(jax.numpy.asarray, parts))
         in_jax = np.asarray(online_pca_gradient(jax.numpy.asarray(P), sketch, penalty))
-    sketch_torch = osd_torch.Sketch(*map(torch.tensor, parts))
+    statistics = {"correlation": torch.tensor(parts[1]), "squared_norm": torch.tensor(parts[2])}
+    sketch_torch = osd_torch.Sketch(torch.tensor(R), statistics, dict.fromkeys(statistics, 2))
     in_torch = torch_pca_gradient(torch.tensor(P), sketch_torch, penalty).numpy()
     size = np.abs(autograd).max()
     for ours in (in_jax, in_torch, pca_gradient(P, G, penalty)):

@@ -12,6 +12,7 @@ from torch import Tensor
 import osd_torch
 from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, SUBSPACE_OPTIMIZERS
 from osd_torch.rules import SGD
+from osd_torch.sketch import make_sketch
 
 PEAK, GAP, RANK, SCALE, DECAY = 0.02, 3, 4, 0.5, 0.1
 BETAS, EPS = (0.9, 0.999), 1e-6
@@ -205,23 +206,30 @@ def test_a_sum_of_sketches() -> None:
     optimizer.param_groups[0]["rank"] = 3
     draw = lambda: torch.randn(10, 14, generator=generator, dtype=torch.float64)
     shares = (0.25, 0.125, 0.625)
-    parts = [share * (draw() + 1) for share in shares]
-    for part, share in zip(parts, shares, strict=True):
-        weight.grad = part.clone()
-        optimizer.accumulate(weight, share)
-        assert weight.grad is None
-    basis = osd_torch.projectors(optimizer)["mlp"]
-    sketch = osd_torch.online_pca(SGD()).sketch
-    held, whole = optimizer.held[weight], sketch(basis, sum(parts))
-    torch.testing.assert_close(held.low_rank, whole.low_rank, rtol=1e-12, atol=1e-12)
-    own = [sketch(basis, part / share) for part, share in zip(parts, shares, strict=True)]
+    for step in range(2):  # P is set in the first, and does not move: only R is read
+        parts = [share * (draw() + 1) for share in shares]
+        for part, share in zip(parts, shares, strict=True):
+            weight.grad = part.clone()
+            optimizer.accumulate(weight, share)
+            assert weight.grad is None
+        basis, held = osd_torch.projectors(optimizer)["mlp"], optimizer.held[weight]
+        statistics = osd_torch.online_pca(SGD()).needs.statistics if step else ()
+        whole = make_sketch(basis, sum(parts), statistics)
+        torch.testing.assert_close(held.low_rank, whole.low_rank, rtol=1e-12, atol=1e-12)
+        assert held.statistics.keys() == whole.statistics.keys()
+        if step == 0:
+            u = torch.linalg.svd(parts[0])[0][:, :3]
+            torch.testing.assert_close(basis, u)  # set from the first part
+            optimizer.step()
+    own = [
+        make_sketch(basis, part / share, statistics)
+        for part, share in zip(parts, shares, strict=True)
+    ]
     for name in ("correlation", "squared_norm"):
-        mean = sum(w * getattr(x, name) for w, x in zip(shares, own, strict=True))
-        torch.testing.assert_close(getattr(held, name), mean, rtol=1e-12, atol=1e-12)
+        mean = sum(w * x.statistics[name] for w, x in zip(shares, own, strict=True))
+        torch.testing.assert_close(held.statistics[name], mean, rtol=1e-12, atol=1e-12)
     # The mean is over more than the whole's own: the parts' variance is in it.
-    assert held.squared_norm > whole.squared_norm
-    u = torch.linalg.svd(parts[0])[0][:, :3]
-    torch.testing.assert_close(basis, u)  # set from the first part
+    assert held.statistics["squared_norm"] > whole.statistics["squared_norm"]
 
 
 def test_a_micro_batch_without_tokens_adds_nothing() -> None:

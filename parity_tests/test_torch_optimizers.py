@@ -15,8 +15,9 @@ from torch import Tensor
 
 import osd_torch
 from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
-from osd_torch.projectors import online_pca_gradient, product
+from osd_torch.projectors import online_pca_gradient
 from osd_torch.rules import SGD
+from osd_torch.sketch import make_sketch, product
 
 CLASSES = {
     "galore_adamw": osd_torch.SubspaceAdamW,
@@ -342,7 +343,11 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
     before = params["attn.weight"].detach().clone()
     built.step()
     assert torch.equal(before, params["attn.weight"])
-    assert list(osd_torch.projectors(built)) == ["mlp.weight"]
+    bases = osd_torch.projectors(built)
+    assert {name: bool(P.any()) for name, P in bases.items()} == {
+        "attn.weight": False,  # not set yet
+        "mlp.weight": True,
+    }
 
 
 @pytest.mark.parametrize("optimizer", SUBSPACE_OPTIMIZERS)
@@ -381,7 +386,13 @@ def test_a_non_finite_gradient_at_the_first_step() -> None:
     set_gradients(params, 0)
     params["attn.weight"].grad[0, 0] = math.nan
     built.step()
-    assert not built.state and osd_torch.skipped_steps(built) == (1, 1)
+    assert osd_torch.skipped_steps(built) == (1, 1)
+    fresh = make(make_params(), "galore_adamw")
+    assert built.state_dict()["state"].keys() == fresh.state_dict()["state"].keys()
+    for index, state in fresh.state_dict()["state"].items():
+        kept = built.state_dict()["state"][index]
+        assert state.keys() == kept.keys()
+        assert all(torch.equal(x, kept[name]) for name, x in state.items())
 
 
 @pytest.mark.parametrize(("optimizer", "proj_type"), COMBINATIONS)
@@ -442,10 +453,10 @@ def test_online_pca_gradient_is_autograds(penalty: float) -> None:
         loss = (basis @ basis.mT @ unit - unit).square().sum()
         loss = loss + penalty * (basis.mT @ basis - torch.eye(r)).square().sum()
         (expected,) = torch.autograd.grad(loss, basis)
-        projector = osd_torch.online_pca(SGD(), penalty=penalty)
-        closed = online_pca_gradient(
-            basis.detach(), projector.sketch(basis.detach(), matrix), penalty
-        )
+        rule = osd_torch.online_pca(SGD(), penalty=penalty)
+        sketch = make_sketch(basis.detach(), matrix, rule.needs.statistics)
+        assert rule.gradient is not None
+        closed = rule.gradient(basis.detach(), sketch)
         torch.testing.assert_close(closed, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -474,7 +485,7 @@ def test_the_papers_options() -> None:
         weight.grad = gradient.clone()
         optimizer.step()
         if step > 0:
-            sketch = osd_torch.online_pca(SGD()).sketch(basis, gradient)
+            sketch = make_sketch(basis, gradient, osd_torch.online_pca(SGD()).needs.statistics)
             slope = online_pca_gradient(basis, sketch, 0.1)
             basis = basis * (1 - 5 * lr * decay) - 5 * lr * slope
         low_rank = basis.mT @ gradient

@@ -228,7 +228,7 @@ def _osd_torch(
         import torch
 
         import osd_torch
-        from osd_torch.projectors import leading_singular_vectors
+        from osd_torch.projectors import leading_singular_vectors, to_matrix
 
         weight, gradient, basis = _torch_tensors(given, device, dtype)
         online = proj_type.startswith("continuous")
@@ -239,7 +239,8 @@ def _osd_torch(
         assert isinstance(made, osd_torch.SubspaceOptimizer)
         torch_after_first_step(made, lambda p, rank: basis)
         side = made.side(made.param_groups[0], weight)
-        refresh = lambda: leading_singular_vectors(gradient, side, case.rank, torch.float32)
+        matrix, old = to_matrix(gradient, side), basis.float()
+        refresh = lambda: leading_singular_vectors(matrix, old, side)
         step = _torch_done(made.step, device)
         return _period_of(step, every) if online else Built(step, _torch_done(refresh, device))
 

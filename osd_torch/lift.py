@@ -1,0 +1,94 @@
+"""From a direction in the subspace to an update of W: the lift, as an object.
+
+The plain lift is `P D`. Others change D before it, add a part that P does not reach, or take a
+function of the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
+product and adds it to W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
+
+
+class Seen(NamedTuple):
+    """What a lift may read, beside the direction.
+
+    Attributes:
+        basis: P.
+        sketch: Of the gradient, with the statistics that the lift needs.
+        gradient: M, (p, q), where the lift needs it "always"; else None.
+        state: The lift's own state of this matrix, by name.
+    """
+
+    basis: Basis
+    sketch: Sketch
+    gradient: Tensor | None
+    state: Mapping[str, Tensor]
+
+
+class Lifted(NamedTuple):
+    """An update of W, `W <- W - lr * scale * then(P D + rest)`.
+
+    Attributes:
+        low_rank: D, (r, q), or None: nothing is lifted.
+        rest: (p, q), added to P D; None: nothing.
+        then: Of the sum; it may write into its argument. None: the sum itself.
+        scale: A number.
+        state: The lift's new state, by name.
+    """
+
+    low_rank: Tensor | None
+    rest: Tensor | None = None
+    then: Callable[[Tensor], Tensor] | None = None
+    scale: float = 1.0
+    state: Mapping[str, Tensor] = {}
+
+
+def no_state(matrix: Tensor, low_rank: Tensor) -> dict[str, Tensor]:
+    """The state of a lift that has none."""
+    return {}
+
+
+class Lift(NamedTuple):
+    """A rule of the lift.
+
+    Attributes:
+        apply: (direction (r, q), Seen) -> Lifted. The direction is what the optimizer's rule
+            returns, before the learning rate and Adam's bias correction; not to be written to.
+        needs: The statistics that it reads at every step, and whether it reads the gradient.
+        init: (a tensor like M, one like R) -> its state before the first step, by name.
+
+    Example:
+        >>> import torch
+        >>> signs = Lift(lambda direction, seen: Lifted(direction.sign()))
+        >>> layer = torch.nn.Linear(8, 6, bias=False)
+        >>> optimizer = osd_torch.OSDAdamW(layer.parameters(), lr=0.1, rank=2, lift=signs)
+        >>> layer(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    apply: Callable[[Tensor, Seen], Lifted]
+    needs: Needs = Needs()
+    init: Callable[[Tensor, Tensor], dict[str, Tensor]] = no_state
+
+
+def scaled(factor: float = 1.0) -> Lift:
+    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha)."""
+    return Lift(lambda direction, seen: Lifted(direction, scale=factor))
+
+
+def sign_after_lift() -> Lift:
+    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it."""
+    return Lift(lambda direction, seen: Lifted(direction, then=lambda lifted: lifted.sign_()))
+
+
+def lift(basis: Basis, direction: Tensor) -> Tensor:
+    """P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        return product(product(basis.output, direction), basis.input.mT)
+    return product(basis, direction)

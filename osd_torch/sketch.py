@@ -1,0 +1,234 @@
+"""What a step reads of a gradient: R = P^T M, and the statistics that a rule names.
+
+A `Statistic` is one fact about a gradient: how it is computed, how it scales with the gradient, and
+how it is averaged over processes. So scaling, clipping, micro-batches and reduction are written
+here once, for all of them. `Needs` says which statistics a rule reads, and when it reads the
+gradient itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from osd_torch.numerics import accumulator_dtype
+from osd_torch.sharding import Reduce, local, matmul, squared_columns, squared_norm
+
+
+class TwoSided(NamedTuple):
+    """The bases of a matrix that is projected on both sides: (m, r) and (n, r)."""
+
+    output: Tensor
+    input: Tensor
+
+
+Basis = Tensor | TwoSided
+
+
+class Statistic(NamedTuple):
+    """A fact about a gradient M (p, q) that a rule reads beside R.
+
+    Attributes:
+        name: Its key in a sketch.
+        degree: In M: the statistic of c M is c ** degree times that of M.
+        of: (P, M, R) -> the value, float32 (float64 for float64 gradients).
+        estimate: None: the mean over processes of `of(P, M_i, R)`, with the mean R, is exact for
+            the mean of the parts M_i. Else the value cannot be computed from the parts, and
+            `estimate(a, b, c)` stands in: a is the mean of `of(P, M_i, R_i)`, b the mean of
+            `of(P, R_i, R_i)`, c is `of(P, R, R)`. For statistics that read M alone.
+
+    Example:
+        >>> import torch
+        >>> largest = Statistic("largest", 1, lambda P, M, R: M.abs().max())
+        >>> P, M = torch.eye(3)[:, :2], torch.ones(3, 4)
+        >>> make_sketch(P, M, (largest,)).scaled(2.0).statistics
+        {'largest': tensor(2.)}
+    """
+
+    name: str
+    degree: int
+    of: Callable[[Basis, Tensor, Tensor], Tensor]
+    estimate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+class Sketch(NamedTuple):
+    """What a step reads of a gradient M (p, q) with P (p, r).
+
+    Attributes:
+        low_rank: R = P^T M, (r, q); two-sided: P_out^T M P_in, (r, r).
+        statistics: By name. Those of no dimension may lie on the CPU.
+        degrees: Of the statistics in M, by name.
+
+    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
+    while P is fixed.
+    """
+
+    low_rank: Tensor
+    statistics: dict[str, Tensor]
+    degrees: dict[str, int]
+
+    def scaled(self, factor: float) -> Sketch:
+        """The sketch of `factor` M."""
+        scale = lambda x, degree: x * factor**degree
+        return self._each(scale)
+
+    def scale_(self, factor: Tensor) -> None:
+        """Makes this the sketch of `factor` M, in place."""
+
+        def scale(x: Tensor, degree: int) -> Tensor:
+            part = local(x)
+            part.mul_((factor**degree).to(part.device))
+            return x
+
+        self._each(scale)
+
+    def part(self, share: float) -> Sketch:
+        """What this sketch of one part adds to that of a sum of which M is a `share`.
+
+        R's add up to the sum's. Of each statistic, the mean over the parts stands in, where each
+        part is scaled up to a whole gradient by its share.
+        """
+        return self._each(lambda x, degree: x if share == 1 else _over(x, share, degree))
+
+    def add_(self, other: Sketch) -> Sketch:
+        """Adds another sketch, in place."""
+        for mine, its in zip(self.values(), other.values(), strict=True):
+            mine.add_(its)
+        return self
+
+    def values(self) -> list[Tensor]:
+        """R, then the statistics."""
+        return [self.low_rank, *self.statistics.values()]
+
+    def _each(self, function: Callable[[Tensor, int], Tensor]) -> Sketch:
+        statistics = {k: function(x, self.degrees[k]) for k, x in self.statistics.items()}
+        return self._replace(low_rank=function(self.low_rank, 1), statistics=statistics)
+
+
+def _over(x: Tensor, share: float, degree: int) -> Tensor:
+    return x if degree == 1 else x / share ** (degree - 1)
+
+
+class Needs(NamedTuple):
+    """What a rule reads of a gradient beside R.
+
+    Attributes:
+        statistics: At the steps at which the rule runs.
+        gradient: When it reads the gradient itself.
+        reason: Why it does; it becomes the error where only sketches are kept.
+        remedy: What to use there instead.
+    """
+
+    statistics: tuple[Statistic, ...] = ()
+    gradient: Literal["never", "at a refresh", "always"] = "never"
+    reason: str = ""
+    remedy: str = "another rule"
+
+
+def reading_gradient(needs: Iterable[Needs]) -> Needs | None:
+    """The needs of the first rule that reads the gradient at every step, if one does."""
+    return next((each for each in needs if each.gradient == "always"), None)
+
+
+def make_sketch(
+    basis: Basis,
+    matrix: Tensor,
+    statistics: Iterable[Statistic] = (),
+    reduce: Reduce | None = None,
+    known: Mapping[str, Tensor] | None = None,
+) -> Sketch:
+    """P and M -> the sketch of M.
+
+    Args:
+        basis: P.
+        matrix: M, or this process' part of a mean.
+        statistics: To take; each name once.
+        reduce: The mean over processes, if M is only a part. The parts are not reduced themselves:
+            R is reduced first, and each statistic as it says.
+        known: Values that the caller has already, by name; not of a part.
+    """
+    unique = {statistic.name: statistic for statistic in statistics}
+    degrees = {name: statistic.degree for name, statistic in unique.items()}
+    low_rank = low_rank_gradient(basis, matrix)
+    if reduce is None:
+        known = known or {}
+        values = {
+            name: known[name] if name in known else statistic.of(basis, matrix, low_rank)
+            for name, statistic in unique.items()
+        }
+        return Sketch(low_rank, values, degrees)
+    parts = {
+        name: reduce(
+            torch.stack(
+                [statistic.of(basis, matrix, low_rank), statistic.of(basis, low_rank, low_rank)]
+            )
+        )
+        for name, statistic in unique.items()
+        if statistic.estimate is not None
+    }
+    low_rank = reduce(low_rank)
+
+    def reduced(name: str, statistic: Statistic) -> Tensor:
+        if statistic.estimate is None:
+            return reduce(statistic.of(basis, matrix, low_rank))
+        mean, of_low_ranks = parts[name].unbind()
+        return statistic.estimate(mean, of_low_ranks, statistic.of(basis, low_rank, low_rank))
+
+    return Sketch(low_rank, {name: reduced(name, x) for name, x in unique.items()}, degrees)
+
+
+def as_in_subspace(mean: Tensor, of_low_ranks: Tensor, of_low_rank: Tensor) -> Tensor:
+    """The estimate of a squared norm: the mean is shorter than its parts as R is than the R_i.
+
+    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if the mean is shorter than its parts by as
+    much outside the subspace as inside it.
+    """
+    limits = torch.finfo(of_low_ranks.dtype)
+    is_normal = (limits.tiny <= of_low_ranks) & (of_low_ranks <= limits.max)
+    return mean * torch.where(is_normal, of_low_rank / of_low_ranks, 1)
+
+
+def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
+    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64.
+
+    R lies in memory as M does, in the order of the moments that it meets.
+    """
+    if isinstance(basis, TwoSided):
+        return product(product(basis.output.mT, matrix), basis.input)
+    if not matrix.is_contiguous() and matrix.mT.is_contiguous():
+        return product(matrix.mT, basis).mT
+    return product(basis.mT, matrix)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product of a and b.
+
+    Both inputs are read in the narrower of their dtypes and the products accumulated, and
+    returned, in float32 (float64 for float64). Sharded inputs: see `sharding.matmul`.
+    """
+    return matmul(a, b, _plain_product)
+
+
+def _plain_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == b.dtype == accumulator_dtype(a.dtype):
+        return a @ b
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    wide, a, b = accumulator_dtype(narrow), a.to(narrow), b.to(narrow)
+    if a.is_cuda and narrow != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+CORRELATION = Statistic("correlation", 2, lambda P, M, R: product(M, R.mT))
+"""A = M R^T, (p, r)."""
+
+SQUARED_NORM = Statistic("squared_norm", 2, lambda P, M, R: squared_norm(M), as_in_subspace)
+"""||M||_F^2, of no dimension."""
+
+COLUMN_ENERGIES = Statistic(
+    "column_energies", 2, lambda P, M, R: squared_columns(M), as_in_subspace
+)
+"""c_j = ||M_j||^2 of each column, (q,)."""
