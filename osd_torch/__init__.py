@@ -7,6 +7,7 @@ arXiv 2408.12857.
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_torch.optimizers import (
+    OnlineSubspaceDescent,
     SubspaceAdafactor,
     SubspaceAdamW,
     SubspaceAdamW8bit,
@@ -37,6 +38,7 @@ __all__ = [
     "Lift",
     "Lifted",
     "Needs",
+    "OnlineSubspaceDescent",
     "Seen",
     "Sketch",
     "Statistic",

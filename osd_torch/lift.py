@@ -7,11 +7,13 @@ product and adds it to W.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
+from osd_torch.numerics import check_number
 from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
 
 
@@ -62,12 +64,14 @@ class Lift(NamedTuple):
             returns, before the learning rate and Adam's bias correction; not to be written to.
         needs: The statistics that it reads at every step, and whether it reads the gradient.
         init: (a tensor like M, one like R) -> its state before the first step, by name.
+        name: For messages, and for a saved state to say what it was trained with.
 
     Example:
         >>> import torch
+        >>> import torch, osd_torch
         >>> signs = Lift(lambda direction, seen: Lifted(direction.sign()))
         >>> layer = torch.nn.Linear(8, 6, bias=False)
-        >>> optimizer = osd_torch.OSDAdamW(layer.parameters(), lr=0.1, rank=2, lift=signs)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.1, rank=2, lift=signs)
         >>> layer(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
     """
@@ -75,16 +79,30 @@ class Lift(NamedTuple):
     apply: Callable[[Tensor, Seen], Lifted]
     needs: Needs = Needs()
     init: Callable[[Tensor, Tensor], dict[str, Tensor]] = no_state
+    name: str = "a lift"
 
 
 def scaled(factor: float = 1.0) -> Lift:
-    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha)."""
-    return Lift(lambda direction, seen: Lifted(direction, scale=factor))
+    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha).
+
+    Raises:
+        ValueError: for a factor that is no finite number of at least 0.
+    """
+    check_number("factor", factor)
+    return Lift(functools.partial(_plain, factor), name=f"scaled({factor})")
+
+
+def _plain(factor: float, direction: Tensor, seen: Seen) -> Lifted:
+    return Lifted(direction, scale=factor)
 
 
 def sign_after_lift() -> Lift:
     """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it."""
-    return Lift(lambda direction, seen: Lifted(direction, then=lambda lifted: lifted.sign_()))
+    return Lift(_signed, name="sign_after_lift()")
+
+
+def _signed(direction: Tensor, seen: Seen) -> Lifted:
+    return Lifted(direction, then=Tensor.sign_)
 
 
 def lift(basis: Basis, direction: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import numbers
 from collections.abc import Iterator
 
 import torch
@@ -60,3 +62,10 @@ def float32_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def check_number(name: str, value: float | Tensor) -> None:
+    """Raises ValueError unless `value` is a finite number of at least 0."""
+    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}: expected a number of at least 0")

@@ -1,7 +1,8 @@
-"""The published names -> a built optimizer (`make_optimizer`), and the classes behind it.
+"""The optimizers: classes that compose a rule, a basis rule and a lift; and `make_optimizer`.
 
-Each class is a short composition: the rule of W; by its parameter groups' `proj_type` the
-projector that moves P; decoupled weight decay.
+Each class is a short composition: the rule of W; the basis rule, given as an object or by the
+published name in a parameter group; the lift; decoupled weight decay. `make_optimizer` parses the
+published names (`osd_names`) into them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,27 @@ import difflib
 import functools
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from osd_names import (
+    FULL_RANK_OPTIMIZERS,
+    LION_SIGNS,
+    MOVE_PROJECTOR,
+    OPTIMIZERS,
+    PROJ_TYPES,
+    PROJECTIONS,
+    SIDES,
+    SUBSPACE_OPTIMIZERS,
+    Side,
+    check_choice,
+    check_names,
+    check_read,
+)
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
 from osd_torch.lift import Lift, scaled, sign_after_lift
 from osd_torch.projectors import BasisRule, Order, check_period, online_pca, random, svd
@@ -31,7 +46,6 @@ from osd_torch.selection import (
 from osd_torch.sharding import is_distributed
 from osd_torch.subspace import (
     Group,
-    Side,
     SubspaceOptimizer,
     check_basis_dtype,
     check_dense,
@@ -43,32 +57,22 @@ from osd_torch.subspace import (
     resolve_side,
 )
 
-LionSign = Literal["lifted", "subspace"]
-MoveProjector = Literal["after", "before"]
+__all__ = [
+    "FULL_RANK_OPTIMIZERS", "PROJ_TYPES", "SUBSPACE_OPTIMIZERS", "FullRankAdam",
+    "OnlineSubspaceDescent", "PublishedOptimizer", "SubspaceAdafactor", "SubspaceAdamW",
+    "SubspaceAdamW8bit", "SubspaceLion", "make_optimizer",
+]  # fmt: skip
 
-SUBSPACE_OPTIMIZERS = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
-FULL_RANK_OPTIMIZERS = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
-SIDES_BY_PROJ_TYPE: dict[str, Side] = {
-    "std": "shorter",
-    "reverse_std": "longer",
-    "left": "output",
-    "right": "input",
-    "full": "both",
-    "random": "shorter",
-    "continuous": "shorter",
-    "continuous_adam8bit": "shorter",
-    "continuous_lion": "shorter",
-    "continuous_adafactor": "shorter",
-    "continuous_sgd": "shorter",
-}
-PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
-# The rule that moves P, and its weight decay in the release.
-PROJECTOR_RULES: dict[str, tuple[Rule, float]] = {
-    "continuous": (Adam(), 0.01),
-    "continuous_adam8bit": (Adam8bit(), 0.0),
-    "continuous_lion": (Lion(), 0.0),
-    "continuous_adafactor": (Adafactor(), 0.0),
-    "continuous_sgd": (SGD(), 0.0),
+LionSign = Literal["lifted", "subspace"]
+MoveProjector = Order
+
+# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
+PROJECTOR_RULES: dict[str, Rule] = {
+    "adam": Adam(),
+    "adam8bit": Adam8bit(),
+    "lion": Lion(),
+    "adafactor": Adafactor(),
+    "sgd": SGD(),
 }
 SUBSPACE_DEFAULTS: dict[str, Any] = {
     "rank": None,
@@ -84,6 +88,9 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "basis_dtype": None,
     "transport_moments": False,
     "seed": 0,
+    "basis": None,
+    "lift": None,
+    "side": None,
 }
 # The options of a group that say what its basis rule is.
 BASIS_OPTIONS = (
@@ -94,26 +101,54 @@ BASIS_OPTIONS = (
 SEEN = "seen_lr"
 
 
-class PublishedOptimizer(SubspaceOptimizer):
-    """A subspace optimizer whose groups name their projector as the release does.
+class Subspace(TypedDict, total=False):
+    """How matrices are projected: keywords of the optimizer classes.
 
-    A group with `rank` takes these further keys, of which `galore_torch` has the first three:
+    Attributes:
+        rank: Columns of P; at most min(m, n) are used. Given here and not in parameter groups, it
+            is that of the parameters that `select` takes; all others are trained at full rank.
+            Parameters without names are taken if they are matrices.
+        select: (name, parameter) -> whether it is projected. None: as in `make_optimizer`.
+        basis: The rule for P, such as `online_pca(Adam(), step_size=5e-3)`. None: with `rank`,
+            `online_pca()`; in groups of the published form, what `proj_type` names.
+        lift: What turns a direction into an update of W, such as `scaled(0.25)`. None: the class'
+            own.
+        side: The side of a matrix that P projects: "input", "output", "shorter" (ties: input),
+            "longer" (ties: output) or "both". None: "shorter", or that of `proj_type`.
+        transport_moments: Carry the moments of R over whenever P changes.
+        peak_lr: The peak of lr, which P's step size is relative to. None: a guess; see
+            `PublishedOptimizer`.
+        basis_dtype: Of P. None: float32, float64 for float64 parameters.
+        seed: Of rules that draw.
+    """
+
+    rank: int | None
+    select: Select | None
+    basis: BasisRule | None
+    lift: Lift | None
+    side: Side | None
+    transport_moments: bool
+    peak_lr: float | None
+    basis_dtype: torch.dtype | None
+    seed: int
+
+
+class PublishedOptimizer(SubspaceOptimizer):
+    """A subspace optimizer whose groups have their rules as objects, or by the release's names.
+
+    A group with `rank` takes the keys of `Subspace`, and in place of `basis`, `lift` and `side`
+    these, of which `galore_torch` has the first three:
 
         update_proj_gap         steps between refreshes for the SVD kinds and `random`; for online
                                 PCA, P's step size is 1 / update_proj_gap times lr / peak lr (200)
         scale                   multiplies the lifted update (1.0)
         proj_type               one of `PROJ_TYPES` ("std")
-        update_proj_every       online PCA moves P at every so manieth step only (1)
+        update_proj_every       online PCA moves P every `update_proj_every` steps (1)
         penalty                 weight of the orthogonality penalty in P's loss (0.0)
         projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
-        peak_lr                 the peak of lr, which P's step size is relative to; None: a guess
-                                (None)
         projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
-        basis_dtype             dtype of P; None: float32, float64 for float64 parameters (None)
-        transport_moments       carry the moments of R over whenever P changes (False)
-        seed                    of `random` (0)
 
     A key that is close to one of an optimizer's, and none, is taken for a mistake; others stay, for
     whoever put them there.
@@ -128,15 +163,30 @@ class PublishedOptimizer(SubspaceOptimizer):
     _has_named_peak = False  # of this object, which its state does not keep
     _has_mended_peak = False
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        super().__init__(params, {**SUBSPACE_DEFAULTS, **defaults})
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        rank: int | None = None,
+        select: Select | None = None,
+        **subspace: Any,
+    ) -> None:
+        for name in subspace.keys() - Subspace.__annotations__.keys():
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}")
+        if rank is not None:
+            subspace = {"basis": online_pca(), **subspace}
+            params = projected_groups(params, {"rank": rank, **subspace}, select)
+            subspace = {}
+        super().__init__(params, {**SUBSPACE_DEFAULTS, **subspace, **defaults})
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_spelling(group, self.defaults)
         super().check_group(group)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
-        check_choice("move_projector", group["move_projector"], get_args(MoveProjector))
+        check_choice("move_projector", group["move_projector"], MOVE_PROJECTOR)
+        check_objects(group)
         for name in ("update_proj_gap", "update_proj_every"):
             check_period(group[name], name)
         check_number("scale", group["scale"])
@@ -150,16 +200,16 @@ class PublishedOptimizer(SubspaceOptimizer):
             raise ValueError(f"peak_lr is {group['peak_lr']!r}: expected None or a number above 0")
 
     def side(self, group: Group, param: Tensor) -> Side:
-        """The side of a matrix (output, input) that P projects, by `proj_type`."""
-        return resolve_side(SIDES_BY_PROJ_TYPE[group["proj_type"]], param)
+        """The side of a matrix (output, input) that P projects, by `side` or `proj_type`."""
+        return resolve_side(side_of(group), param)
 
     def basis_rule(self, group: Group) -> BasisRule:
-        """The rule for P, by `proj_type`."""
-        return _basis_rule(*(group[name] for name in BASIS_OPTIONS))
+        """The rule for P, `basis` or what `proj_type` names."""
+        return group["basis"] or _basis_rule(*(group[name] for name in BASIS_OPTIONS))
 
     def lift(self, group: Group) -> Lift:
-        """The plain lift, times `scale`."""
-        return _scaled(group["scale"])
+        """The group's `lift`, or the plain one times `scale`."""
+        return group["lift"] or _scaled(group["scale"])
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters, projected if it has a `rank`; raises as the class does."""
@@ -169,15 +219,18 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def observe(self, group: Group) -> None:
         """Guesses the peak of the group's learning rate, where it is read and not given."""
-        is_online = group["rank"] is not None and group["proj_type"] in PROJECTOR_RULES
-        if not is_online or group["peak_lr"] is not None or group["projector_lr_multiple"]:
+        if group["rank"] is None or group["peak_lr"] is not None:
+            return
+        rule = self.basis_rule(group)
+        reads_peak = group["basis"] is None or not callable(rule.step_size)
+        if rule.gradient is None or not reads_peak or group["projector_lr_multiple"]:
             return
         before, group[SEEN] = group[SEEN], seen_rates(group)
         peak = group[SEEN]["peak"]
         if not self._has_named_peak:
             self._has_named_peak = True
             log.info(
-                "P's step size is lr / peak / update_proj_gap; the peak of lr is guessed to be %g. "
+                "P's step size follows lr / peak; the peak of lr is guessed to be %g. "
                 "peak_lr= gives it",
                 peak,
             )
@@ -187,18 +240,21 @@ class PublishedOptimizer(SubspaceOptimizer):
             self._has_mended_peak = True
             log.warning(
                 "the peak of lr was guessed to be %g, and is %g by the rates seen so far: P's step "
-                "size, lr / peak / update_proj_gap, follows it. peak_lr= gives it",
+                "size, which follows lr / peak, changes with it. peak_lr= gives it",
                 before["peak"],
                 peak,
             )
 
     def projector_lr(self, group: Group) -> float:
         """P's step size: the release's, or a multiple of lr as in the paper."""
-        lr = float(group["lr"])
+        lr, rule = float(group["lr"]), group["basis"]
+        if rule is not None and callable(rule.step_size):
+            return rule.step_size(lr)
         if group["projector_lr_multiple"] is not None:
             return group["projector_lr_multiple"] * lr
         peak = seen_rates(group)["peak"] if group["peak_lr"] is None else float(group["peak_lr"])
-        return (lr / peak if peak else 1.0) / group["update_proj_gap"]
+        ratio = lr / peak if peak else 1.0
+        return ratio / group["update_proj_gap"] if rule is None else ratio * rule.step_size
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, a pickle of an earlier version too."""
@@ -217,12 +273,11 @@ def _basis_rule(
     proj_type: str, gap: int, every: int, penalty: float, weight_decay: float | None, order: Order
 ) -> BasisRule:
     """The rule for P that `BASIS_OPTIONS` describe."""
-    if proj_type == "random":
-        return random(gap)
-    if proj_type not in PROJECTOR_RULES:
-        return svd(gap)
-    rule, release_decay = PROJECTOR_RULES[proj_type]
-    decay = release_decay if weight_decay is None else weight_decay
+    named = PROJECTIONS[proj_type]
+    if named.basis != "online_pca":
+        return random(gap) if named.basis == "random" else svd(gap)
+    decay = named.weight_decay if weight_decay is None else weight_decay
+    rule = PROJECTOR_RULES[named.rule]
     return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
 
 
@@ -285,25 +340,41 @@ class SubspaceAdamW(PublishedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, times lr.
+        **subspace: See `Subspace`.
 
     Raises:
         ValueError: for an option out of range, a dtype that is not float32, bfloat16 or float64,
             or a projected parameter that is not a matrix.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> from osd_torch.rules import Adam
+        >>> model = torch.nn.Sequential()
+        >>> model.add_module("mlp", torch.nn.Linear(24, 16))
+        >>> optimizer = osd_torch.SubspaceAdamW(
+        ...     model.named_parameters(), lr=0.01, betas=(0.9, 0.95), rank=4,
+        ...     basis=osd_torch.online_pca(Adam(), step_size=5e-3, penalty=0.1))
+        >>> model(torch.ones(2, 24)).square().sum().backward()
+        >>> optimizer.step()
+        >>> osd_torch.projectors(optimizer)["mlp.weight"].shape
+        torch.Size([16, 4])
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        **subspace: Unpack[Subspace],
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
@@ -320,11 +391,12 @@ class SubspaceLion(PublishedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
         betas: Weight of the moment in the direction, and its decay.
         weight_decay: Decoupled, times lr.
         lion_sign: "lifted": the sign is taken after the lift, so that `scale` has no effect (the
             release); "subspace": of the low-rank direction, then lifted (the paper).
+        **subspace: See `Subspace`.
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
@@ -333,19 +405,19 @@ class SubspaceLion(PublishedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-4,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         lion_sign: LionSign = "lifted",
+        **subspace: Unpack[Subspace],
     ) -> None:
-        super().__init__(
-            params, dict(lr=lr, betas=betas, weight_decay=weight_decay, lion_sign=lion_sign)
-        )
+        defaults = dict(lr=lr, betas=betas, weight_decay=weight_decay, lion_sign=lion_sign)
+        super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
-        check_choice("lion_sign", group["lion_sign"], get_args(LionSign))
+        check_choice("lion_sign", group["lion_sign"], LION_SIGNS)
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
@@ -355,7 +427,9 @@ class SubspaceLion(PublishedOptimizer):
 
     def lift(self, group: Group) -> Lift:
         """W <- W - lr * sign(P D), or the plain lift of signs; see `lion_sign`."""
-        return super().lift(group) if group["lion_sign"] == "subspace" else _sign_after_lift()
+        if group["lift"] is not None or group["lion_sign"] == "subspace":
+            return super().lift(group)
+        return _sign_after_lift()
 
 
 class SubspaceAdafactor(PublishedOptimizer):
@@ -365,12 +439,13 @@ class SubspaceAdafactor(PublishedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
         beta1: Decay of the first moment; None: no first moment.
         eps: Added to the squared gradient.
         clip_threshold: The largest root mean square of an update before lr.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
         weight_decay: Decoupled, times lr.
+        **subspace: See `Subspace`.
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
@@ -381,15 +456,17 @@ class SubspaceAdafactor(PublishedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         beta1: float | None = None,
         eps: float = 1e-30,
         clip_threshold: float = 1.0,
         decay_rate: float = -0.8,
         weight_decay: float = 0.0,
+        **subspace: Unpack[Subspace],
     ) -> None:
         rule = Adafactor(beta1, eps, clip_threshold, decay_rate)
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule)))
+        defaults = dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule))
+        super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
@@ -407,28 +484,31 @@ class SubspaceAdamW8bit(PublishedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, times lr.
         min_8bit_size: State of fewer values is kept in float32.
+        **subspace: See `Subspace`.
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
-        ImportError: at the first step, if bitsandbytes is not installed.
+        ImportError: if bitsandbytes is not installed.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         min_8bit_size: int = 4096,
+        **subspace: Unpack[Subspace],
     ) -> None:
         rule = Adam8bit(betas, eps, min_8bit_size)
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule)))
+        defaults = dict(lr=lr, weight_decay=weight_decay, **dataclasses.asdict(rule))
+        super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
@@ -438,6 +518,59 @@ class SubspaceAdamW8bit(PublishedOptimizer):
     def rule(self, group: Group) -> Adam8bit:
         """Adam with moments in 8 bits."""
         return Adam8bit(tuple(group["betas"]), group["eps"], group["min_8bit_size"])
+
+
+class OnlineSubspaceDescent(PublishedOptimizer):
+    """Any rule of W in a subspace; weight decay after the update.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate; the peak, if a schedule changes it. A number or a tensor.
+        rule: Turns R into a direction, and the gradient of a parameter that is not projected, such
+            as `osd_torch.rules.Adam(betas=(0.9, 0.95))`, or a `Rule` of your own.
+        weight_decay: Decoupled, times lr.
+        **subspace: See `Subspace`.
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`, and for a `rule` that is none.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> from osd_torch.rules import SGD, Lion
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.OnlineSubspaceDescent(
+        ...     layer.parameters(), lr=0.1, rule=Lion(), rank=2, side="output",
+        ...     basis=osd_torch.online_pca(SGD(), step_size=lambda lr: 5 * lr),
+        ...     lift=osd_torch.scaled(0.25))
+        >>> layer(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> [tuple(P.shape) for P in osd_torch.projectors(optimizer).values()]
+        [(6, 2)]
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        rule: Rule,
+        weight_decay: float = 0.0,
+        **subspace: Unpack[Subspace],
+    ) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, rule=rule), **subspace)
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        if not callable(getattr(group["rule"], "step", None)):
+            raise ValueError(
+                f"rule is {group['rule']!r}: expected a Rule, such as osd_torch.rules.Adam()"
+            )
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """The group's."""
+        rule: Rule = group["rule"]
+        return rule
 
 
 class FullRankAdam(PublishedOptimizer):
@@ -462,7 +595,7 @@ class FullRankAdam(PublishedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -492,13 +625,16 @@ def make_optimizer(
     optimizer: str,
     proj_type: str = "std",
     *,
-    lr: float,
+    lr: float | Tensor,
     rank: int = 128,
     update_proj_gap: int = 200,
     update_proj_every: int = 1,
     scale: float = 1.0,
     weight_decay: float = 0.0,
+    no_decay: Select | None = None,
     beta1: float | None = None,
+    beta2: float | None = None,
+    eps: float | None = None,
     select: Select | None = None,
     seed: int = 0,
     penalty: float = 0.0,
@@ -508,6 +644,7 @@ def make_optimizer(
     lion_sign: LionSign = "lifted",
     move_projector: MoveProjector = "after",
     basis_dtype: torch.dtype | None = None,
+    transport_moments: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds an optimizer by its published name.
 
@@ -524,7 +661,7 @@ def make_optimizer(
             every `update_proj_gap` steps), `random` (drawn as often), or online PCA by AdamW
             (`continuous`), `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`,
             `continuous_sgd`.
-        lr: Learning rate; the peak, if a scheduler changes it.
+        lr: Learning rate, a number or a tensor; the peak, if a scheduler changes it.
         rank: Columns of P; at most min(m, n) are used.
         update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA,
             P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
@@ -535,7 +672,11 @@ def make_optimizer(
         weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers
             and `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the
             gradient.
-        beta1: First moment of `galore_adafactor` and `adafactor`. None: none.
+        no_decay: (name, parameter) -> whether it has no weight decay. None: all have it.
+        beta1: Decay of the first moment, and of Lion's moment in the direction. None: 0.9, and no
+            first moment for Adafactor.
+        beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
+        eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
         select: (name, parameter) -> whether it is projected, such as `select_linear(model)`. None:
             the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in
             their name, but no embeddings, tables, heads and routers. The log (`osd_torch`) says
@@ -549,6 +690,8 @@ def make_optimizer(
         lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
         move_projector: Whether P moves after W's step or before it.
         basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+        transport_moments: Carry the moments of R over whenever P changes (arXiv 2410.16103), in
+            place of reading them as moments of the new R.
 
     Returns:
         A `torch.optim.Optimizer`. A step with any non-finite gradient changes nothing and is
@@ -569,34 +712,45 @@ def make_optimizer(
         >>> list(osd_torch.projectors(optimizer))
         ['mlp.weight']
     """
-    check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
-    check_choice("proj_type", proj_type, PROJ_TYPES)
-    check_choice("lion_sign", lion_sign, get_args(LionSign))
-    check_choice("move_projector", move_projector, get_args(MoveProjector))
+    check_names(optimizer, proj_type)
+    check_choice("lion_sign", lion_sign, LION_SIGNS)
+    check_choice("move_projector", move_projector, MOVE_PROJECTOR)
     check_rank(rank)
     check_period(update_proj_gap)
     check_period(update_proj_every, "update_proj_every")
     check_seed(seed)
     check_number("lr", lr)
-    if select is not None and not callable(select):
-        raise ValueError(
-            f"select is {select!r}: expected a function (name, parameter) -> whether to project it"
-        )
-    is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
-    _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
-    _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
-    for name, value, default in (
-        ("update_proj_every", update_proj_every, 1),
-        ("penalty", penalty, 0.0),
-        ("projector_lr_multiple", projector_lr_multiple, None),
-        ("projector_weight_decay", projector_weight_decay, None),
-        ("peak_lr", peak_lr, None),
-        ("move_projector", move_projector, "after"),
-    ):
-        _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if beta is not None:
+            check_beta(name, beta)
+    if eps is not None:
+        check_number("eps", eps)
+    for name, function in (("select", select), ("no_decay", no_decay)):
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"{name} is {function!r}: expected a function (name, parameter) -> bool"
+            )
+    check_read(
+        optimizer,
+        proj_type,
+        {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "lion_sign": lion_sign,
+            "transport_moments": transport_moments,
+            "update_proj_every": update_proj_every,
+            "penalty": penalty,
+            "projector_lr_multiple": projector_lr_multiple,
+            "projector_weight_decay": projector_weight_decay,
+            "peak_lr": peak_lr,
+            "move_projector": move_projector,
+        },
+    )
     named_parameters = list(named_parameters)
     trained = trained_parameters(named_parameters)
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    common |= rule_options(OPTIMIZERS[optimizer].rule, optimizer, beta1, beta2, eps)
     for name, param in trained:
         check_dtype(name, param)
     if optimizer == "adam8bit" and any(is_distributed(param) for _, param in trained):
@@ -605,7 +759,7 @@ def make_optimizer(
             "these are DTensors: choose galore_adamw8bit or adamw, or do not shard the model"
         )
     if optimizer in FULL_RANK_OPTIMIZERS:
-        return _full_rank(optimizer, trained, common, beta1)
+        return _full_rank(optimizer, split_by_decay([{"params": trained}], no_decay), common)
 
     kinds = Kinds(name for name, _ in named_parameters)
     chosen = select or kinds.selects
@@ -632,17 +786,18 @@ def make_optimizer(
         "peak_lr": peak_lr,
         "move_projector": move_projector,
         "basis_dtype": basis_dtype,
+        "transport_moments": transport_moments,
         "seed": seed,
     }
     groups: list[Group] = [{"params": projected, **options}, {"params": others}]
-    groups = [group for group in groups if group["params"]]
+    groups = split_by_decay([group for group in groups if group["params"]], no_decay)
     match optimizer:
         case "galore_adamw":
             return SubspaceAdamW(groups, **common)
         case "galore_lion":
             return SubspaceLion(groups, **common, lion_sign=lion_sign)
         case "galore_adafactor":
-            return SubspaceAdafactor(groups, **common, beta1=beta1)
+            return SubspaceAdafactor(groups, **common)
         case "galore_adamw8bit":
             return SubspaceAdamW8bit(groups, **common)
     raise AssertionError(optimizer)
@@ -673,16 +828,92 @@ def trained_parameters(
     return trained
 
 
+def rule_options(
+    rule: str, optimizer: str, beta1: float | None, beta2: float | None, eps: float | None
+) -> dict[str, Any]:
+    """`make_optimizer`'s options of the rule of W as its class takes them."""
+    if rule == "adafactor":
+        return {"beta1": beta1}
+    if rule == "sgd":
+        return {}
+    second = 0.99 if rule == "lion" else 0.999
+    betas = (0.9 if beta1 is None else beta1, second if beta2 is None else beta2)
+    if rule == "lion":
+        return {"betas": betas}
+    default = 1e-6 if optimizer == "galore_adamw" else 1e-8
+    return {"betas": betas, "eps": default if eps is None else eps}
+
+
+def split_by_decay(groups: Sequence[Group], no_decay: Select | None) -> list[Group]:
+    """Groups of (name, parameter) pairs, each split in two where some have no weight decay."""
+    if no_decay is None:
+        return list(groups)
+    found = []
+    for group in groups:
+        pairs, named = group["params"], {name: no_decay(name, x) for name, x in group["params"]}
+        parts: tuple[Group, Group] = (
+            {**group, "params": [pair for pair in pairs if not named[pair[0]]]},
+            {**group, "params": [pair for pair in pairs if named[pair[0]]], "weight_decay": 0.0},
+        )
+        found += [part for part in parts if part["params"]]
+    return found
+
+
+def projected_groups(
+    params: ParamsT, subspace: dict[str, Any], select: Select | None
+) -> list[Group]:
+    """Parameters or (name, parameter) pairs as groups: the projected ones, and all others.
+
+    Args:
+        params: No groups: those say themselves which are projected.
+        subspace: Of the projected group.
+        select: (name, parameter) -> whether it is projected. None: by name as `make_optimizer`
+            does; without names every matrix.
+
+    Raises:
+        ValueError: for groups.
+    """
+    given = list(params)
+    if any(isinstance(item, dict) for item in given):
+        raise ValueError(
+            "rank is given, and params are groups: put rank, basis, lift and side into the groups "
+            "that are to be projected"
+        )
+    pairs: list[Any] = given
+    has_names = all(isinstance(item, tuple) for item in given)
+    if has_names:
+        kinds = Kinds(name for name, _ in pairs)
+        chosen = select or kinds.selects
+    else:
+        pairs = [("", param) for param in given]
+        chosen = select or (lambda name, param: param.ndim == 2)
+    projected = [pair for pair in pairs if chosen(*pair)]
+    others = [pair for pair in pairs if not chosen(*pair)]
+    if has_names:
+        by_us = select is None or isinstance(select, LinearSelection)
+        names = {name for name, _ in projected}
+        trained = [pair for pair in pairs if pair[1].requires_grad]
+        say_what_is_projected(trained, names, kinds=kinds, rank=subspace["rank"], chosen_here=by_us)
+    bare = lambda pairs: pairs if has_names else [param for _, param in pairs]
+    groups = [{"params": bare(projected), **subspace}, {"params": bare(others)}]
+    return [group for group in groups if group["params"]]
+
+
 def _full_rank(
-    optimizer: str,
-    params: list[tuple[str, Tensor]],
-    common: dict[str, Any],
-    beta1: float | None,
+    optimizer: str, groups: list[Group], common: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    is_narrow = any(param.dtype == torch.bfloat16 for _, param in params)
+    is_narrow = any(
+        param.dtype == torch.bfloat16 for group in groups for _, param in group["params"]
+    )
+    params: Any = groups if len(groups) > 1 else groups[0]["params"] if groups else []
+    if len(groups) == 1 and "weight_decay" in groups[0]:
+        params = groups
     match optimizer:
         case "adam" if is_narrow:
-            return FullRankAdam(params, lr=common["lr"], l2=common["weight_decay"])
+            decay = common.pop("weight_decay")
+            for group in groups:
+                group["l2"] = group.pop("weight_decay", decay)
+            return FullRankAdam(groups, **common)
         case "adamw" if is_narrow:
             return FullRankAdam(params, **common)
         case "adam":
@@ -696,7 +927,7 @@ def _full_rank(
         case "lion":
             return SubspaceLion(params, **common)
         case "adafactor":
-            return SubspaceAdafactor(params, **common, beta1=beta1)
+            return SubspaceAdafactor(params, **common)
     raise AssertionError(optimizer)
 
 
@@ -749,16 +980,31 @@ class TorchSGD(_SkipsNonFinite, torch.optim.SGD):
     """`torch.optim.SGD`, which skips steps with a non-finite gradient."""
 
 
-def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -> None:
-    """Raises ValueError for an argument that would be silently ignored."""
-    if not is_used and value != default:
-        raise ValueError(f"{name} is {value!r}: only {user} reads it; leave it out")
+def side_of(group: Group) -> Side:
+    """The side that a group's P projects, before it is known which is shorter."""
+    if group["side"] is not None:
+        return group["side"]
+    return "shorter" if group["basis"] is not None else PROJECTIONS[group["proj_type"]].side
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+def check_objects(group: Group) -> None:
+    """Raises ValueError for a `basis`, `lift` or `side` that is none."""
+    for name, kind, example in (
+        ("basis", BasisRule, "online_pca(Adam(), step_size=5e-3)"),
+        ("lift", Lift, "scaled(0.25)"),
+    ):
+        if group[name] is not None and not isinstance(group[name], kind):
+            raise ValueError(
+                f"{name} is {group[name]!r}: expected None or a {kind.__name__}, such as "
+                f"osd_torch.{example}"
+            )
+    if group["side"] is not None:
+        check_choice("side", group["side"], SIDES)
+    if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:
+        raise ValueError(
+            f"side is 'both', and basis is {group['basis'].name}, which moves one basis: use "
+            "svd(...) or random(...), or one side"
+        )
 
 
 def check_seed(seed: int) -> None:

@@ -7,6 +7,7 @@ and no SVD after the first step.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from osd_torch.numerics import accumulator_dtype, float32_or_more, has_direction
-from osd_torch.rules import Rule, State
+from osd_names import MOVE_PROJECTOR, check_choice
+from osd_torch.numerics import accumulator_dtype, check_number, float32_or_more, has_direction
+from osd_torch.rules import Adam, Rule, State
 from osd_torch.sharding import local, parted_like, squared_norm, whole
 from osd_torch.sketch import (
     CORRELATION,
@@ -32,6 +34,8 @@ FROM_SVD = "P is set from the gradient's singular vectors"
 Order = Literal["after", "before"]
 Each = Callable[[Callable[[Tensor, Any], Any], Tensor, Any], Any]
 FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
+StepSize = float | Callable[[float], float]
+_ADAM = Adam()
 
 
 class Clock(NamedTuple):
@@ -76,14 +80,16 @@ class BasisRule(NamedTuple):
         two_sided: Whether it serves side "both".
         order: Whether P moves "after" W's step, or "before" it, where R is taken again with the new
             P.
+        step_size: Of P at the peak of lr, which it follows; or a function of lr.
+        name: For messages, and for a saved state to say what it was trained with.
 
     Example:
-        >>> import torch
+        >>> import torch, osd_torch
         >>> corner = BasisRule(
         ...     Clock(refresh_every=100),
         ...     lambda matrix, old, side, key, each: torch.eye(*old.shape, dtype=old.dtype))
         >>> layer = torch.nn.Linear(8, 6, bias=False)
-        >>> optimizer = osd_torch.OSDAdamW(layer.parameters(), lr=0.1, rank=2, basis=corner)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.1, rank=2, basis=corner)
         >>> layer(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
         >>> (layer.weight != 0).sum().item() > 0
@@ -98,6 +104,8 @@ class BasisRule(NamedTuple):
     weight_decay: float = 0.0
     two_sided: bool = False
     order: Order = "after"
+    step_size: StepSize = 0.005
+    name: str = "a basis rule"
 
     def init(self, basis: Basis, side: str) -> dict[str, Tensor]:
         """The state of P's optimizer before its first step."""
@@ -135,8 +143,9 @@ class BasisRule(NamedTuple):
 
 
 def online_pca(
-    optimizer: Rule,
+    optimizer: Rule = _ADAM,
     *,
+    step_size: StepSize = 0.005,
     penalty: float = 0.0,
     weight_decay: float = 0.0,
     order: Order = "after",
@@ -151,8 +160,9 @@ def online_pca(
     first step, it waits for the first gradient that has a direction.
 
     Args:
-        optimizer: The rule of P's step. It counts its own steps, of which step `every` of W, from
-            0, is the first.
+        optimizer: The rule of P's step. Its first step is the first after P was set.
+        step_size: P's at the peak of lr, which it follows (in the release 1 / update_proj_gap); or
+            a function of lr, such as `lambda lr: 5 * lr` (the paper's).
         penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
         weight_decay: Decoupled, of P, before the step.
         order: "before": P moves before W's step, and R is taken again with the new P.
@@ -160,13 +170,15 @@ def online_pca(
             and its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
 
     Raises:
-        ValueError: for a negative penalty or weight decay, or a period below 1.
+        ValueError: for a negative penalty, weight decay or step size, an unknown order, or a period
+            below 1.
     """
     check_period(every, "update_proj_every")
-    for name, value in (("penalty", penalty), ("projector_weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
-
+    check_choice("order", order, MOVE_PROJECTOR)
+    check_number("penalty", penalty)
+    check_number("projector_weight_decay", weight_decay)
+    if not callable(step_size):
+        check_number("step_size", step_size)
     needs = Needs((CORRELATION, SQUARED_NORM), "at a refresh", FROM_SVD)
     if order == "before":
         needs = needs._replace(
@@ -179,10 +191,13 @@ def online_pca(
         clock=Clock(move_every=every),
         fresh=leading_singular_vectors,
         needs=needs,
-        gradient=lambda basis, sketch: online_pca_gradient(basis, sketch, penalty),
+        gradient=functools.partial(online_pca_gradient, penalty=penalty),
         optimizer=optimizer,
         weight_decay=weight_decay,
         order=order,
+        step_size=step_size,
+        name=f"online_pca({optimizer!r}, penalty={penalty}, weight_decay={weight_decay}, "
+        f"order={order!r}, every={every})",
     )
 
 
@@ -221,7 +236,9 @@ def svd(every: int) -> BasisRule:
     """
     check_period(every)
     needs = Needs((), "at a refresh", FROM_SVD)
-    return BasisRule(Clock(every), leading_singular_vectors, needs, two_sided=True)
+    return BasisRule(
+        Clock(every), leading_singular_vectors, needs, two_sided=True, name=f"svd({every})"
+    )
 
 
 def random(every: int) -> BasisRule:
@@ -233,22 +250,20 @@ def random(every: int) -> BasisRule:
     Raises:
         ValueError: for a period below 1.
     """
-
-    def fresh(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-
-        def draw(old: Tensor) -> Tensor:
-            wide = accumulator_dtype(old.dtype)
-            gaussian = torch.randn(old.shape, generator=generator, dtype=wide, device="cpu")
-            u = torch.linalg.svd(gaussian, full_matrices=False)[0]
-            return _leading(u, old).to(matrix.device)
-
-        if isinstance(old, TwoSided):
-            return TwoSided(draw(old.output), draw(old.input))
-        return draw(old)
-
     check_period(every)
-    return BasisRule(Clock(every), fresh, two_sided=True)
+    return BasisRule(Clock(every), drawn, two_sided=True, name=f"random({every})")
+
+
+def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
+    """The left singular vectors of a Gaussian matrix of P's shape; see `BasisRule.fresh`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+    def draw(old: Tensor) -> Tensor:
+        wide = accumulator_dtype(old.dtype)
+        gaussian = torch.randn(old.shape, generator=generator, dtype=wide, device="cpu")
+        return _leading(torch.linalg.svd(gaussian, full_matrices=False)[0], old).to(matrix.device)
+
+    return TwoSided(*map(draw, old)) if isinstance(old, TwoSided) else draw(old)
 
 
 def check_period(every: int, name: str = "update_proj_gap") -> None:

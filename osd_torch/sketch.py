@@ -222,13 +222,23 @@ def _plain_product(a: Tensor, b: Tensor) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
-CORRELATION = Statistic("correlation", 2, lambda P, M, R: product(M, R.mT))
+def _correlation(basis: Basis, matrix: Tensor, low_rank: Tensor) -> Tensor:
+    return product(matrix, low_rank.mT)
+
+
+def _squared_norm(basis: Basis, matrix: Tensor, low_rank: Tensor) -> Tensor:
+    return squared_norm(matrix)
+
+
+def _squared_columns(basis: Basis, matrix: Tensor, low_rank: Tensor) -> Tensor:
+    return squared_columns(matrix)
+
+
+CORRELATION = Statistic("correlation", 2, _correlation)
 """A = M R^T, (p, r)."""
 
-SQUARED_NORM = Statistic("squared_norm", 2, lambda P, M, R: squared_norm(M), as_in_subspace)
+SQUARED_NORM = Statistic("squared_norm", 2, _squared_norm, as_in_subspace)
 """||M||_F^2, of no dimension."""
 
-COLUMN_ENERGIES = Statistic(
-    "column_energies", 2, lambda P, M, R: squared_columns(M), as_in_subspace
-)
-"""c_j = ||M_j||^2 of each column, (q,)."""
+COLUMN_ENERGIES = Statistic("column_energies", 2, _squared_columns, as_in_subspace)
+"""c_j = ||M_j||^2 of each column, (q,); for P on one side."""

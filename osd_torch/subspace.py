@@ -23,19 +23,24 @@ sides (output, input). P has shape (p, r), and its columns are the basis.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-import math
-import numbers
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
+from osd_names import Side
 from osd_torch.lift import Lift, Lifted, Seen, lift
-from osd_torch.numerics import accumulator_dtype, has_direction, without_autocast
+from osd_torch.numerics import (
+    accumulator_dtype,
+    check_number,
+    has_direction,
+    without_autocast,
+)
 from osd_torch.projectors import MOVE, REFRESH, BasisRule, on_whole_matrix, to_matrix
 from osd_torch.rules import Change, Rule
 from osd_torch.sharding import (
@@ -47,6 +52,7 @@ from osd_torch.sharding import (
     local,
     means_of,
     on_host,
+    placed_like,
     shape_of,
     squared_norm,
     squared_norms,
@@ -65,7 +71,6 @@ from osd_torch.sketch import (
     reading_gradient,
 )
 
-Side = Literal["shorter", "longer", "input", "output", "both"]
 Group = dict[str, Any]
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
 # Of the names, in a parameter's state, of what P's optimizer keeps, and of what the lift keeps.
@@ -73,9 +78,13 @@ PREFIX, LIFT_PREFIX = "projector_", "lift_"
 # Options of the rules of W: by these the groups of one optimizer differ from another's.
 RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
+    "rule",
 )  # fmt: skip
 # Options that are younger than some saved states, and what those were trained with.
-LATER_OPTIONS = {"update_proj_every": 1, "transport_moments": False}
+LATER_OPTIONS = {
+    "update_proj_every": 1, "transport_moments": False, "basis": None, "lift": None, "side": None,
+}  # fmt: skip
+OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by their names
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
 # State that lies on the CPU, where reading it costs no synchronisation.
 ON_HOST = ("step", "set_at")
@@ -571,6 +580,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         keep = 1 - float(group["lr"]) * group["weight_decay"]
         return (-rate if self.decays_first else -rate * keep), keep
 
+    def state_dict(self) -> StateDict:
+        """As in torch; rules that are objects are saved by their names."""
+        state_dict = super().state_dict()
+        groups = [{k: described(k, x) for k, x in g.items()} for g in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restores what `state_dict` returned, to continue bit for bit.
 
@@ -584,6 +599,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 difference. Nothing is changed.
         """
         groups = [{**LATER_OPTIONS, **group} for group in state_dict["param_groups"]]
+        groups = with_objects(self, groups)
         state_dict = {**state_dict, "param_groups": groups}
         states = {index: completed(state) for index, state in state_dict["state"].items()}
         state_dict = {**state_dict, "state": states}
@@ -685,6 +701,30 @@ def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, "set_at": step_number(0)}
 
 
+def described(option: str, value: Any) -> Any:
+    """An option of a group as it is saved: a rule by its name, all else as it is."""
+    if option not in OBJECTS or value is None or isinstance(value, str):
+        return value
+    return getattr(value, "name", None) or repr(value)
+
+
+def with_objects(optimizer: SubspaceOptimizer, saved: list[Group]) -> list[Group]:
+    """Saved groups with the optimizer's own objects in the place of their names.
+
+    Raises:
+        ValueError: where a name is another one's.
+    """
+    groups = []
+    for i, group in enumerate(saved):
+        own = optimizer.param_groups[i] if i < len(optimizer.param_groups) else {}
+        for option in OBJECTS:
+            there, here = described(option, group.get(option)), described(option, own.get(option))
+            if there != here:
+                refuse_state(optimizer, f"the option {option!r} of group {i}", there, here)
+        groups.append({**group, **{k: own[k] for k in OBJECTS if k in group and k in own}})
+    return groups
+
+
 def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What a parameter's state keeps under names with a prefix, by the rest of the name."""
     named = [(name, x) for name, x in state.items() if name.startswith(prefix)]
@@ -699,15 +739,17 @@ def state_kinds(
     return {name: (x.shape, x.dtype) for name, x in optimizer.init_state(group, like).items()}
 
 
+def refuse_state(optimizer: SubspaceOptimizer, what: str, there: object, here: object) -> None:
+    """Raises ValueError: a saved state differs from the optimizer that it is loaded into."""
+    raise ValueError(
+        f"the state is of another optimizer or model: {what} is {there} there and {here} in "
+        f"this {type(optimizer).__name__}; build it as it was built when the state was saved"
+    )
+
+
 def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
     """Raises ValueError unless a `state_dict` is of such an optimizer with such parameters."""
-
-    def refuse(what: str, there: object, here: object) -> None:
-        raise ValueError(
-            f"the state is of another optimizer or model: {what} is {there} there and {here} in "
-            f"this {type(optimizer).__name__}; build it as it was built when the state was saved"
-        )
-
+    refuse = functools.partial(refuse_state, optimizer)
     kept, own = state_dict["param_groups"], optimizer.param_groups
     if len(kept) != len(own):
         refuse("the number of parameter groups", len(kept), len(own))
@@ -801,7 +843,7 @@ def update_of(basis: Basis, lifted: Lifted) -> Tensor:
     else:
         update = lift(basis, lifted.low_rank)
         if lifted.rest is not None:
-            local(update).add_(local(lifted.rest))
+            local(update).add_(local(placed_like(lifted.rest, update)))
     return update if lifted.then is None else lifted.then(update)
 
 
@@ -948,13 +990,6 @@ def check_rank(rank: int) -> None:
     """Raises ValueError unless `rank` is a whole number of at least 1."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
-
-
-def check_number(name: str, value: float | Tensor) -> None:
-    """Raises ValueError unless `value` is a finite number of at least 0."""
-    is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
 
 
 def needs_of(optimizer: SubspaceOptimizer, group: Group) -> list[Needs]:
