@@ -99,8 +99,11 @@ def _rule_is(*rules: str) -> Callable[[str, str], bool]:
     return lambda optimizer, proj_type: OPTIMIZERS[optimizer].rule in rules
 
 
-_PROJECTED = Reader("a galore_* optimizer", lambda optimizer, _: OPTIMIZERS[optimizer].is_projected)
-_ONLINE = Reader("online PCA (a galore_* optimizer, proj_type continuous...)", is_online)
+_MOMENTS = Reader(
+    "galore_adamw, galore_adamw8bit or galore_lion (not Adafactor: its second moment is factored)",
+    lambda optimizer, _: optimizer in ("galore_adamw", "galore_lion", "galore_adamw8bit"),
+)
+_ONLINE = Reader("online PCA (a galore_* optimizer with a continuous* proj_type)", is_online)
 _LION = Reader("galore_lion", lambda optimizer, _: optimizer == "galore_lion")
 _ADAM = ("adam", "adamw", "adam8bit")
 
@@ -110,7 +113,7 @@ OPTIONS: dict[str, tuple[Any, Reader]] = {
     "beta2": (None, Reader("Adam or Lion", _rule_is(*_ADAM, "lion"))),
     "eps": (None, Reader("Adam", _rule_is(*_ADAM))),
     "lion_sign": ("lifted", _LION),
-    "transport_moments": (False, _PROJECTED),
+    "transport_moments": (False, _MOMENTS),
     "update_proj_every": (1, _ONLINE),
     "penalty": (0.0, _ONLINE),
     "projector_lr_multiple": (None, _ONLINE),

@@ -25,14 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, get_args, get_type_hints
 
-FULL_RANK = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
-PROJECTED = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
-PER_LAYER = tuple(f"{name}_per_layer" for name in PROJECTED)
-PROJ_TYPES = (
-    "std", "reverse_std", "left", "right", "full", "random",
-    "continuous", "continuous_adam8bit", "continuous_lion", "continuous_adafactor",
-    "continuous_sgd",
-)  # fmt: skip
+from osd_names import FULL_RANK_OPTIMIZERS as FULL_RANK
+from osd_names import OPTIONS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+
+PER_LAYER = tuple(f"{name}_per_layer" for name in SUBSPACE_OPTIMIZERS)
 Scheduler = Literal["linear", "cosine", "cosine_restarts"]
 LionSign = Literal["lifted", "subspace"]
 MoveProjector = Literal["after", "before"]
@@ -42,7 +38,7 @@ ProjectorInit = Literal["svd", "qr"]
 # order of the data.
 FIXED = (
     "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset",
-    "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size",
+    "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size", "no_decay",
 )  # fmt: skip
 
 GROUPS = {
@@ -203,7 +199,7 @@ class Options:
     optimizer: str = _flag(
         "optimizer",
         "adam",
-        choices=FULL_RANK + PROJECTED + PER_LAYER,
+        choices=FULL_RANK + SUBSPACE_OPTIMIZERS + PER_LAYER,
         type=str.lower,
         help="optimizer of the weights",
     )
@@ -248,7 +244,31 @@ class Options:
         "optimizer", 0.0, low=0, help="largest norm of the whole gradient; 0 does not clip"
     )
     beta1: float = _flag(
-        "optimizer", 0.0, low=0, high=0.9999999, help="Adafactor's first moment; 0 has none"
+        "optimizer",
+        0.0,
+        low=0,
+        high=0.9999999,
+        help="decay of the first moment; 0: 0.9 for Adam and Lion, none for Adafactor",
+    )
+    beta2: float | None = _flag(
+        "optimizer",
+        None,
+        low=0,
+        high=0.9999999,
+        help="decay of the second moment, of Lion's moment (default: 0.999, Lion 0.99)",
+    )
+    eps: float | None = _flag(
+        "optimizer",
+        None,
+        low=0,
+        help="added to the root of Adam's second moment (default: galore_adamw 1e-6, else 1e-8)",
+    )
+    no_decay: str | None = _flag(
+        "optimizer",
+        None,
+        metavar="WORDS",
+        help="no weight decay for parameters with one of these words in their names, such as "
+        "norm,embed,head (default: all have it)",
     )
 
     rank: int = _flag("subspace", 128, low=1, help="rank of the subspace")
@@ -299,6 +319,12 @@ class Options:
         "lifted",
         choices=get_args(LionSign),
         help="take Lion's sign of the lifted direction, or inside the subspace as in the paper",
+    )
+    transport_moments: bool = _flag(
+        "subspace",
+        False,
+        help="carry the moments over to the new projector whenever it changes, in place of reading "
+        "them as they are",
     )
     move_projector: MoveProjector = _flag(
         "paper",
@@ -545,10 +571,12 @@ class Options:
     def _check_combinations(self) -> None:
         """Refuses what the chosen optimizer or schedule would silently ignore."""
         is_projected = self.optimizer not in FULL_RANK
-        continuous = is_projected and self.proj_type.startswith("continuous")
         takers = {
-            "beta1": ("Adafactor", "adafactor" in self.optimizer),
-            "lion_sign": ("galore_lion", self.optimizer.startswith("galore_lion")),
+            name: (reader.who, reader.reads(self.base_optimizer, self.proj_type))
+            for name, (_, reader) in OPTIONS.items()
+            if name in _FIELDS
+        }
+        takers |= {
             "cycle_length": ("--scheduler cosine_restarts", self.scheduler == "cosine_restarts"),
             "min_lr_ratio": ("a cosine --scheduler", self.scheduler != "linear"),
             "compress_gradients": ("a galore_* optimizer", is_projected),
@@ -557,18 +585,17 @@ class Options:
         takers["restart_warmup_steps"] = takers["cycle_length"]
         for name in ("proj_type", "rank", "update_proj_gap", "galore_scale", "basis_dtype"):
             takers[name] = takers["compress_gradients"]
-        online_pca = "a galore_* optimizer with a continuous* --proj_type"
-        for name in (
-            "update_proj_every", "penalty", "projector_lr_multiple", "projector_weight_decay",
-            "move_projector", "projector_init",
-        ):  # fmt: skip
-            takers[name] = (online_pca, continuous)
         for name, (taker, chosen) in takers.items():
             if not chosen and getattr(self, name) != _FIELDS[name].default:
                 raise UsageError(
                     f"--{name}: only {taker} takes it, and this is --optimizer {self.optimizer} "
                     f"--proj_type {self.proj_type} --scheduler {self.scheduler}; leave it out"
                 )
+        if self.no_decay is not None and not all(self.no_decay.split(",")):
+            raise UsageError(
+                f"--no_decay: {self.no_decay!r} has an empty word in it; expected words with "
+                "commas between them, such as norm,embed,head"
+            )
         if self.fsdp and self.compress_gradients:
             raise UsageError(
                 "--compress_gradients: --fsdp reduces gradients itself, whole; use one of the two"

@@ -307,14 +307,30 @@ def optimizer_options(options: Options) -> dict[str, Any]:
         "update_proj_every": options.update_proj_every,
         "scale": options.galore_scale,
         "weight_decay": options.weight_decay,
+        "no_decay": has_words(options.no_decay),
         "beta1": options.beta1 or None,
+        "beta2": options.beta2,
+        "eps": options.eps,
         "seed": options.seed,
         "penalty": options.penalty,
         "projector_lr_multiple": options.projector_lr_multiple,
         "projector_weight_decay": options.projector_weight_decay,
         "lion_sign": options.lion_sign,
         "move_projector": options.move_projector,
+        "transport_moments": options.transport_moments,
     }
+
+
+def has_words(words: str | None) -> Callable[[str, Any], bool] | None:
+    """(name, parameter) -> whether the name has one of some words in it; None for no words.
+
+    Example:
+        >>> has_words("norm,embed")("layers/input_norm", None)
+        True
+    """
+    if words is None:
+        return None
+    return lambda name, parameter: any(word in name for word in words.split(","))
 
 
 def hugging_face_weights(options: Options) -> Path | None:

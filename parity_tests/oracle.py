@@ -2,7 +2,8 @@
 
 Online Subspace Descent (arXiv 2408.12857, algorithm 1), GaLore (arXiv 2403.03507, algorithm 2).
 Matrices are in PyTorch's orientation, (output, input). Nothing here is fast or shared with the
-libraries: P's gradient is that of the loss as it is written, with the (p, p) matrix P P^T.
+libraries but the table of published names: P's gradient is that of the loss as it is written, with
+the (p, p) matrix P P^T.
 
 A projection is a pair (L, Q): R = L^T G Q, and W <- W - scale * L dW Q^T. Where one side only is
 projected, the other one's basis is the identity.
@@ -16,6 +17,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
+from osd_names import PROJECTIONS
 
 Array = np.ndarray
 Rule = Callable[[Array, dict[str, Any], int, float], Array]
@@ -74,12 +77,12 @@ def sgd(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
     return lr * g
 
 
-# OptimizerP, and its weight decay in the release.
-PROJECTOR_RULES: dict[str, tuple[Rule, float]] = {
-    "continuous": (adam, 0.01),
-    "continuous_lion": (lion, 0.0),
-    "continuous_adafactor": (adafactor, 0.0),
-    "continuous_sgd": (sgd, 0.0),
+# OptimizerP, by its name in the table of published names.
+PROJECTOR_RULES: dict[str, Rule] = {
+    "adam": adam,
+    "lion": lion,
+    "adafactor": adafactor,
+    "sgd": sgd,
 }
 
 
@@ -106,10 +109,14 @@ def pca_gradient(P: Array, G: Array, penalty: float) -> Array:
 
 def projected_sides(proj_type: str, shape: tuple[int, ...]) -> tuple[str, ...]:
     """Which sides of a matrix (output, input) have a P."""
-    fixed = {"left": ("output",), "right": ("input",), "full": ("output", "input")}
-    shorter = ("input",) if shape[0] >= shape[1] else ("output",)
-    longer = ("output",) if shape[0] >= shape[1] else ("input",)
-    return fixed.get(proj_type, longer if proj_type == "reverse_std" else shorter)
+    is_tall = shape[0] >= shape[1]
+    return {
+        "output": ("output",),
+        "input": ("input",),
+        "both": ("output", "input"),
+        "shorter": ("input",) if is_tall else ("output",),
+        "longer": ("output",) if is_tall else ("input",),
+    }[PROJECTIONS[proj_type].side]
 
 
 @dataclass
@@ -157,7 +164,7 @@ class Oracle:
             self.weight = self._decayed(W, self.rule()(G, self.state, t + 1, lr), lr)
             self.steps += 1
             return
-        continuous = self.proj_type.startswith("continuous")
+        continuous = PROJECTIONS[self.proj_type].basis == "online_pca"
         if t == 0 or (t % self.update_proj_gap == 0 and not continuous):
             self.bases = self._fresh(G, reported)
         if continuous and self.move_projector == "before":
@@ -214,9 +221,8 @@ class Oracle:
         if self.steps == 0 or self.steps % self.update_proj_every:
             return
         ((side, P),) = self.bases.items()
-        rule, decay = PROJECTOR_RULES[str(self.proj_type)]
-        if self.projector_weight_decay is not None:
-            decay = self.projector_weight_decay
+        named, decay = PROJECTIONS[str(self.proj_type)], self.projector_weight_decay
+        rule, decay = PROJECTOR_RULES[named.rule], named.weight_decay if decay is None else decay
         factor = self.schedule(self.steps)
         size = factor / self.update_proj_gap
         if self.projector_lr_multiple is not None:

@@ -225,8 +225,6 @@ def _osd_torch(
     optimizer: str, proj_type: str, every: int = 1
 ) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
-        import torch
-
         import osd_torch
         from osd_torch.projectors import leading_singular_vectors, to_matrix
 
