@@ -35,7 +35,15 @@ from osd_names import (
 )
 from osd_torch.blockwise import Adam8bit, import_bitsandbytes
 from osd_torch.lift import Lift, scaled, sign_after_lift
-from osd_torch.projectors import BasisRule, Order, check_period, online_pca, random, svd
+from osd_torch.projectors import (
+    BasisRule,
+    Order,
+    check_period,
+    check_rule,
+    online_pca,
+    random,
+    svd,
+)
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
 from osd_torch.selection import (
     Kinds,
@@ -183,7 +191,6 @@ class PublishedOptimizer(SubspaceOptimizer):
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_spelling(group, self.defaults)
-        super().check_group(group)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("move_projector", group["move_projector"], MOVE_PROJECTOR)
         check_objects(group)
@@ -198,6 +205,7 @@ class PublishedOptimizer(SubspaceOptimizer):
                 check_number(name, group[name])
         if group["peak_lr"] is not None and not group["peak_lr"] > 0:
             raise ValueError(f"peak_lr is {group['peak_lr']!r}: expected None or a number above 0")
+        super().check_group(group)
 
     def side(self, group: Group, param: Tensor) -> Side:
         """The side of a matrix (output, input) that P projects, by `side` or `proj_type`."""
@@ -998,6 +1006,8 @@ def check_objects(group: Group) -> None:
                 f"{name} is {group[name]!r}: expected None or a {kind.__name__}, such as "
                 f"osd_torch.{example}"
             )
+    if group["basis"] is not None:
+        check_rule(group["basis"])
     if group["side"] is not None:
         check_choice("side", group["side"], SIDES)
     if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:

@@ -142,6 +142,37 @@ class BasisRule(NamedTuple):
         return moves
 
 
+def check_rule(rule: BasisRule) -> None:
+    """Raises ValueError for a rule whose parts contradict each other."""
+    for every in rule.clock:
+        if every is not None:
+            check_period(every, f"the period of {rule.name}")
+    check_choice("order", rule.order, MOVE_PROJECTOR)
+    moves = (rule.clock.move_every, rule.gradient, rule.optimizer)
+    if any(part is None for part in moves) != all(part is None for part in moves):
+        words = ["None" if part is None else "given" for part in moves[1:]]
+        raise ValueError(
+            f"{rule.name} has clock.move_every={rule.clock.move_every!r}, a gradient that is "
+            f"{words[0]} and an optimizer that is {words[1]}: a P that moves has all three, one "
+            "that does not has none"
+        )
+    if rule.order == "before" and rule.needs.gradient != "always":
+        raise ValueError(
+            f"{rule.name} has order='before', which takes R again from the gradient after P has "
+            "moved: expected needs.gradient='always', with this as its reason"
+        )
+
+
+def check_fresh(new: Basis, old: Basis, name: str) -> None:
+    """Raises ValueError unless the P that a rule has set has the old one's shapes and dtype."""
+    both = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (new, old)]
+    kinds = [[(tuple(x.shape), x.dtype) for x in each] for each in both]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the rule's P of parameter '{name}' is {kinds[0]}: expected {kinds[1]}, as the old one"
+        )
+
+
 def online_pca(
     optimizer: Rule = _ADAM,
     *,

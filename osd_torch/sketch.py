@@ -133,6 +133,21 @@ def reading_gradient(needs: Iterable[Needs]) -> Needs | None:
     return next((each for each in needs if each.gradient == "always"), None)
 
 
+def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
+    """All of several rules' statistics, each name once.
+
+    Raises:
+        ValueError: for two statistics of one name.
+    """
+    by_name: dict[str, Statistic] = {}
+    for statistic in (one for several in statistics for one in several):
+        if by_name.setdefault(statistic.name, statistic) != statistic:
+            raise ValueError(
+                f"two statistics have the name {statistic.name!r}: a sketch holds one of a name"
+            )
+    return tuple(by_name.values())
+
+
 def make_sketch(
     basis: Basis,
     matrix: Tensor,
@@ -150,34 +165,32 @@ def make_sketch(
             R is reduced first, and each statistic as it says.
         known: Values that the caller has already, by name; not of a part.
     """
-    unique = {statistic.name: statistic for statistic in statistics}
-    degrees = {name: statistic.degree for name, statistic in unique.items()}
+    statistics = tuple(statistics)
+    degrees = {one.name: one.degree for one in statistics}
     low_rank = low_rank_gradient(basis, matrix)
     if reduce is None:
         known = known or {}
         values = {
-            name: known[name] if name in known else statistic.of(basis, matrix, low_rank)
-            for name, statistic in unique.items()
+            one.name: known[one.name] if one.name in known else one.of(basis, matrix, low_rank)
+            for one in statistics
         }
         return Sketch(low_rank, values, degrees)
     parts = {
-        name: reduce(
-            torch.stack(
-                [statistic.of(basis, matrix, low_rank), statistic.of(basis, low_rank, low_rank)]
-            )
+        one.name: reduce(
+            torch.stack([one.of(basis, matrix, low_rank), one.of(basis, low_rank, low_rank)])
         )
-        for name, statistic in unique.items()
-        if statistic.estimate is not None
+        for one in statistics
+        if one.estimate is not None
     }
     low_rank = reduce(low_rank)
 
-    def reduced(name: str, statistic: Statistic) -> Tensor:
-        if statistic.estimate is None:
-            return reduce(statistic.of(basis, matrix, low_rank))
-        mean, of_low_ranks = parts[name].unbind()
-        return statistic.estimate(mean, of_low_ranks, statistic.of(basis, low_rank, low_rank))
+    def reduced(one: Statistic) -> Tensor:
+        if one.estimate is None:
+            return reduce(one.of(basis, matrix, low_rank))
+        of_parts, of_low_ranks = parts[one.name].unbind()
+        return one.estimate(of_parts, of_low_ranks, one.of(basis, low_rank, low_rank))
 
-    return Sketch(low_rank, {name: reduced(name, x) for name, x in unique.items()}, degrees)
+    return Sketch(low_rank, {one.name: reduced(one) for one in statistics}, degrees)
 
 
 def as_in_subspace(mean: Tensor, of_low_ranks: Tensor, of_low_rank: Tensor) -> Tensor:

@@ -41,7 +41,14 @@ from osd_torch.numerics import (
     has_direction,
     without_autocast,
 )
-from osd_torch.projectors import MOVE, REFRESH, BasisRule, on_whole_matrix, to_matrix
+from osd_torch.projectors import (
+    MOVE,
+    REFRESH,
+    BasisRule,
+    check_fresh,
+    on_whole_matrix,
+    to_matrix,
+)
 from osd_torch.rules import Change, Rule
 from osd_torch.sharding import (
     Reduce,
@@ -67,6 +74,7 @@ from osd_torch.sketch import (
     TwoSided,
     low_rank_gradient,
     make_sketch,
+    merged,
     product,
     reading_gradient,
 )
@@ -191,6 +199,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if group["rank"] is None:
             return
         check_rank(group["rank"])
+        merged(*(needs.statistics for needs in needs_of(self, group)))
         if group.get("transport_moments"):
             check_can_transport(self.rule(group))
         for name, param in named_parameters(group):
@@ -484,6 +493,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         key = f"{group['seed']}/{name_of(self, param)}/{step}"
         rule = self.basis_rule(group)
         basis = rule.fresh(to_matrix(gradient, side), old, side, key, on_whole_matrix)
+        check_fresh(basis, old, name_of(self, param))
         state.update(
             {name: distributed_as(x, state[name]) for name, x in named_bases(basis).items()}
         )
@@ -511,9 +521,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         state = self.state_of(group, param)
         matrix = to_matrix(_gradient(param), self.side(group, param))
-        statistics = self.lift(group).needs.statistics
+        statistics = merged(self.lift(group).needs.statistics)
         if self.moves(group, param):
-            statistics += self.basis_rule(group).needs.statistics
+            statistics = merged(statistics, self.basis_rule(group).needs.statistics)
         known = {} if square is None else {"squared_norm": square}
         return make_sketch(basis_of(state), matrix, statistics, self._reduce, known)
 

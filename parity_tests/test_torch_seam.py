@@ -274,6 +274,29 @@ def test_a_lift_has_to_return_something() -> None:
         optimizer.step()
 
 
+def test_rules_that_contradict_themselves_are_refused() -> None:
+    for changed, message in (
+        ({"clock": Clock(4)}, "toy has clock.move_every=None, a gradient that is given"),
+        ({"optimizer": None}, "an optimizer that is None: a P that moves has all three"),
+        ({"order": "before"}, "toy has order='before', which takes R again"),
+        ({"order": "never"}, "order is 'never': expected one of after, before"),
+        ({"clock": Clock(0, 1)}, "the period of toy is 0: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            toys(model(), basis=TOY_BASIS._replace(**changed))
+    optimizer = toys(model(), basis=TOY_BASIS._replace(fresh=lambda M, *_: M[:, :2]))
+    params = optimizer.param_groups[0]["params"]
+    params[0].grad = torch.ones_like(params[0])
+    with pytest.raises(
+        ValueError, match=r"the rule's P of parameter .* is .*2\), .*expected .*3\)"
+    ):
+        optimizer.step()
+    twin = ROW_SUMS._replace(degree=2)
+    both = TOY_LIFT._replace(needs=Needs((ROW_SUMS, twin)))
+    with pytest.raises(ValueError, match="two statistics have the name 'row_sums'"):
+        toys(model(), lift=both)
+
+
 def test_toys_resume_bit_for_bit() -> None:
     net = model()
     optimizer = toys(net)
