@@ -124,8 +124,6 @@ class Subspace(TypedDict, total=False):
         side: The side of a matrix that P projects: "input", "output", "shorter" (ties: input),
             "longer" (ties: output) or "both". None: "shorter", or that of `proj_type`.
         transport_moments: Carry the moments of R over whenever P changes.
-        peak_lr: The peak of lr, which P's step size is relative to. None: a guess; see
-            `PublishedOptimizer`.
         basis_dtype: Of P. None: float32, float64 for float64 parameters.
         seed: Of rules that draw.
     """
@@ -136,7 +134,6 @@ class Subspace(TypedDict, total=False):
     lift: Lift | None
     side: Side | None
     transport_moments: bool
-    peak_lr: float | None
     basis_dtype: torch.dtype | None
     seed: int
 
@@ -154,6 +151,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         update_proj_every       online PCA moves P every `update_proj_every` steps (1)
         penalty                 weight of the orthogonality penalty in P's loss (0.0)
         projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
+        peak_lr                 the peak of lr, which P's step size is relative to; None: a guess
+                                (None)
         projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
@@ -227,11 +226,10 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def observe(self, group: Group) -> None:
         """Guesses the peak of the group's learning rate, where it is read and not given."""
-        if group["rank"] is None or group["peak_lr"] is not None:
+        is_named = group["rank"] is not None and group["basis"] is None
+        if not is_named or group["peak_lr"] is not None or group["projector_lr_multiple"]:
             return
-        rule = self.basis_rule(group)
-        reads_peak = group["basis"] is None or not callable(rule.step_size)
-        if rule.gradient is None or not reads_peak or group["projector_lr_multiple"]:
+        if self.basis_rule(group).gradient is None:
             return
         before, group[SEEN] = group[SEEN], seen_rates(group)
         peak = group[SEEN]["peak"]
@@ -256,13 +254,12 @@ class PublishedOptimizer(SubspaceOptimizer):
     def projector_lr(self, group: Group) -> float:
         """P's step size: the release's, or a multiple of lr as in the paper."""
         lr, rule = float(group["lr"]), group["basis"]
-        if rule is not None and callable(rule.step_size):
-            return rule.step_size(lr)
+        if rule is not None:
+            return rule.step_size(lr) if callable(rule.step_size) else rule.step_size
         if group["projector_lr_multiple"] is not None:
             return group["projector_lr_multiple"] * lr
         peak = seen_rates(group)["peak"] if group["peak_lr"] is None else float(group["peak_lr"])
-        ratio = lr / peak if peak else 1.0
-        return ratio / group["update_proj_gap"] if rule is None else ratio * rule.step_size
+        return (lr / peak if peak else 1.0) / group["update_proj_gap"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, a pickle of an earlier version too."""

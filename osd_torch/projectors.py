@@ -32,7 +32,7 @@ from osd_torch.sketch import (
 NOTHING, REFRESH, MOVE = 0, 1, 2  # what a clock says of a step
 FROM_SVD = "P is set from the gradient's singular vectors"
 Order = Literal["after", "before"]
-Each = Callable[[Callable[[Tensor, Any], Any], Tensor, Any], Any]
+Each = Callable[..., Any]  # (function, *arrays) -> what the function gives
 FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
 StepSize = float | Callable[[float], float]
 _ADAM = Adam()
@@ -70,8 +70,8 @@ class BasisRule(NamedTuple):
             to be set waits for the next gradient that has one, and P does not move at that step.
         fresh: (M (p, q), the old P, side, key, each) -> P, of the old one's shapes and dtype. The
             side is "input", "output" or "both", where M is (output, input) and P `TwoSided`; the
-            key is text that names the draw. `each(function, M, P)` is
-            `function(M, P)`, of the whole matrix where it is sharded.
+            key is text that names the draw. `each(function, *arrays)` is a function of one matrix'
+            arrays, which it gathers where they are sharded.
         needs: What is read beside R: statistics at the steps at which P moves, by `gradient`.
         gradient: (P (p, r), float32 or float64; Sketch) -> (p, r), of the loss that P minimizes;
             None: P does not move.
@@ -80,7 +80,7 @@ class BasisRule(NamedTuple):
         two_sided: Whether it serves side "both".
         order: Whether P moves "after" W's step, or "before" it, where R is taken again with the new
             P.
-        step_size: Of P at the peak of lr, which it follows; or a function of lr.
+        step_size: Of P: a number, or a function of lr.
         name: For messages, and for a saved state to say what it was trained with.
 
     Example:
@@ -192,8 +192,7 @@ def online_pca(
 
     Args:
         optimizer: The rule of P's step. Its first step is the first after P was set.
-        step_size: P's at the peak of lr, which it follows (in the release 1 / update_proj_gap); or
-            a function of lr, such as `lambda lr: 5 * lr` (the paper's).
+        step_size: P's: a number, or a function of lr, such as `lambda lr: 5 * lr` (the paper's).
         penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
         weight_decay: Decoupled, of P, before the step.
         order: "before": P moves before W's step, and R is taken again with the new P.
@@ -303,9 +302,9 @@ def check_period(every: int, name: str = "update_proj_gap") -> None:
         raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")
 
 
-def on_whole_matrix(function: Callable[[Tensor, Any], Any], matrix: Tensor, old: Basis) -> Any:
-    """`each` of `BasisRule.fresh`: a function of M, gathered where it is sharded, and of P."""
-    return function(whole(matrix), old)
+def on_whole_matrix(function: Callable[..., Any], *arrays: Tensor) -> Any:
+    """`each` of `BasisRule.fresh`: a function of arrays, gathered where they are sharded."""
+    return function(*map(whole, arrays))
 
 
 def leading_singular_vectors(
@@ -325,14 +324,14 @@ def leading_singular_vectors(
         each: Calls a function of the whole matrix.
     """
 
-    def one(matrix: Tensor, old: Basis) -> Basis:
+    def one(matrix: Tensor) -> Basis:
         gradient = to_matrix(matrix, side)
         u, _, vt = torch.linalg.svd(float32_or_more(gradient), full_matrices=False)
         if isinstance(old, TwoSided):
             return TwoSided(_leading(u, old.output), _leading(vt.mT, old.input))
         return _leading(u if side == "output" else vt.mT, old)
 
-    basis: Basis = each(one, matrix, old)
+    basis: Basis = each(one, matrix)
     return basis
 
 

@@ -47,7 +47,7 @@ ROW_SUMS = Statistic("row_sums", 1, lambda P, M, R: settled(M.sum(dim=1)))
 
 
 def first_columns(matrix: Tensor, old: Any, side: str, key: str, each: Any) -> Any:
-    return each(lambda M, old: torch.linalg.qr(M[:, : old.shape[1]])[0].to(old.dtype), matrix, old)
+    return each(lambda M: torch.linalg.qr(M[:, : old.shape[1]])[0].to(old.dtype), matrix)
 
 
 def oja(basis: Tensor, sketch: Sketch) -> Tensor:
