@@ -25,6 +25,10 @@ class Seen(NamedTuple):
         sketch: Of the gradient, with the statistics that the lift needs.
         gradient: M, (p, q), where the lift needs it "always"; else None.
         state: The lift's own state of this matrix, by name.
+
+    Example:
+        >>> halved_where_large = Lift(lambda direction, seen: Lifted(
+        ...     direction / (1 + (seen.sketch.low_rank.norm() > 1))))
     """
 
     basis: Basis
@@ -42,6 +46,12 @@ class Lifted(NamedTuple):
         then: Of the sum; it may write into its argument. None: the sum itself.
         scale: A number.
         state: The lift's new state, by name.
+
+    Example:
+        >>> import torch
+        >>> update = Lifted(torch.ones(2, 3), rest=torch.zeros(4, 3), then=torch.sign, scale=0.5)
+        >>> update.low_rank.shape
+        torch.Size([2, 3])
     """
 
     low_rank: Tensor | None
@@ -87,6 +97,10 @@ def scaled(factor: float = 1.0) -> Lift:
 
     Raises:
         ValueError: for a factor that is no finite number of at least 0.
+
+    Example:
+        >>> scaled(0.25).name
+        'scaled(0.25)'
     """
     check_number("factor", factor)
     return Lift(functools.partial(_plain, factor), name=f"scaled({factor})")
@@ -97,7 +111,15 @@ def _plain(factor: float, direction: Tensor, seen: Seen) -> Lifted:
 
 
 def sign_after_lift() -> Lift:
-    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it."""
+    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> from osd_torch.rules import Lion
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.OnlineSubspaceDescent(
+        ...     layer.parameters(), 1e-4, rule=Lion(sign=False), rank=2, lift=sign_after_lift())
+    """
     return Lift(_signed, name="sign_after_lift()")
 
 

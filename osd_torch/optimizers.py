@@ -405,6 +405,13 @@ class SubspaceLion(PublishedOptimizer):
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.SubspaceLion(layer.parameters(), lr=1e-4, rank=2, weight_decay=0.1)
+        >>> layer(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -454,6 +461,13 @@ class SubspaceAdafactor(PublishedOptimizer):
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.SubspaceAdafactor(layer.parameters(), lr=1e-3, rank=2, beta1=0.9)
+        >>> layer(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
     """
 
     decays_first = True
@@ -499,6 +513,13 @@ class SubspaceAdamW8bit(PublishedOptimizer):
     Raises:
         ValueError: as for `SubspaceAdamW`.
         ImportError: if bitsandbytes is not installed.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.SubspaceAdamW8bit(layer.parameters(), lr=1e-3, rank=2)
+        >>> layer(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

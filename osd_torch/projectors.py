@@ -202,6 +202,13 @@ def online_pca(
     Raises:
         ValueError: for a negative penalty, weight decay or step size, an unknown order, or a period
             below 1.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.SubspaceAdamW(
+        ...     layer.parameters(), lr=1e-2, rank=2,
+        ...     basis=osd_torch.online_pca(step_size=lambda lr: 5 * lr, penalty=0.1, every=10))
     """
     check_period(every, "update_proj_every")
     check_choice("order", order, MOVE_PROJECTOR)
@@ -261,8 +268,17 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
 def svd(every: int) -> BasisRule:
     """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
 
+    Source: arXiv 2403.03507, algorithm 2.
+
+    Args:
+        every: Steps between two refreshes.
+
     Raises:
         ValueError: for a period below 1.
+
+    Example:
+        >>> svd(200).clock
+        Clock(refresh_every=200, move_every=None)
     """
     check_period(every)
     needs = Needs((), "at a refresh", FROM_SVD)
@@ -277,8 +293,15 @@ def random(every: int) -> BasisRule:
     Drawn on the CPU from a generator seeded by the key, so that the draws do not depend on the
     device or on what was drawn before, and a resumed run repeats them.
 
+    Args:
+        every: Steps between two draws.
+
     Raises:
         ValueError: for a period below 1.
+
+    Example:
+        >>> random(200).name
+        'random(200)'
     """
     check_period(every)
     return BasisRule(Clock(every), drawn, two_sided=True, name=f"random({every})")

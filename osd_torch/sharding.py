@@ -95,6 +95,15 @@ def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
 
     Raises:
         ValueError: if no process group is initialised.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> reduce = osd_torch.mean_over_processes()
+        >>> reduce(torch.ones(2))
+        tensor([1., 1.])
+        >>> torch.distributed.destroy_process_group()
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -126,6 +135,13 @@ def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
     """The model in DistributedDataParallel, whose backward pass averages gradients.
 
     Its parameters lie on the CPU, or all on this process' GPU.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> model = osd_torch.data_parallel(torch.nn.Linear(24, 16))
+        >>> torch.distributed.destroy_process_group()
     """
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
@@ -144,6 +160,18 @@ def fully_shard_llama(model: Model, mesh: DeviceMesh | None = None) -> Model:
 
     Returns:
         The model.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24,
+        ...                      num_hidden_layers=1, num_attention_heads=2)
+        >>> model = osd_torch.fully_shard_llama(LlamaForCausalLM(config))
+        >>> type(model.lm_head.weight).__name__
+        'DTensor'
+        >>> torch.distributed.destroy_process_group()
     """
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers: torch.nn.ModuleList = model.get_submodule("model.layers")  # type: ignore[assignment]

@@ -19,7 +19,14 @@ from osd_torch.sharding import Reduce, local, matmul, squared_columns, squared_n
 
 
 class TwoSided(NamedTuple):
-    """The bases of a matrix that is projected on both sides: (m, r) and (n, r)."""
+    """The bases of a matrix that is projected on both sides: (m, r) and (n, r).
+
+    Example:
+        >>> import torch
+        >>> both = TwoSided(output=torch.eye(6, 2), input=torch.eye(8, 2))
+        >>> low_rank_gradient(both, torch.ones(6, 8)).shape
+        torch.Size([2, 2])
+    """
 
     output: Tensor
     input: Tensor
@@ -64,6 +71,12 @@ class Sketch(NamedTuple):
 
     All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
     while P is fixed.
+
+    Example:
+        >>> import torch
+        >>> sketch = make_sketch(torch.eye(6, 2), torch.ones(6, 8), (SQUARED_NORM,))
+        >>> sketch.statistics["squared_norm"], sketch.scaled(2.0).statistics["squared_norm"]
+        (tensor(48.), tensor(192.))
     """
 
     low_rank: Tensor
@@ -120,6 +133,11 @@ class Needs(NamedTuple):
         gradient: When it reads the gradient itself.
         reason: Why it does; it becomes the error where only sketches are kept.
         remedy: What to use there instead.
+
+    Example:
+        >>> needs = Needs((COLUMN_ENERGIES,), "always", "it adds a part of the gradient")
+        >>> reading_gradient([Needs(), needs]).reason
+        'it adds a part of the gradient'
     """
 
     statistics: tuple[Statistic, ...] = ()

@@ -126,6 +126,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     Attributes:
         held: The sketches that the next step applies, by parameter. Transient: `state_dict` does
             not have them, and `zero_grad` drops them.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> for half in (torch.ones(2, 24), torch.zeros(2, 24)):  # two micro-batches, as sketches
+        ...     (layer(half).square().sum() / 2).backward()
+        ...     optimizer.accumulate(layer.weight, share=0.5)
+        >>> layer.weight.grad is None
+        True
+        >>> optimizer.step()
     """
 
     decays_first = False  # whether weight decay comes before the update
@@ -886,6 +897,15 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 
     Raises:
         ValueError: for a negative or infinite `max_norm`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> layer(torch.ones(2, 24)).square().sum().backward()
+        >>> norm = osd_torch.clip_(optimizer, 1.0)
+        >>> bool(torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]) < 1.001)
+        True
     """
     check_number("max_norm", max_norm)
     optimizer, held = inner_optimizer(optimizer), {}
@@ -919,6 +939,13 @@ def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
         input side, or `TwoSided(output, input)`. Columns are the basis; zeros until a gradient has
         set them. DTensors where the parameters are.
         The names are those that the optimizer was built with; without names, `group.position`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> {name: tuple(basis.shape) for name, basis in osd_torch.projectors(optimizer).items()}
+        {'0.0': (16, 4)}
     """
     optimizer = inner_optimizer(optimizer)
     return {
@@ -934,6 +961,15 @@ def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
     Raises:
         ValueError: for an optimizer of another make, which does not count them.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> (layer(torch.ones(2, 24)) * float("nan")).sum().backward()
+        >>> optimizer.step()
+        >>> osd_torch.skipped_steps(optimizer)
+        (1, 1)
     """
     optimizer = inner_optimizer(optimizer)
     group = optimizer.param_groups[0]

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import pkgutil
 import re
+from types import ModuleType
 
 import pytest
 from readme_tables import README, updated
 
-MODULES = (
-    "launch.hosts", "osd_jax.blockwise", "osd_jax.checkpoint", "osd_jax.hlo", "osd_jax.optimizers",
-    "osd_jax.projectors", "osd_jax.rules", "osd_jax.selection", "osd_jax.sharding",
-    "osd_jax.subspace", "osd_jax.train",
-    "osd_torch.blockwise", "osd_torch.optimizers", "osd_torch.projectors", "osd_torch.rules",
-    "osd_torch.selection", "osd_torch.subspace",
-)  # fmt: skip
+import osd_jax
+import osd_torch
+
+LIBRARIES = (osd_jax, osd_torch)
+MODULES = ("launch.hosts", "launch.training", "osd_names") + tuple(
+    f"{library.__name__}.{module.name}"
+    for library in LIBRARIES
+    for module in pkgutil.iter_modules(library.__path__)
+)
 
 
 def test_its_examples_run() -> None:
     failed, run = doctest.testfile(str(README), module_relative=False)
     assert run >= 12
+    assert not failed
+
+
+def test_the_methods_examples_run() -> None:
+    page = README.parent / "docs" / "method.md"
+    failed, run = doctest.testfile(str(page), module_relative=False)
+    assert run >= 6
     assert not failed
 
 
@@ -44,3 +55,11 @@ def test_what_pages_link_to_is_there() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name: str) -> None:
     assert not doctest.testmod(importlib.import_module(name)).failed
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.__name__)
+def test_every_public_object_has_an_example(library: ModuleType) -> None:
+    """Statistics are values, whose docstring is that of their class."""
+    objects = {name: getattr(library, name) for name in library.__all__}
+    lacking = [name for name, x in objects.items() if ">>>" not in (x.__doc__ or "")]
+    assert not [name for name in lacking if not name.isupper()]
