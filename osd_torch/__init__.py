@@ -14,7 +14,15 @@ from osd_torch.optimizers import (
     SubspaceLion,
     make_optimizer,
 )
-from osd_torch.projectors import BasisRule, Clock, online_pca, random, svd
+from osd_torch.projectors import BasisRule, Clock, gaussian, online_pca, random, svd
+from osd_torch.residuals import (
+    add_gradient,
+    column_ema,
+    gradient_only,
+    norm_ratio,
+    orthogonalized,
+    residual_sign,
+)
 from osd_torch.selection import select_linear
 from osd_torch.sharding import data_parallel, fully_shard_llama, mean_over_processes
 from osd_torch.sketch import (
@@ -48,14 +56,21 @@ __all__ = [
     "SubspaceLion",
     "SubspaceOptimizer",
     "TwoSided",
+    "add_gradient",
     "clip_",
+    "column_ema",
     "data_parallel",
     "fully_shard_llama",
+    "gaussian",
+    "gradient_only",
     "make_optimizer",
     "mean_over_processes",
+    "norm_ratio",
     "online_pca",
+    "orthogonalized",
     "projectors",
     "random",
+    "residual_sign",
     "scaled",
     "select_linear",
     "sign_after_lift",

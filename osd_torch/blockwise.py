@@ -90,7 +90,7 @@ class Adam8bit(Rule):
         if part.numel():
             self.move_(step, part, {name: local(x) for name, x in state.items()}, t, lr=1.0)
         # bitsandbytes has taken the step, downhill.
-        return placed_like(parted_like(step, placed), gradient), -lr
+        return placed_like(parted_like(step.neg_(), placed), gradient), lr
 
     def transport_(self, state: State, change: Change, t: int) -> None:
         """Both moments, read back, carried over in float32 and quantized again."""

@@ -25,6 +25,8 @@ class Seen(NamedTuple):
         sketch: Of the gradient, with the statistics that the lift needs.
         gradient: M, (p, q), where the lift needs it "always"; else None.
         state: The lift's own state of this matrix, by name.
+        side: That P acts on: "output", "input" or "both". M is (output, input), transposed where
+            it is "input".
 
     Example:
         >>> halved_where_large = Lift(lambda direction, seen: Lifted(
@@ -35,6 +37,7 @@ class Seen(NamedTuple):
     sketch: Sketch
     gradient: Tensor | None
     state: Mapping[str, Tensor]
+    side: str = "output"
 
 
 class Lifted(NamedTuple):
@@ -75,6 +78,7 @@ class Lift(NamedTuple):
         needs: The statistics that it reads at every step, and whether it reads the gradient.
         init: (a tensor like M, one like R) -> its state before the first step, by name.
         name: For messages, and for a saved state to say what it was trained with.
+        two_sided: Whether it serves P on both sides.
 
     Example:
         >>> import torch
@@ -90,6 +94,7 @@ class Lift(NamedTuple):
     needs: Needs = Needs()
     init: Callable[[Tensor, Tensor], dict[str, Tensor]] = no_state
     name: str = "a lift"
+    two_sided: bool = True
 
 
 def scaled(factor: float = 1.0) -> Lift:

@@ -409,7 +409,7 @@ class SubspaceLion(PublishedOptimizer):
     Example:
         >>> import torch, osd_torch
         >>> layer = torch.nn.Linear(8, 6)
-        >>> optimizer = osd_torch.SubspaceLion(layer.parameters(), lr=1e-4, rank=2, weight_decay=0.1)
+        >>> optimizer = osd_torch.SubspaceLion(layer.parameters(), lr=1e-4, rank=2)
         >>> layer(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
     """
@@ -1032,6 +1032,11 @@ def check_objects(group: Group) -> None:
         raise ValueError(
             f"side is 'both', and basis is {group['basis'].name}, which moves one basis: use "
             "svd(...) or random(...), or one side"
+        )
+    if side_of(group) == "both" and group["lift"] and not group["lift"].two_sided:
+        raise ValueError(
+            f"P is on both sides (side='both', proj_type='full'), and lift is "
+            f"{group['lift'].name}, which reads one basis: use one side"
         )
 
 

@@ -8,6 +8,7 @@ and no SVD after the first step.
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -305,6 +306,40 @@ def random(every: int) -> BasisRule:
     """
     check_period(every)
     return BasisRule(Clock(every), drawn, two_sided=True, name=f"random({every})")
+
+
+def gaussian(every: int) -> BasisRule:
+    """P's entries are drawn from N(0, 1 / r), new at steps 0, `every`, 2 `every`, ... (APOLLO).
+
+    Its columns are not orthonormal; `P^T P` is the identity on average. For lifts that read norms,
+    such as `gradient_only`.
+
+    Source: arXiv 2412.05270.
+
+    Args:
+        every: Steps between two draws.
+
+    Raises:
+        ValueError: for a period below 1.
+
+    Example:
+        >>> gaussian(200).name
+        'gaussian(200)'
+    """
+    check_period(every)
+    return BasisRule(Clock(every), drawn_gaussian, two_sided=True, name=f"gaussian({every})")
+
+
+def drawn_gaussian(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
+    """A Gaussian matrix of P's shape; see `BasisRule.fresh`."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+
+    def draw(old: Tensor) -> Tensor:
+        wide = accumulator_dtype(old.dtype)
+        normal = torch.randn(old.shape, generator=generator, dtype=wide, device="cpu")
+        return (normal / math.sqrt(old.shape[1])).to(old.dtype).to(matrix.device)
+
+    return TwoSided(*map(draw, old)) if isinstance(old, TwoSided) else draw(old)
 
 
 def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:

@@ -292,6 +292,35 @@ class Adafactor(Rule):
 
 
 @dataclass(frozen=True)
+class Trace(Rule):
+    """Momentum, `m <- b m + g`, as `optax.trace`; torch.optim.SGD's without dampening.
+
+    Attributes:
+        momentum: b.
+        nesterov: The direction is `g + b m` with the new m, and not m.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = False
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """One moment."""
+        return {"exp_avg": zeros_like(like)}
+
+    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+        """One step; see `Rule`."""
+        own, moment = local(gradient), local(state["exp_avg"])
+        moment.mul_(self.momentum).add_(own)
+        if not self.nesterov:
+            return state["exp_avg"], lr
+        return parted_like(own.add(moment, alpha=self.momentum), gradient), lr
+
+    def transport_(self, state: State, change: Change, t: int) -> None:
+        """The moment."""
+        local(state["exp_avg"]).copy_(change.of(state["exp_avg"]))
+
+
+@dataclass(frozen=True)
 class SGD(Rule):
     """Plain gradient descent."""
 

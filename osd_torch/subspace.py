@@ -556,7 +556,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         low_rank = to_matrix(sketch.low_rank, side)
         direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
         own = of_prefix(state, LIFT_PREFIX)
-        lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own))
+        lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own, side))
         alpha, beta = self.coefficients(group, rate * lifted.scale)
         add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta)
         for name, value in lifted.state.items():
