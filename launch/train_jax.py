@@ -220,7 +220,6 @@ def make_step(
     """
     import osd_jax
     from osd_jax import llama
-    from osd_jax.optimizers import SIDES_BY_PROJ_TYPE
     from osd_jax.train import make_train_step
 
     tx = osd_jax.make_optimizer(
@@ -235,16 +234,13 @@ def make_step(
         slice_size=SLICE_SIZE if options.per_layer else None,
         **training.optimizer_options(options),
     )
-    of_step: dict[str, Any] = {
-        "side": SIDES_BY_PROJ_TYPE[options.proj_type],
-        "grad_clipping": options.grad_clipping,
-    }
+    clipping = options.grad_clipping
     if options.per_layer:
-        return tx, osd_jax.make_layerwise_train_step(config, tx, **of_step)
+        return tx, osd_jax.make_layerwise_train_step(config, tx, grad_clipping=clipping)
     return tx, make_train_step(
         config,
         tx,
-        **of_step,
+        grad_clipping=clipping,
         remat=options.activation_checkpointing,
         accumulate="sketches" if options.accumulate_sketches else "gradients",
         mesh=mesh,

@@ -7,23 +7,44 @@ arXiv 2408.12857.
 from osd_jax.accumulation import accumulate_sketches
 from osd_jax.blockwise import quantize_state
 from osd_jax.layerwise import make_layerwise_train_step
+from osd_jax.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_jax.optimizers import make_optimizer, skipped_steps
-from osd_jax.projectors import Projector, Sketch, TwoSided, online_pca, random, svd
+from osd_jax.projectors import BasisRule, Clock, online_pca, random, svd
 from osd_jax.selection import select_linear
+from osd_jax.sketch import (
+    COLUMN_ENERGIES,
+    CORRELATION,
+    SQUARED_NORM,
+    Needs,
+    Sketch,
+    Statistic,
+    TwoSided,
+)
 from osd_jax.subspace import (
     SubspaceDimensionNumbers,
     SubspaceState,
+    in_parts,
     projectors,
     scale_by_subspace,
 )
 
 __all__ = [
-    "Projector",
+    "COLUMN_ENERGIES",
+    "CORRELATION",
+    "SQUARED_NORM",
+    "BasisRule",
+    "Clock",
+    "Lift",
+    "Lifted",
+    "Needs",
+    "Seen",
     "Sketch",
+    "Statistic",
     "SubspaceDimensionNumbers",
     "SubspaceState",
     "TwoSided",
     "accumulate_sketches",
+    "in_parts",
     "make_layerwise_train_step",
     "make_optimizer",
     "online_pca",
@@ -31,7 +52,9 @@ __all__ = [
     "quantize_state",
     "random",
     "scale_by_subspace",
+    "scaled",
     "select_linear",
+    "sign_after_lift",
     "skipped_steps",
     "svd",
 ]

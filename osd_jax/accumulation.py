@@ -14,24 +14,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.projectors import Sketch, accumulator_dtype, check_static
-from osd_jax.subspace import SubspaceTransformation
+from osd_jax.numerics import accumulator_dtype, check_static
+from osd_jax.sketch import is_sketch
+from osd_jax.subspace import SubspaceTransformation, parted
 from osd_jax.trees import promotes, takes_shapes
 
 Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
 
 
-def _is_sketch(x: Any) -> bool:
-    return isinstance(x, Sketch)
-
-
 def check_sketch_suffices(tx: SubspaceTransformation) -> None:
-    """Raises ValueError if a step of `tx` reads more of a gradient than its sketch."""
-    if not tx.sketch_suffices:
+    """Raises ValueError, with the reason, if a step reads more of a gradient than its sketch."""
+    if tx.needs_gradient is not None:
         raise ValueError(
-            "move_projector is 'before', which takes R again from the gradient after P has moved, "
-            "and there only its sketch is kept (accumulated sketches, or layer by layer with "
-            "micro-batches or clipping): use move_projector='after', or keep whole gradients"
+            f"{tx.needs_gradient}; and here only its sketch is kept (accumulated or reduced "
+            "sketches, or layer by layer with micro-batches or clipping): keep whole gradients, or "
+            "choose a rule that does without"
         )
 
 
@@ -69,25 +66,16 @@ def squared_norm_held(held: Held) -> jax.Array:
 
     The gradient's own norm is not to be had from its parts.
     """
-    applied = [
-        x.low_rank if _is_sketch(x) else x for x in jax.tree.leaves(held, is_leaf=_is_sketch)
-    ]
+    leaves = jax.tree.leaves(held, is_leaf=is_sketch)
+    applied = [x.low_rank if is_sketch(x) else x for x in leaves]
     return sum((jnp.sum(jnp.square(x)) for x in applied), jnp.float32(0))
 
 
 @promotes
 def scaled(held: Held, factor: jax.typing.ArrayLike) -> Held:
     """The sketches of the gradients times a factor."""
-
-    def one(x: Any) -> Any:
-        if not _is_sketch(x):
-            return x * factor
-        return Sketch(
-            x.low_rank * factor,
-            *(None if part is None else part * factor**2 for part in x[1:]),
-        )
-
-    return jax.tree.map(one, held, is_leaf=_is_sketch)
+    one = lambda x: x.scaled(factor) if is_sketch(x) else x * factor
+    return jax.tree.map(one, held, is_leaf=is_sketch)
 
 
 class AccumulationState(NamedTuple):
@@ -105,7 +93,7 @@ class AccumulationState(NamedTuple):
 
 
 def accumulate_sketches(
-    tx: SubspaceTransformation, every_k: int
+    tx: optax.GradientTransformation, every_k: int
 ) -> optax.GradientTransformationExtraArgs:
     """One update of `tx` every `every_k` calls, of the mean of their gradients; zeros between.
 
@@ -113,11 +101,13 @@ def accumulate_sketches(
     set anew, it is from the first of the `every_k` gradients.
 
     Args:
-      tx: From `make_optimizer` or `scale_by_subspace`.
+      tx: From `make_optimizer` or `scale_by_subspace`, or a composition around one, as `in_parts`
+        returns it.
       every_k: Calls an update.
 
     Raises:
-      ValueError: for `every_k` below 1, or an optimizer that needs the gradient itself.
+      ValueError: for `every_k` below 1, an optimizer that needs the gradient itself, or, from
+        `init`, one that hides its subspace.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -135,12 +125,15 @@ def accumulate_sketches(
     check_static("every_k", every_k)
     if type(every_k) is not int or every_k < 1:
         raise ValueError(f"every_k is {every_k!r}: expected a whole number of at least 1")
-    check_sketch_suffices(tx)
+    parts = parted(tx)
+    check_sketch_suffices(parts)
 
     @takes_shapes
     def init(params: optax.Params) -> AccumulationState:
-        inner = tx.init(params)
-        return AccumulationState(jnp.zeros([], jnp.int32), nothing_held(tx, params, inner), inner)
+        inner = parts.init(params)
+        return AccumulationState(
+            jnp.zeros([], jnp.int32), nothing_held(parts, params, inner), inner
+        )
 
     @promotes
     def update(
@@ -149,11 +142,11 @@ def accumulate_sketches(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulationState]:
-        inner = tx.refresh(grads, state.inner, when=state.mini_step == 0)
-        held = hold(state.held, tx.project(grads, inner), 1 / every_k)
+        inner = parts.refresh(grads, state.inner, when=state.mini_step == 0)
+        held = hold(state.held, parts.project(grads, inner), 1 / every_k)
 
         def step(held: Held, inner: optax.OptState) -> Any:
-            updates, inner = tx.apply(
+            updates, inner = parts.apply(
                 held, inner, grads if params is None else params, **extra_args
             )
             return updates, optax.tree.zeros_like(held), inner

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from osd_jax.projectors import check_static, explicit_sharding, like_sharding
+from osd_jax.numerics import check_static, explicit_sharding, like_sharding
 from osd_jax.trees import boxed_like, promotes, takes_shapes, unboxed
 
 BLOCK_SIZE = 256

@@ -35,9 +35,9 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
-from osd_jax.projectors import accumulator_dtype
+from osd_jax.numerics import accumulator_dtype
 from osd_jax.selection import of_a_part
-from osd_jax.subspace import Side, SubspaceTransformation, all_finite, in_parts
+from osd_jax.subspace import all_finite, parted
 from osd_jax.train import (
     Batch,
     Metrics,
@@ -238,7 +238,6 @@ def make_layerwise_train_step(
     config: llama.LlamaConfig,
     tx: optax.GradientTransformation,
     *,
-    side: Side = "shorter",
     grad_clipping: float = 0.0,
 ) -> TrainStep:
     """Builds a jitted train step that updates layer by layer; see this module's description.
@@ -254,7 +253,6 @@ def make_layerwise_train_step(
       config: The model's shape.
       tx: From `make_optimizer`, with `llama.dimension_numbers`; or any that treats each layer on
         its own.
-      side: The side that its projectors act on.
       grad_clipping: Largest norm; 0 does not clip. Of the whole gradient with one micro-batch, of
         what is applied with several (`osd_jax.accumulation.squared_norm_held`).
 
@@ -278,7 +276,7 @@ def make_layerwise_train_step(
       >>> round(float(metrics["loss"]), 1)
       4.2
     """
-    parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
+    parts = parted(tx)
     after_layers = ("norm", "embedding" if config.tie_word_embeddings else "head")
 
     def forward(params: optax.Params, micro: Batch) -> Forward:
@@ -341,7 +339,7 @@ def make_layerwise_train_step(
                 old = optimizer.state(layers, index, key)
                 part = unflatten_dict({key: _take(layers.weights[key], index)})
                 g = unflatten_dict({key: g})
-                found |= measured(measure, g, old, side)
+                found |= measured(measure, g, old)
                 part, new = step(part, g, old)
                 layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, (squares, found)
@@ -361,8 +359,8 @@ def make_layerwise_train_step(
             optimizer.start, run._replace(gradient=gradient), micro["tokens"], visit
         )
         outer.append(moved("embedding", outer_grads["embedding"]))
-        parts, states, squares = zip(*outer, strict=True)
-        params = functools.reduce(operator.or_, parts, unflatten_dict(layers.weights))
+        moved_weights, states, squares = zip(*outer, strict=True)
+        params = functools.reduce(operator.or_, moved_weights, unflatten_dict(layers.weights))
         opt_state = state_of_parts(state.opt_state, [layers.shared | layers.stacked, *states])
         norm = jnp.sqrt(jnp.sum(layer_squares) + sum(squares))
         loss = run.loss / llama.num_predicted(micro["tokens"], micro["mask"])
@@ -370,11 +368,11 @@ def make_layerwise_train_step(
 
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: sketches are held, and the layers move when all is known."""
-        check_sketch_suffices(parted)
-        optimizer = _LayerOptimizer(parted, state.params, state.opt_state)
+        check_sketch_suffices(parts)
+        optimizer = _LayerOptimizer(parts, state.params, state.opt_state)
         outer = {name: x for name, x in state.params.items() if name != "layers"}
-        outer_state = state_of_part(parted, outer, state.opt_state)
-        held = nothing_held(parted, state.params, state.opt_state)
+        outer_state = state_of_part(parts, outer, state.opt_state)
+        held = nothing_held(parts, state.params, state.opt_state)
         outer_held = {name: held[name] for name in outer}
         layers = optimizer.start._replace(held=_by_key({"layers": held["layers"]}))
         total = llama.num_predicted(batch["tokens"], batch["mask"])
@@ -389,10 +387,10 @@ def make_layerwise_train_step(
                 squares = _squared_norm(grads)
                 for key, g in grads.items():
                     old, g = optimizer.state(layers, index, key), unflatten_dict({key: g})
-                    found |= measured(measure, g, old, side)
-                    new = parted.refresh(g, old, is_first)
+                    found |= measured(measure, g, old)
+                    new = parts.refresh(g, old, is_first)
                     layers = optimizer.store(layers, index, old, new)
-                    sketch = _by_key(parted.project(g, new))[key]
+                    sketch = _by_key(parts.project(g, new))[key]
                     held = hold(_take(layers.held[key], index), sketch, share)
                     held = _put(layers.held[key], held, index)
                     layers = layers._replace(held=layers.held | {key: held})
@@ -400,8 +398,8 @@ def make_layerwise_train_step(
 
             run = forward(state.params, micro)
             layers, grads, (squares, found) = backward(layers, run, micro["tokens"], visit)
-            outer_state = parted.refresh(grads, outer_state, is_first)
-            outer_held = hold(outer_held, parted.project(grads, outer_state), share)
+            outer_state = parts.refresh(grads, outer_state, is_first)
+            outer_held = hold(outer_held, parts.project(grads, outer_state), share)
             squares = jnp.sum(squares) + _squared_norm(grads)
             return (layers, outer_held, outer_state), (run.loss, squares, found)
 
@@ -419,16 +417,16 @@ def make_layerwise_train_step(
                 old = optimizer.state(layers, index, key)
                 part = unflatten_dict({key: _take(stacked, index)})
                 held = unflatten_dict({key: scaled(_take(layers.held[key], index), factor)})
-                updates, new = parted.apply(held, old, part)
+                updates, new = parts.apply(held, old, part)
                 part = optax.apply_updates(part, updates)
                 layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, None
 
         layers, _ = jax.lax.scan(apply, layers, jnp.arange(config.num_hidden_layers))
-        updates, outer_state = parted.apply(scaled(outer_held, factor), outer_state, outer)
+        updates, outer_state = parts.apply(scaled(outer_held, factor), outer_state, outer)
         params = unflatten_dict(layers.weights) | optax.apply_updates(outer, updates)
-        parts = [layers.shared | layers.stacked, _named(outer_state)]
-        opt_state = state_of_parts(state.opt_state, parts)
+        states = [layers.shared | layers.stacked, _named(outer_state)]
+        opt_state = state_of_parts(state.opt_state, states)
         return params, opt_state, jnp.sum(losses) / total, norm, found
 
     @functools.partial(jax.jit, donate_argnums=0)

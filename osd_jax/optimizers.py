@@ -16,16 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
-from osd_jax.projectors import (
-    PROJECTOR_INITS,
-    Projector,
-    check_number,
-    check_static,
-    known_zero,
-    online_pca,
-    random,
-    svd,
-)
+from osd_jax.lift import Lift, scaled, sign_after_lift
+from osd_jax.numerics import check_number, check_static, known_zero
+from osd_jax.projectors import ORDERS as MOVE_PROJECTOR
+from osd_jax.projectors import PROJECTOR_INITS, BasisRule, online_pca, random, svd
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
@@ -39,6 +33,7 @@ from osd_jax.rules import (
     scale_by_factored_second_moment,
 )
 from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
+from osd_jax.sketch import as_leaves, bare
 from osd_jax.subspace import (
     DimensionNumbers,
     Side,
@@ -66,7 +61,6 @@ from osd_jax.trees import (
 )
 
 LION_SIGNS = ("lifted", "subspace")
-MOVE_PROJECTOR = ("after", "before")
 
 SUBSPACE_OPTIMIZERS = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
 FULL_RANK_OPTIMIZERS = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
@@ -286,7 +280,7 @@ def make_optimizer(
         rule.low_rank,
         projector,
         rank=rank,
-        scale=scale,
+        lift=rule.lift or scaled(scale),
         side=SIDES_BY_PROJ_TYPE[proj_type],
         dimension_numbers=dimension_numbers,
         seed=seed,
@@ -294,21 +288,32 @@ def make_optimizer(
         widen_updates=True,
     )
     labels = _labels(select, dimension_numbers)
-    full_rank = (as_matrices if rule.reads_matrices else in_float32)(rule.low_rank)
+    full_rank = (as_matrices if rule.reads_matrices else in_float32)(
+        rule.full_rank or rule.low_rank
+    )
     transforms = {"subspace": subspace, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
     return in_parts(_guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
 
 
 class _Rule(NamedTuple):
-    """A rule of W: its half inside the subspace, and what follows the lift.
+    """A rule of W: its half inside the subspace, the lift, and what follows it.
 
-    One that reads its last two axes as a matrix runs in float32 by itself.
+    Attributes:
+      low_rank: Of R.
+      finish: (weight decay) -> what follows, for all parameters.
+      reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
+        itself.
+      lift: None: the scaled one.
+      full_rank: Of parameters that are not projected, with a state as that of `low_rank`. None:
+        `low_rank`.
     """
 
     low_rank: optax.GradientTransformation
     finish: Callable[[float], optax.GradientTransformation]
     reads_matrices: bool = False
+    lift: Lift | None = None
+    full_rank: optax.GradientTransformation | None = None
 
 
 def _subspace_rule(
@@ -329,8 +334,14 @@ def _subspace_rule(
             finish = lambda decay: optax.chain(descend, decay_after(decay))
             return _Rule(optax.scale_by_lion(), finish)
         case "galore_lion":
-            finish = lambda decay: optax.chain(optax.scale_by_sign(), descend, decay_after(decay))
-            return _Rule(interpolate_momentum(), finish)
+            # The identity has the place that the sign once had here, and has in checkpoints.
+            finish = lambda decay: optax.chain(optax.identity(), descend, decay_after(decay))
+            return _Rule(
+                interpolate_momentum(),
+                finish,
+                lift=sign_after_lift(),
+                full_rank=optax.scale_by_lion(),
+            )
         case "galore_adafactor":
             # The learning rate is inside, since the first moment averages scaled updates.
             decay_before = lambda decay: optax.chain(
@@ -383,7 +394,7 @@ def _projector(
     penalty: float,
     moves_first: bool,
     init: str,
-) -> Projector:
+) -> BasisRule:
     if not proj_type.startswith("continuous"):
         return random(gap) if proj_type == "random" else svd(gap)
     rules: dict[str, tuple[Callable[[], optax.GradientTransformation], float]] = {
@@ -501,13 +512,14 @@ def _guarded(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
         def step(grads: optax.Updates, inner: optax.OptState) -> Any:
-            updates, inner = tx.update(grads, inner, params, **extra_args)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads), inner
+            updates, inner = tx.update(as_leaves(like, grads), inner, params, **extra_args)
+            return jax.tree.map(lambda u, like: u.astype(like.dtype), updates, like), inner
 
         def skip(grads: optax.Updates, inner: optax.OptState) -> Any:
-            return optax.tree.zeros_like(grads), inner
+            return jax.tree.map(lambda like: jnp.zeros_like(like, like.dtype), like), inner
 
         # As `optax.apply_if_finite`, but for how finite gradients are told, which takes less time.
+        like, grads = grads, bare(grads)
         finite = all_finite(grads)
         updates, inner = jax.lax.cond(finite, step, skip, grads, state.inner_state)
         one_more = optax.safe_increment

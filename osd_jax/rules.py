@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.projectors import accumulator_dtype, known_zero
+from osd_jax.numerics import accumulator_dtype, known_zero
 from osd_jax.subspace import (
     DimensionNumbers,
     dimension_numbers_by_path,

@@ -20,32 +20,54 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.projectors import (
-    NOT_SET,
-    Basis,
-    Projector,
-    ProjectorState,
-    Reduce,
-    ResolvedSide,
-    Sketch,
-    TwoSided,
+from osd_jax.lift import Lift, Lifted, Seen, lift
+from osd_jax.lift import scaled as scaled_lift
+from osd_jax.numerics import (
     accumulator_dtype,
     any_of,
     check_static,
     contract,
+    float32_or_more,
     has_direction,
-    low_rank_gradient,
-    set_before,
+    like_sharding,
     squared_norm,
-    written_transpose,
+    zeros_of,
     zeros_of_axes,
+)
+from osd_jax.projectors import (
+    MOVE,
+    NOT_SET,
+    REFRESH,
+    BasisRule,
+    ProjectorState,
+    ResolvedSide,
+    check_rule,
+    each_matrix,
+)
+from osd_jax.sketch import (
+    SQUARED_NORM,
+    Basis,
+    Reduce,
+    Sketch,
+    SketchLeaf,
+    Statistic,
+    TwoSided,
+    as_leaves,
+    bare,
+    is_sketch,
+    is_sketch_leaf,
+    is_two_sided,
+    low_rank_gradient,
+    make_sketch,
+    merged,
+    why_gradient,
 )
 from osd_jax.trees import (
     KeyPath,
@@ -84,19 +106,47 @@ class SubspaceDimensionNumbers(NamedTuple):
 DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any], Any] | Any | None
 
 
-class SubspaceState(NamedTuple):
-    """State of `scale_by_subspace`.
+class _SubspaceFields(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
+    projector: ProjectorState
+    inner: optax.OptState
+    lift: Any = ()
+    side: Side | None = None
+
+
+class SubspaceState(_SubspaceFields):
+    """State of `scale_by_subspace`. A pytree, of which `side` is part of the structure.
 
     Attributes:
       count: int32 scalar, the steps taken: one for the whole tree, so that a refresh of P is one
         `lax.cond`.
       projector: The bases P, the state of the optimizer that moves them, and when P was set.
       inner: State of the inner transformation, in the shapes of R.
+      lift: State of the lift: a tree like the parameters of arrays by name; () where it has none.
+      side: The side that P projects. None in a state from before it was held, where shapes say it.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
-    projector: ProjectorState
-    inner: optax.OptState
+    __slots__ = ()
+
+
+def _flatten_state(state: SubspaceState) -> tuple[list[tuple[Any, Any]], Any]:
+    # A lift without state leaves no trace in a checkpoint, and neither does the side.
+    names = (
+        "count",
+        "projector",
+        "inner",
+        *(() if isinstance(state.lift, tuple) and not state.lift else ("lift",)),
+    )
+    children = [(jax.tree_util.GetAttrKey(name), getattr(state, name)) for name in names]
+    return children, (names, state.side)
+
+
+def _unflatten_state(structure: Any, children: Any) -> SubspaceState:
+    names, side = structure
+    return SubspaceState(**dict(zip(names, children, strict=True)), side=side)
+
+
+jax.tree_util.register_pytree_with_keys(SubspaceState, _flatten_state, _unflatten_state)
 
 
 class SubspaceTransformation(optax.GradientTransformationExtraArgs):
@@ -111,20 +161,20 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
         R is reduced first, and A taken with the reduced R.
       apply: (sketches, state, params) -> (updates, state).
-      sketch_suffices: Whether a step reads no more of a gradient than its sketch. Where it does
-        not, `scale_by_subspace`'s `apply` needs `grads=` too.
+      needs_gradient: Why a step reads more of a gradient than its sketch, or None where it does
+        not. Where it does, `scale_by_subspace`'s `apply` takes `grads=` too.
     """
 
     refresh: Callable[..., Any]
     project: Callable[..., Any]
     apply: Callable[..., tuple[optax.Updates, Any]]
-    sketch_suffices: bool
+    needs_gradient: str | None
 
-    def __new__(cls, init, update, refresh, project, apply, sketch_suffices):  # type: ignore[no-untyped-def]
+    def __new__(cls, init, update, refresh, project, apply, needs_gradient):  # type: ignore[no-untyped-def]
         """Stays the pair that `optax.chain` unpacks; the parts are attributes."""
         self = super().__new__(cls, init, update)
         self.refresh, self.project, self.apply = refresh, project, apply
-        self.sketch_suffices = sketch_suffices
+        self.needs_gradient = needs_gradient
         return self
 
 
@@ -263,10 +313,11 @@ def dimension_numbers_by_path(
 
 def scale_by_subspace(
     inner: optax.GradientTransformation,
-    projector: Projector,
+    projector: BasisRule,
     *,
     rank: int,
-    scale: float = 1.0,
+    scale: jax.typing.ArrayLike | None = None,
+    lift: Lift | None = None,
     side: Side = "shorter",
     dimension_numbers: DimensionNumbers = None,
     seed: int = 0,
@@ -277,16 +328,17 @@ def scale_by_subspace(
 
     For a gradient laid out as M, of shape (..., p, q): `R = P^T M`; `inner` turns R into a
     direction D; the update is `scale * P D` (arXiv 2408.12857, equation 6; GaLore's algorithm 1
-    with an SVD projector).
+    with an SVD projector), or what `lift` makes of D.
 
     Args:
       inner: Any transformation that needs no parameters. It sees the tree of R's, of shape
         (..., r, q) and dtype float32 (float64 for float64 gradients), with stacked matrices along
         leading axes, so a rule that is not elementwise should treat the last two axes as the
         matrix.
-      projector: `online_pca(...)`, `svd(...)` or `random(...)`.
+      projector: `online_pca(...)`, `svd(...)`, `random(...)`, or a `BasisRule` of your own.
       rank: Columns of P. The effective rank is min(rank, m, n).
-      scale: Multiplies the lifted direction.
+      scale: Multiplies the lifted direction: short for `lift=scaled(scale)`. None: 1.
+      lift: `scaled(...)`, `sign_after_lift()`, or a `Lift` of your own. None: by `scale`.
       side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
         "longer" (ties: output) or "both" (`R = P_in^T M P_out`, not with online PCA).
       dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
@@ -301,8 +353,8 @@ def scale_by_subspace(
 
     Raises:
       ValueError: for a rank below 1, an unknown side or dtype of P, a side that the projector does
-        not move, or, from `init`, a parameter that is not a matrix or has an integer or float16
-        dtype.
+        not move, both `scale` and `lift`, or, from `init`, a parameter that is not a matrix or has
+        an integer or float16 dtype.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -319,6 +371,7 @@ def scale_by_subspace(
     check_static("rank", rank)
     check_rank(rank)
     check_basis_dtype(basis_dtype)
+    check_rule(projector)
     if side not in SIDES:
         raise ValueError(f"side is {side!r}: expected one of {', '.join(SIDES)}")
     if side == "both" and not projector.two_sided:
@@ -326,7 +379,16 @@ def scale_by_subspace(
             "side='both' has two bases, and online PCA moves one: use svd(...) or random(...), or "
             "one side"
         )
+    if scale is not None and lift is not None:
+        raise ValueError(
+            f"scale is {scale!r} and lift is given: scale is short for lift=scaled(scale); give one"
+        )
+    lift_rule = lift or scaled_lift(1.0 if scale is None else scale)
     inner = optax.with_extra_args_support(inner)
+    clock = projector.clock
+    always = merged(lift_rule.needs.statistics)
+    at_moves = merged(always, projector.needs.statistics)
+    needs_gradient = why_gradient((projector.needs, lift_rule.needs))
 
     def layouts(params: optax.Params) -> Any:
         """A tree like `params`, less its boxes."""
@@ -361,13 +423,24 @@ def scale_by_subspace(
             matrix, r, _ = matrix_of(layout, param)
             return zeros_of_axes("", matrix, r, jnp.int32) + NOT_SET
 
+        def init_lift(layout: MatrixLayout, param: jax.Array, low_rank: jax.Array) -> Any:
+            return dict(lift_rule.init(layout.to_matrix(param), low_rank))
+
         tree, params = layouts(params), unboxed(params)
         bases = jax.tree.map(init_basis, tree, params)
-        set_at = jax.tree.map(init_set_at, tree, params)
+        wide = jax.tree.map(float32_or_more, bases)
+        low_rank = jax.tree.map(init_low_rank, tree, params)
+        lift_state = jax.tree.map(init_lift, tree, params, low_rank)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
-            projector=ProjectorState(bases, projector.init(bases), set_at),
-            inner=inner.init(jax.tree.map(init_low_rank, tree, params)),
+            projector=ProjectorState(
+                bases,
+                projector.optimizer.init(wide) if projector.optimizer else optax.EmptyState(),
+                jax.tree.map(init_set_at, tree, params),
+            ),
+            inner=inner.init(low_rank),
+            lift=lift_state if jax.tree.leaves(lift_state) else (),
+            side=side,
         )
 
     @promotes
@@ -399,9 +472,14 @@ def scale_by_subspace(
         ) -> tuple[Basis, jax.Array]:
             key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
             key = jax.random.fold_in(key, layout.draw)
-            matrix = layout.to_matrix(grad)
-            new = projector.fresh_basis(key, matrix, basis, layout.side, wanted)
-            pick = lambda new, old: jnp.where(wanted[..., None, None], new, old)
+            each = functools.partial(each_matrix, wanted)
+            new = projector.fresh(layout.to_matrix(grad), basis, layout.side, key, each)
+
+            def pick(new: jax.Array, old: jax.Array) -> jax.Array:
+                check_fresh(layout.name, new, old)
+                new = like_sharding(new, old)
+                return jnp.where(wanted[..., None, None], new, old)
+
             return jax.tree.map(pick, new, basis), jnp.where(wanted, count, set_at)
 
         def set_waiting(
@@ -443,11 +521,9 @@ def scale_by_subspace(
                 )
 
             tree = layouts(grads)
-            found = jax.tree.map(one, tree, unboxed(grads), bases, set_at)
-            bases, set_at = (jax.tree.map(lambda _, x, i=i: x[i], tree, found) for i in range(2))
-            return bases, set_at
+            return _unzip(tree, jax.tree.map(one, tree, unboxed(grads), bases, set_at))
 
-        due = projector.is_due(state.count) & when
+        due = (clock.event(state.count) == REFRESH) & when
         waits = jax.tree.map(lambda at: at == NOT_SET, state.projector.set_at)
         before = (state.projector.basis, state.projector.set_at)
         bases, set_at = _cond_once(
@@ -463,26 +539,55 @@ def scale_by_subspace(
         )
         return state._replace(projector=state.projector._replace(basis=bases, set_at=set_at))
 
+    def moves_now(state: SubspaceState) -> jax.Array:
+        """Whether any P moves at this step."""
+        may_move = any_of(set_before(state.projector.set_at, state.count))
+        return (clock.event(state.count) == MOVE) & may_move
+
     @promotes
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
-        """Gradients -> a tree of `Sketch`, with what the projector needs in it."""
+        """Gradients -> a tree of `Sketch`, with what the projector and the lift need in it."""
         tree, grads = layouts(grads), unboxed(grads)
 
-        def sketch(moves: bool, grads: optax.Updates, bases: Any) -> Any:
-            return jax.tree.map(
-                lambda layout, g, basis: projector.sketch(
-                    basis, layout.to_matrix(g), reduce, moves
-                ),
-                tree,
-                grads,
-                bases,
-            )
+        def moving(grads: optax.Updates, bases: Any) -> Any:
+            return sketches_of(tree, grads, bases, at_moves, reduce)
 
-        move, stay = functools.partial(sketch, True), functools.partial(sketch, False)
-        if projector.every == 1:
-            return move(grads, state.projector.basis)
-        moves = projector.moves_at(state.count, state.projector.set_at)
-        return _cond_once(moves, move, stay, grads, state.projector.basis)
+        def staying(grads: optax.Updates, bases: Any) -> Any:
+            # Zeros in place of what only P reads: a `lax.cond` chooses between the two.
+            def one(shape: Sketch, sketch: Sketch) -> Sketch:
+                zeros = {name: zeros_of(x) for name, x in shape.statistics.items()}
+                return Sketch(sketch.low_rank, {**zeros, **sketch.statistics}, shape.degrees)
+
+            found = sketches_of(tree, grads, bases, always, reduce)
+            return jax.tree.map(one, jax.eval_shape(moving, grads, bases), found, is_leaf=is_sketch)
+
+        if clock.move_every == 1 or len(always) == len(at_moves):
+            return moving(grads, state.projector.basis)
+        return _cond_once(moves_now(state), moving, staying, grads, state.projector.basis)
+
+    def move(bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any) -> Any:
+        """One step of P's optimizer -> (bases, its state); P stays where `moves` (...) is False."""
+        assert projector.gradient is not None and projector.optimizer is not None
+        gradient_of = projector.gradient
+
+        def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
+            pick = lambda x: jnp.where(moves[..., None, None], x, 0)
+            return jax.tree.map(pick, gradient_of(basis, sketch))
+
+        def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
+            norm = sketch.statistics.get(SQUARED_NORM.name)
+            moves &= has_direction(squared_norm(sketch.low_rank) if norm is None else norm)
+            pick = lambda old, basis, step: jnp.where(
+                moves[..., None, None], (basis + step).astype(old.dtype), old
+            )
+            return jax.tree.map(pick, old, basis, step)
+
+        each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
+        wide = jax.tree.map(float32_or_more, bases)
+        steps, new = projector.optimizer.update(
+            each(gradient, wide, sketches, moves), optimizer, wide
+        )
+        return each(stepped, bases, wide, steps, sketches, moves), new
 
     @promotes
     def apply(
@@ -499,44 +604,47 @@ def scale_by_subspace(
           sketches: From `project`.
           state: From `refresh`.
           params: Read for shapes and dtypes only.
-          grads: The gradients, which only a projector that moves before W asks for.
+          grads: The gradients, for rules that read them at every step (`needs_gradient`).
           **extra_args: Handed to `inner`.
         """
-        tree = layouts(params)
-        is_sketch = lambda x: isinstance(x, Sketch)
+        if needs_gradient is not None and grads is None:
+            raise ValueError(f"{needs_gradient}: apply needs grads=, the gradients themselves")
+        tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
         bases, optimizer, set_at = state.projector
-        moves, moved = projector.moves_at(state.count, set_at), (bases, optimizer)
-        if projector.move is not None:
+        moves, moved = moves_now(state), (bases, optimizer)
+        if projector.gradient is not None:
             stay = lambda bases, sketches, optimizer, moves: (bases, optimizer)
             args = (bases, sketches, optimizer, set_before(set_at, state.count))
             # Plain: what P's optimizer closes over, a learning rate for one, may be traced.
-            moved = jax.lax.cond(moves, projector.move, stay, *args)
-        low_rank = jax.tree.map(lambda s: s.low_rank, sketches, is_leaf=is_sketch)
-        if projector.moves_first:
-            if grads is None:
-                raise ValueError("a projector with moves_first=True needs apply(..., grads=...)")
-
-            def again(grads: optax.Updates, bases: Any, low_rank: Any) -> Any:
-                return jax.tree.map(
-                    lambda layout, g, basis: low_rank_gradient(basis, layout.to_matrix(g)),
-                    tree, unboxed(grads), bases,
-                )  # fmt: skip
-
+            moved = jax.lax.cond(moves, move, stay, *args)
+        read = jax.tree.map(lambda sketch: sketch.only(always), sketches, is_leaf=is_sketch)
+        if projector.order == "before":
             bases = moved[0]
-            still = lambda grads, bases, low_rank: low_rank
-            low_rank = jax.lax.cond(moves, again, still, grads, bases, low_rank)
+            again = lambda grads, bases, read: sketches_of(tree, grads, bases, always)
+            still = lambda grads, bases, read: read
+            read = jax.lax.cond(moves, again, still, whole, bases, read)
+        low_rank = jax.tree.map(lambda sketch: sketch.low_rank, read, is_leaf=is_sketch)
         directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
 
-        def lift_one(layout: MatrixLayout, x: jax.Array, basis: Basis, d: jax.Array) -> jax.Array:
-            # Before the lift d is smaller; where the lift rounds it to a narrower P, after.
-            is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
-            before, after = (1, scale) if is_narrow else (scale, 1)
-            update = after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
-            return update if widen_updates else update.astype(x.dtype)
+        def lift_one(
+            layout: MatrixLayout, x: Any, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
+        ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+            matrix = layout.to_matrix(g) if lift_rule.needs.gradient == "always" else None
+            lifted = lift_rule.apply(d, Seen(basis, read, matrix, own))
+            update = lifted_update(layout, basis, lifted)
+            return update if widen_updates else update.astype(x.dtype), dict(lifted.state)
 
-        updates = jax.tree.map(lift_one, tree, unboxed(params), bases, directions)
-        count = optax.safe_increment(state.count)
-        state = SubspaceState(count, ProjectorState(*moved, set_at), inner_state)
+        own = state.lift if jax.tree.leaves(state.lift) else jax.tree.map(lambda _: {}, tree)
+        found = jax.tree.map(
+            lift_one, tree, like, bases, directions, read, tree if grads is None else whole, own
+        )
+        updates, own = _unzip(tree, found)
+        state = state._replace(
+            count=optax.safe_increment(state.count),
+            projector=ProjectorState(*moved, set_at),
+            inner=inner_state,
+            lift=own if jax.tree.leaves(own) else (),
+        )
         return boxed_like(params, updates), state
 
     @promotes
@@ -544,22 +652,77 @@ def scale_by_subspace(
         grads: optax.Updates,
         state: SubspaceState,
         params: optax.Params | None = None,
-        *,
-        sketches: Mapping[Path, Sketch] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceState]:
-        """With `sketches`, by path, the gradients are read for shapes and dtypes only."""
+        """Of gradients, or of a tree of `SketchLeaf` in their place."""
         del params  # the gradients have the same shapes and dtypes
-        if sketches is not None:
-            own = jax.tree_util.tree_map_with_path(
-                lambda path, g: sketches[path_of(path)], unboxed(grads)
-            )
-            return apply(own, state, grads, **extra_args)
+        kinds = {is_sketch_leaf(x) for x in jax.tree.leaves(grads)}
+        if kinds == {True}:
+            return apply(bare(unboxed(grads)), state, grads, **extra_args)
+        if True in kinds:
+            raise ValueError(f"some gradients are whole, and some are sketches: {ONLY_SKETCHES}")
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 
-    parts = (refresh, project, apply, not projector.moves_first)
-    return SubspaceTransformation(init, update, *parts)
+    return SubspaceTransformation(init, update, refresh, project, apply, needs_gradient)
+
+
+def sketches_of(
+    tree: Any, grads: Any, bases: Any, statistics: Iterable[Statistic], reduce: Reduce | None = None
+) -> Any:
+    """The sketch of each gradient, with these statistics; `tree` is of `MatrixLayout`."""
+    return jax.tree.map(
+        lambda layout, g, basis: make_sketch(basis, layout.to_matrix(g), statistics, reduce),
+        tree,
+        grads,
+        bases,
+    )
+
+
+def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Array:
+    """The update of one parameter, in its shape."""
+    d: Any = lifted.low_rank
+    scale: Any = lifted.scale
+    if d is not None and lifted.rest is None and lifted.then is None:
+        # Before the lift d is smaller; where the lift rounds it to a narrower P, after.
+        is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
+        before, after = (1, scale) if is_narrow else (scale, 1)
+        return after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
+    terms = [] if d is None else [lift(basis, d, layout.is_flipped)]
+    terms += [] if lifted.rest is None else [lifted.rest]
+    if not terms:
+        raise ValueError(f"the lift of '{layout.name}' gives neither low_rank nor rest")
+    total = functools.reduce(jnp.add, terms)
+    return scale * layout.from_matrix(total if lifted.then is None else lifted.then(total))
+
+
+def check_fresh(name: str, new: jax.Array, old: jax.Array) -> None:
+    """Raises ValueError unless a rule's P has the shape and dtype of the old one."""
+    if (new.shape, new.dtype) != (old.shape, old.dtype):
+        raise ValueError(
+            f"the rule's fresh P of '{name}' is {new.dtype}{list(new.shape)}: expected "
+            f"{old.dtype}{list(old.shape)}, as the old one is"
+        )
+
+
+def set_before(set_at: Any, count: jax.Array) -> Any:
+    """Whether each P was set before the step with this count: a tree like `set_at`, of bool."""
+    return jax.tree.map(lambda at: (at != NOT_SET) & (at != count), set_at)
+
+
+def _unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:
+    """A tree like `tree` with a pair at each leaf -> a pair of trees."""
+    first, second = (jax.tree.map(lambda _, x, i=i: x[i], tree, pairs) for i in range(2))
+    return first, second
+
+
+# What asks for a gradient whose sketch is all that is kept.
+ONLY_SKETCHES = (
+    "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
+    "layer by layer with micro-batches or clipping). A transformation in front of "
+    "scale_by_subspace may multiply them by a number, and no more: put it after "
+    "scale_by_subspace, or keep whole gradients"
+)
 
 
 def in_parts(
@@ -567,15 +730,42 @@ def in_parts(
 ) -> SubspaceTransformation:
     """`tx` with the parts of the subspace transformation that it is built around.
 
+    What stands in front of the subspace in `tx` then meets sketches in place of the gradients that
+    are projected (`osd_jax.sketch.SketchLeaf`), and may multiply them by numbers.
+
     Args:
       tx: Any composition, with the extra arguments of Optax passed down to `subspace`.
-      subspace: None: nothing is projected, and gradients are their own sketches.
+      subspace: What `scale_by_subspace` or `make_optimizer` returned. None: nothing is projected,
+        and gradients are their own sketches.
+
+    Returns:
+      `tx` with `refresh`, `project` and `apply`, which take the whole trees of gradients, states
+      and sketches. Its `apply` raises TypeError where `tx` does more in front of the subspace than
+      sketches allow, and its parts raise ValueError where the state of `tx` holds a subspace that
+      `subspace` does not name.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> subspace = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.svd(200), rank=4)
+      >>> tx = optax.chain(subspace, optax.scale_by_learning_rate(0.1))
+      >>> tx = osd_jax.accumulate_sketches(osd_jax.in_parts(tx, subspace), every_k=4)
+      >>> state = tx.init({"kernel": jnp.ones((16, 24))})
+      >>> state.held["kernel"].low_rank.shape
+      (4, 24)
     """
     tx = optax.with_extra_args_support(tx)
-    is_sketch = lambda x: isinstance(x, Sketch)
 
     def own_state(state: optax.OptState) -> SubspaceState | None:
-        return next(iter(subspace_states(state)), None)
+        found = subspace_states(state)
+        if len(found) > (subspace is not None):
+            raise ValueError(
+                "the optimizer's state holds a subspace whose parts (refresh, project, apply) are "
+                "hidden, as optax.chain hides them, so that whole gradients would be kept where "
+                "sketches are meant: give osd_jax.in_parts(tx, subspace) in place of tx, with all "
+                "that is projected in one subspace, as scale_by_subspace or make_optimizer "
+                "returned it"
+            )
+        return next(iter(found), None)
 
     def own_part(tree: Any, state: SubspaceState) -> Any:
         """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
@@ -593,7 +783,8 @@ def in_parts(
         when: jax.typing.ArrayLike = True,
         reduce: Reduce | None = None,
     ) -> optax.OptState:
-        if subspace is None or (own := own_state(state)) is None:
+        own = own_state(state)
+        if subspace is None or own is None:
             return state
         new = subspace.refresh(own_part(grads, own), own, when, reduce)
         is_own = lambda x: isinstance(x, SubspaceState)
@@ -601,7 +792,7 @@ def in_parts(
 
     @promotes
     def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
-        own = None if subspace is None else own_state(state)
+        own = own_state(state)
         found: dict[Path, Sketch] = {}
         if subspace is not None and own is not None:
             found = by_path(subspace.project(own_part(grads, own), own, reduce), is_sketch)
@@ -618,21 +809,24 @@ def in_parts(
         params: optax.Params,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        # What stands around the subspace sees no gradient of a projected parameter, only whether
-        # it was finite, which is what it asks of one.
-        def stand_in(sketch: Any, param: jax.Array) -> jax.Array:
-            if not is_sketch(sketch):
-                return sketch.astype(param.dtype)
-            fill = jnp.where(all_finite(sketch), 0, jnp.nan)
-            return jnp.broadcast_to(fill.astype(param.dtype), param.shape)
+        like = unboxed(params)
+        cast = lambda x, param: x if is_sketch(x) else x.astype(param.dtype)
+        updates = as_leaves(like, jax.tree.map(cast, sketches, like, is_leaf=is_sketch))
+        try:
+            return tx.update(boxed_like(params, updates), state, params, **extra_args)
+        except (AttributeError, TypeError, ValueError) as error:
+            # What JAX, NumPy and Optax say of an argument that is no array names its class.
+            if SketchLeaf.__name__ not in str(error):
+                raise
+            raise TypeError(f"{error}: {ONLY_SKETCHES}") from error
 
-        updates = jax.tree.map(stand_in, sketches, unboxed(params), is_leaf=is_sketch)
-        if subspace is not None:
-            extra_args["sketches"] = by_path(sketches, is_sketch)
-        return tx.update(boxed_like(params, updates), state, params, **extra_args)
+    needs_gradient = None if subspace is None else subspace.needs_gradient
+    return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, needs_gradient)
 
-    suffices = subspace is None or subspace.sketch_suffices
-    return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, suffices)
+
+def parted(tx: optax.GradientTransformation) -> SubspaceTransformation:
+    """An optimizer with its parts: its own, or those of one without a subspace."""
+    return tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -650,22 +844,6 @@ def random_draws(params: optax.Params) -> list[int]:
     """
     named = names([path for path, _ in flatten(params)])
     return [zlib.crc32(name.encode()) for name in named]
-
-
-def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
-    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
-
-    Args:
-      basis: P.
-      direction: D.
-      is_flipped: Whether the product is to lie in memory as (..., q, p).
-    """
-    if isinstance(basis, TwoSided):
-        half = contract("pr,rs->ps", basis.input, direction)
-        return contract("ps,qs->pq", half, basis.output)
-    if is_flipped:
-        return contract("rq,rp->qp", direction, written_transpose(basis)).mT
-    return contract("pr,rq->pq", basis, direction)
 
 
 def _cond_once(
@@ -759,30 +937,46 @@ def subspace_diagnostics(
     grads: optax.Updates,
     opt_state: optax.OptState,
     *,
-    side: Side = "shorter",
     dimension_numbers: DimensionNumbers = None,
 ) -> dict[str, Diagnostics]:
     """Measures P against the gradients that it is about to project.
 
     Args:
       grads: The gradients, of all parameters.
-      opt_state: An optimizer's state, whatever it is wrapped in.
-      side: What the optimizer was made with.
-      dimension_numbers: Likewise.
+      opt_state: An optimizer's state, whatever it is wrapped in. It says which side P projects.
+      dimension_numbers: What the optimizer was made with.
 
     Returns:
       By name, as in `projectors`. Empty where nothing is projected.
     """
     grads = unboxed(grads)
     numbers, by = dimension_numbers_by_path(dimension_numbers, grads), by_path(grads)
+    sides = [
+        (path, state.side)
+        for state in subspace_states(unboxed(opt_state))
+        for path, _ in flatten(state.projector.basis, is_two_sided)
+    ]
     found = bases_by_key_path(opt_state)
 
-    def one(name: str, path: KeyPath, basis: Basis) -> Diagnostics:
+    def one(name: str, path: KeyPath, basis: Basis, side: Side | None) -> Diagnostics:
         grad = by[path_of(path)]
-        return _diagnose(basis, matrix_layout(name, grad, numbers(path), side).to_matrix(grad))
+        layout = matrix_layout(name, grad, numbers(path))
+        side = side or _side_by_shape(basis, layout)
+        layout = matrix_layout(name, grad, numbers(path), side)
+        return _diagnose(basis, layout.to_matrix(grad))
 
     named = names([path for path, _ in found])
-    return {name: one(name, *both) for name, both in zip(named, found, strict=True)}
+    return {
+        name: one(name, path, basis, side)
+        for name, (path, basis), (_, side) in zip(named, found, sides, strict=True)
+    }
+
+
+def _side_by_shape(basis: Basis, layout: MatrixLayout) -> Side:
+    """The side that P projects of a matrix laid out by its input side; the input's, if square."""
+    if isinstance(basis, TwoSided):
+        return "both"
+    return "input" if basis.shape[-2] == layout.matrix_shape[-2] else "output"
 
 
 def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
@@ -835,8 +1029,3 @@ def bases_by_key_path(opt_state: optax.OptState) -> list[tuple[KeyPath, Basis]]:
 def projected_paths(opt_state: optax.OptState) -> list[KeyPath]:
     """The key paths of the parameters that an optimizer state projects."""
     return [path for path, _ in bases_by_key_path(opt_state)]
-
-
-def is_two_sided(x: Any) -> bool:
-    """Whether `x` holds both bases of one matrix."""
-    return isinstance(x, TwoSided)

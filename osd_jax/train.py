@@ -24,10 +24,11 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
+from osd_jax.numerics import accumulator_dtype
 from osd_jax.optimizers import skipped_steps
-from osd_jax.projectors import Reduce, accumulator_dtype
 from osd_jax.sharding import on, train_state_sharding
-from osd_jax.subspace import Side, SubspaceTransformation, in_parts, subspace_diagnostics
+from osd_jax.sketch import Reduce
+from osd_jax.subspace import parted, subspace_diagnostics
 
 Metrics = dict[str, jax.Array]
 ACCUMULATE = ("gradients", "sketches")
@@ -135,7 +136,6 @@ def make_train_step(
     config: llama.LlamaConfig,
     tx: optax.GradientTransformation,
     *,
-    side: Side = "shorter",
     grad_clipping: float = 0.0,
     remat: bool = False,
     accumulate: str = "gradients",
@@ -147,7 +147,6 @@ def make_train_step(
     Args:
       config: The model's shape.
       tx: From `make_optimizer`, with `llama.dimension_numbers`.
-      side: The side that its projectors act on.
       grad_clipping: Largest norm of the whole gradient; 0 does not clip.
       remat: Keep only each layer's input for the backward pass.
       accumulate: What micro-batches add up to: "gradients", exactly, or "sketches" of those that
@@ -184,9 +183,9 @@ def make_train_step(
     """
     if accumulate not in ACCUMULATE:
         raise ValueError(f"accumulate is {accumulate!r}: expected one of {', '.join(ACCUMULATE)}")
-    parted = tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
+    parts = parted(tx)
     if accumulate == "sketches" or compress_gradients:
-        check_sketch_suffices(parted)
+        check_sketch_suffices(parts)
     if compress_gradients and (mesh is None or accumulate == "sketches"):
         raise ValueError(
             "compress_gradients reduces sketches over a mesh's data axis, of whole gradients: give "
@@ -220,7 +219,7 @@ def make_train_step(
         factor = mean_factor(loss, count) * clipping_factor(norm, grad_clipping)
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state, side)
+        return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state)
 
     def by_sketches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         mean = functools.partial(jax.lax.pmean, axis_name="data")
@@ -234,9 +233,9 @@ def make_train_step(
             loss = total / count
             factor = jax.lax.axis_size("data") * mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, own)
-            opt_state = tx.refresh(grads, state.opt_state, reduce=mean)
-            sketches = tx.project(grads, opt_state, mean)
-            found = measured(measure, grads, state.opt_state, side, mean)
+            opt_state = parts.refresh(grads, state.opt_state, reduce=mean)
+            sketches = parts.project(grads, opt_state, mean)
+            found = measured(measure, grads, state.opt_state, mean)
             return loss, sketches, opt_state, found
 
         split = PartitionSpec(None, "data")
@@ -249,7 +248,7 @@ def make_train_step(
         )(state, batch, measure)
         norm = jnp.sqrt(squared_norm_held(sketches))
         sketches = scaled(sketches, clipping_factor(norm, grad_clipping))
-        updates, opt_state = tx.apply(sketches, opt_state, state.params)
+        updates, opt_state = parts.apply(sketches, opt_state, state.params)
         return loss, norm, updates, opt_state, found
 
     def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
@@ -262,16 +261,16 @@ def make_train_step(
             loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
             factor = mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
-            opt_state = parted.refresh(grads, opt_state, number == 0)
-            held = hold(held, parted.project(grads, opt_state), count / tokens)
-            return (held, opt_state), (loss, measured(measure, grads, opt_state, side))
+            opt_state = parts.refresh(grads, opt_state, number == 0)
+            held = hold(held, parts.project(grads, opt_state), count / tokens)
+            return (held, opt_state), (loss, measured(measure, grads, opt_state))
 
-        start = (nothing_held(parted, params, state.opt_state), state.opt_state)
+        start = (nothing_held(parts, params, state.opt_state), state.opt_state)
         numbers = jnp.arange(batch["tokens"].shape[0])
         (held, opt_state), (losses, found) = jax.lax.scan(add, start, (numbers, batch))
         norm = jnp.sqrt(squared_norm_held(held))
         held = scaled(held, clipping_factor(norm, grad_clipping))
-        updates, opt_state = parted.apply(held, opt_state, params)
+        updates, opt_state = parts.apply(held, opt_state, params)
         found = jax.tree.map(jnp.mean, found)
         return jnp.sum(losses) / tokens, norm, updates, opt_state, found
 
@@ -330,16 +329,13 @@ def measured(
     measure: jax.Array,
     grads: optax.Updates,
     opt_state: optax.OptState,
-    side: Side,
     reduce: Reduce | None = None,
 ) -> Metrics:
     """The subspace's diagnostics by kind of layer, or NaN for each; see `make_train_step`."""
 
     def real(grads: optax.Updates, opt_state: optax.OptState) -> Metrics:
         grads = grads if reduce is None else jax.tree.map(reduce, grads)
-        found = subspace_diagnostics(
-            grads, opt_state, side=side, dimension_numbers=llama.dimension_numbers
-        )
+        found = subspace_diagnostics(grads, opt_state, dimension_numbers=llama.dimension_numbers)
         return {
             f"{what}/{name.removeprefix('layers/')}": jnp.mean(value)
             for name, both in found.items()

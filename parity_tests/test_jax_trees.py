@@ -535,8 +535,7 @@ def test_strict_promotion_changes_nothing(optimizer: str, proj_type: str, dtype:
         parts = osd_jax.accumulate_sketches(tx, 2)
         of_parts = jax.eval_shape(parts.update, params, jax.eval_shape(parts.init, params), params)
         measured = subspace.subspace_diagnostics
-        side = osd_jax.optimizers.SIDES_BY_PROJ_TYPE[proj_type]
-        found = jax.eval_shape(functools.partial(measured, side=side), params, state)
+        found = jax.eval_shape(measured, params, state)
         return state, of_update, of_parts, found
 
     expected = types()

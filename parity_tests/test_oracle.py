@@ -15,6 +15,7 @@ from sides import Run, gradients, run_jax, run_torch
 import osd_jax
 import osd_torch
 from osd_jax.projectors import online_pca_gradient
+from osd_jax.sketch import make_sketch
 from osd_torch.projectors import online_pca_gradient as torch_pca_gradient
 
 STEPS = 20
@@ -172,7 +173,8 @@ def test_the_closed_form_is_autograd_of_the_loss(penalty: float) -> None:
             return (error**2).sum() + penalty * (gram**2).sum()
 
         autograd = np.asarray(jax.grad(loss)(jax.numpy.asarray(P)))
-        sketch = osd_jax.Sketch(*map(jax.numpy.asarray, parts))
+        in_sketch = (osd_jax.CORRELATION, osd_jax.SQUARED_NORM)
+        sketch = make_sketch(jax.numpy.asarray(P), jax.numpy.asarray(G), in_sketch)
         in_jax = np.asarray(online_pca_gradient(jax.numpy.asarray(P), sketch, penalty))
     statistics = {"correlation": torch.tensor(parts[1]), "squared_norm": torch.tensor(parts[2])}
     sketch_torch = osd_torch.Sketch(torch.tensor(R), statistics, dict.fromkeys(statistics, 2))

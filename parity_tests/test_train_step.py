@@ -16,7 +16,7 @@ import pytest
 import osd_jax
 from osd_jax import llama
 from osd_jax.llama import LlamaConfig
-from osd_jax.optimizers import SIDES_BY_PROJ_TYPE, skipped_steps
+from osd_jax.optimizers import skipped_steps
 from osd_jax.subspace import TwoSided, projectors
 from osd_jax.train import (
     TrainState,
@@ -142,7 +142,7 @@ def transformation(
 @functools.cache
 def train_step(optimizer: str = "galore_adamw", proj_type: str = "continuous", **more: Any) -> Any:
     tx = transformation(optimizer, proj_type)
-    return make_train_step(CONFIG, tx, side=SIDES_BY_PROJ_TYPE[proj_type], **more)
+    return make_train_step(CONFIG, tx, **more)
 
 
 def fresh(

@@ -1,0 +1,120 @@
+"""From a direction in the subspace to an update of W: the lift, as an object.
+
+The plain lift is `P D`. Others change D before it, add a part that P does not reach, or take a
+function of the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from osd_jax.numerics import contract, written_transpose
+from osd_jax.sketch import Basis, Needs, Sketch, TwoSided
+
+
+class Seen(NamedTuple):
+    """What a lift may read, beside the direction.
+
+    Attributes:
+      basis: P, (..., p, r).
+      sketch: Of the gradient, with the statistics that the lift needs.
+      gradient: M, (..., p, q), where the lift needs it "always"; else None.
+      state: The lift's own state of this parameter, by name.
+    """
+
+    basis: Basis
+    sketch: Sketch
+    gradient: jax.Array | None
+    state: Mapping[str, jax.Array]
+
+
+class Lifted(NamedTuple):
+    """An update of W, to be added with a step size: `scale * then(P D + rest)`.
+
+    Attributes:
+      low_rank: D, (..., r, q), or None: nothing is lifted.
+      rest: (..., p, q), added to P D; None: nothing.
+      then: Of the sum. None: the sum itself.
+      scale: A number.
+      state: The lift's new state, by name.
+    """
+
+    low_rank: jax.Array | None
+    rest: jax.Array | None = None
+    then: Callable[[jax.Array], jax.Array] | None = None
+    scale: jax.typing.ArrayLike = 1.0
+    state: Mapping[str, jax.Array] = {}
+
+
+def no_state(matrix: jax.Array, low_rank: jax.Array) -> dict[str, jax.Array]:
+    """The state of a lift that has none."""
+    return {}
+
+
+class Lift(NamedTuple):
+    """A rule of the lift.
+
+    Attributes:
+      apply: (direction (..., r, q), Seen) -> Lifted. The direction is what `inner` returns.
+      needs: The statistics that it reads at every step, and whether it reads the gradient.
+      init: (an array like M, one like R) -> its state before the first step, by name; each array
+        with the batch axes of M in front.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> signs = osd_jax.Lift(lambda direction, seen: osd_jax.Lifted(jnp.sign(direction)))
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=2, lift=signs)
+      >>> params = {"kernel": jnp.ones((6, 8))}
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["kernel"].shape
+      (6, 8)
+    """
+
+    apply: Callable[[jax.Array, Seen], Lifted]
+    needs: Needs = Needs()
+    init: Callable[[Any, Any], Mapping[str, jax.Array]] = no_state
+
+
+def scaled(factor: jax.typing.ArrayLike = 1.0) -> Lift:
+    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha).
+
+    Example:
+      >>> import optax, osd_jax
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=4, lift=osd_jax.scaled(0.25))
+    """
+    return Lift(lambda direction, seen: Lifted(direction, scale=factor))
+
+
+def sign_after_lift() -> Lift:
+    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it.
+
+    Example:
+      >>> import osd_jax
+      >>> from osd_jax.rules import interpolate_momentum
+      >>> lion = osd_jax.scale_by_subspace(
+      ...     interpolate_momentum(), osd_jax.svd(200), rank=4, lift=osd_jax.sign_after_lift())
+    """
+    return Lift(lambda direction, seen: Lifted(direction, then=jnp.sign))
+
+
+def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
+    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
+
+    Args:
+      basis: P.
+      direction: D.
+      is_flipped: Whether the product is to lie in memory as (..., q, p).
+    """
+    if isinstance(basis, TwoSided):
+        half = contract("pr,rs->ps", basis.input, direction)
+        return contract("ps,qs->pq", half, basis.output)
+    if is_flipped:
+        return contract("rq,rp->qp", direction, written_transpose(basis)).mT
+    return contract("pr,rq->pq", basis, direction)

@@ -1,0 +1,304 @@
+"""What a step reads of a gradient: R = P^T M, and the statistics that a rule names.
+
+A `Statistic` is one fact about a gradient: how it is computed, how it scales with the gradient, and
+how it is averaged over devices. So scaling, clipping, micro-batches and reduction are written here
+once, for all of them. `Needs` says which statistics a rule reads, and when it reads the gradient
+itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from osd_jax.numerics import (
+    contract,
+    float32_or_more,
+    has_direction,
+    squared_norm,
+    written_transpose,
+)
+
+
+class TwoSided(NamedTuple):
+    """The bases of a matrix that is projected on both sides: (..., m, r) and (..., n, r)."""
+
+    output: jax.Array
+    input: jax.Array
+
+
+Basis = jax.Array | TwoSided
+Reduce = Callable[[jax.Array], jax.Array]
+
+
+def is_two_sided(x: Any) -> bool:
+    """Whether `x` holds both bases of one matrix."""
+    return isinstance(x, TwoSided)
+
+
+class Statistic(NamedTuple):
+    """A fact about a gradient M (..., p, q) that a rule reads beside R.
+
+    Attributes:
+      name: Its key in a sketch.
+      degree: In M: the statistic of c M is c ** degree times that of M.
+      of: (P, M, R) -> the value, (batch..., ...), float32 (float64 for float64 gradients).
+      estimate: None: the mean over devices of `of(P, M_i, R)`, with the mean R, is exact for the
+        mean of the parts M_i. Else the value cannot be computed from the parts, and
+        `estimate(a, b, c)` stands in: a is the mean of `of(P, M_i, R_i)`, b the mean of
+        `of(P, R_i, R_i)`, c is `of(P, R, R)`. For statistics that read M alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from osd_jax.sketch import Statistic, make_sketch
+      >>> largest = Statistic("largest", 1, lambda P, M, R: jnp.abs(M).max((-2, -1)))
+      >>> P, M = jnp.eye(3, 2), jnp.ones((3, 4))
+      >>> make_sketch(P, M, (largest,)).scaled(2.0).statistics
+      {'largest': Array(2., dtype=float32)}
+    """
+
+    name: str
+    degree: int
+    of: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    estimate: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """What a step reads of a gradient M (..., p, q) with P (..., p, r). A pytree.
+
+    Attributes:
+      low_rank: R = P^T M, (..., r, q); two-sided: P_in^T M P_out, (..., r, r).
+      statistics: By name.
+      degrees: Of the statistics in M, by name; part of the tree's structure.
+
+    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
+    while P is fixed.
+    """
+
+    low_rank: jax.Array
+    statistics: Mapping[str, jax.Array]
+    degrees: Mapping[str, int]
+
+    def scaled(self, factor: jax.typing.ArrayLike) -> Sketch:
+        """The sketch of `factor` M."""
+        statistics = {
+            name: x * factor**degree if (degree := self.degrees[name]) else x
+            for name, x in self.statistics.items()
+        }
+        return Sketch(self.low_rank * factor, statistics, self.degrees)
+
+    def only(self, statistics: Iterable[Statistic]) -> Sketch:
+        """The sketch with no statistics but these."""
+        names = [statistic.name for statistic in statistics]
+        pick = lambda by_name: {name: by_name[name] for name in names}
+        return Sketch(self.low_rank, pick(self.statistics), pick(self.degrees))
+
+
+def _flatten_sketch(sketch: Sketch) -> tuple[list[tuple[Any, Any]], Any]:
+    names = sorted(sketch.statistics)
+    children = [sketch.low_rank, *(sketch.statistics[name] for name in names)]
+    keys = [jax.tree_util.GetAttrKey(name) for name in ("low_rank", *names)]
+    return list(zip(keys, children, strict=True)), tuple((k, sketch.degrees[k]) for k in names)
+
+
+def _unflatten_sketch(degrees: tuple[tuple[str, int], ...], children: Iterable[Any]) -> Sketch:
+    low_rank, *statistics = children
+    names = (name for name, _ in degrees)
+    return Sketch(low_rank, dict(zip(names, statistics, strict=True)), dict(degrees))
+
+
+jax.tree_util.register_pytree_with_keys(Sketch, _flatten_sketch, _unflatten_sketch)
+
+
+def is_sketch(x: Any) -> bool:
+    """Whether `x` is a sketch, as opposed to a gradient that is its own."""
+    return isinstance(x, Sketch)
+
+
+class Needs(NamedTuple):
+    """What a rule reads of a gradient beside R.
+
+    Attributes:
+      statistics: At the steps at which the rule runs.
+      gradient: When it reads the gradient itself.
+      reason: Why it does; it becomes the error where only sketches are kept.
+    """
+
+    statistics: tuple[Statistic, ...] = ()
+    gradient: Literal["never", "at a refresh", "always"] = "never"
+    reason: str = ""
+
+
+def why_gradient(needs: Iterable[Needs]) -> str | None:
+    """The reason of the first rule that reads the gradient at every step, if one does."""
+    return next((each.reason for each in needs if each.gradient == "always"), None)
+
+
+def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
+    """All of several rules' statistics, each name once.
+
+    Raises:
+      ValueError: for two statistics of one name.
+    """
+    by_name: dict[str, Statistic] = {}
+    for statistic in (one for several in statistics for one in several):
+        if by_name.setdefault(statistic.name, statistic) != statistic:
+            raise ValueError(
+                f"two statistics have the name {statistic.name!r}: a sketch holds one of a name"
+            )
+    return tuple(by_name.values())
+
+
+def make_sketch(
+    basis: Basis,
+    matrix: jax.Array,
+    statistics: Iterable[Statistic] = (),
+    reduce: Reduce | None = None,
+) -> Sketch:
+    """P and M -> the sketch of M.
+
+    Args:
+      basis: P, (..., p, r).
+      matrix: M, (..., p, q), or this device's part of a mean.
+      statistics: To take; each name once.
+      reduce: The mean over devices, if M is only a part. The parts are not reduced themselves: R is
+        reduced first, and each statistic as it says.
+    """
+    statistics = tuple(statistics)
+    degrees = {statistic.name: statistic.degree for statistic in statistics}
+    low_rank = low_rank_gradient(basis, matrix)
+    if reduce is None:
+        values = {one.name: one.of(basis, matrix, low_rank) for one in statistics}
+        return Sketch(low_rank, values, degrees)
+    parts = {
+        one.name: reduce(
+            jnp.stack([one.of(basis, matrix, low_rank), one.of(basis, low_rank, low_rank)])
+        )
+        for one in statistics
+        if one.estimate is not None
+    }
+    low_rank = reduce(low_rank)
+
+    def reduced(one: Statistic) -> jax.Array:
+        if one.estimate is None:
+            return reduce(one.of(basis, matrix, low_rank))
+        of_parts, of_low_ranks = parts[one.name][0], parts[one.name][1]
+        return one.estimate(of_parts, of_low_ranks, one.of(basis, low_rank, low_rank))
+
+    return Sketch(low_rank, {one.name: reduced(one) for one in statistics}, degrees)
+
+
+def as_in_subspace(mean: jax.Array, of_low_ranks: jax.Array, of_low_rank: jax.Array) -> jax.Array:
+    """The estimate of a squared norm: the mean is shorter than its parts as R is than the R_i.
+
+    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if the mean is shorter than its parts by as
+    much outside the subspace as inside it.
+    """
+    usable = has_direction(of_low_ranks)
+    ratio = of_low_rank / jnp.where(usable, of_low_ranks, 1)
+    return mean * jnp.where(usable, ratio, 1)
+
+
+def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
+    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r), in float32 or float64."""
+    if isinstance(basis, TwoSided):
+        # The output side first, as in PyTorch: that basis is the one that bfloat16 rounds.
+        half = contract("pq,qs->ps", matrix, basis.output)
+        return contract("pr,ps->rs", basis.input, half)
+    return contract("rp,pq->rq", written_transpose(basis), matrix)
+
+
+def correlation(matrix: jax.Array, low_rank: jax.Array) -> jax.Array:
+    """A = M R^T: (..., p, q), (..., r, q) -> (..., p, r), in float32 or float64."""
+    return written_transpose(contract("rq,pq->rp", low_rank, matrix))
+
+
+def squared_columns(matrix: jax.Array) -> jax.Array:
+    """||M_j||^2 of each column: (..., p, q) -> (..., q), in float32 or float64."""
+    return jnp.sum(jnp.square(float32_or_more(matrix)), axis=-2)
+
+
+CORRELATION = Statistic("correlation", 2, lambda P, M, R: correlation(M, R))
+"""A = M R^T, (..., p, r)."""
+
+SQUARED_NORM = Statistic("squared_norm", 2, lambda P, M, R: squared_norm(M), as_in_subspace)
+"""||M||_F^2, (...,)."""
+
+COLUMN_ENERGIES = Statistic(
+    "column_energies", 2, lambda P, M, R: squared_columns(M), as_in_subspace
+)
+"""c_j = ||M_j||^2 of each column, (..., q)."""
+
+
+# ------------------------------------------------------------------- within the trees of Optax
+
+
+class SketchLeaf:
+    """A sketch in the place of the gradient that it is of: a leaf of an Optax tree, not a node.
+
+    It passes through `optax.chain`, `optax.masked` and `optax.partition` to `scale_by_subspace`.
+    On its way it may be multiplied by a number, which scales R and each statistic by its degree.
+    All else asks for a gradient that is gone.
+
+    Args:
+      sketch: Of the gradient.
+      shape: Of the gradient.
+      dtype: Likewise.
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave the multiplication to this class
+
+    def __init__(self, sketch: Sketch, shape: tuple[int, ...], dtype: Any) -> None:
+        self.sketch = sketch
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the gradient."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Numbers of the gradient."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype).size
+
+    def __mul__(self, factor: Any) -> SketchLeaf:
+        if jnp.ndim(factor):
+            raise TypeError(f"a SketchLeaf times an array of shape {jnp.shape(factor)}")
+        return SketchLeaf(self.sketch.scaled(factor), self.shape, self.dtype)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> SketchLeaf:
+        return self * (1 / factor)
+
+    def __neg__(self) -> SketchLeaf:
+        return self * -1
+
+    def __repr__(self) -> str:
+        return f"SketchLeaf(shape={self.shape}, dtype={self.dtype})"
+
+
+def is_sketch_leaf(x: Any) -> bool:
+    """Whether `x` is a sketch within an Optax tree."""
+    return isinstance(x, SketchLeaf)
+
+
+def bare(tree: Any) -> Any:
+    """A tree in which each `SketchLeaf` is its `Sketch`, a pytree that JAX takes."""
+    return jax.tree.map(lambda x: x.sketch if is_sketch_leaf(x) else x, tree)
+
+
+def as_leaves(like: Any, tree: Any) -> Any:
+    """The inverse of `bare`, with the shapes and dtypes of the leaves of `like`."""
+
+    def one(like: Any, x: Any) -> Any:
+        return SketchLeaf(x, tuple(like.shape), like.dtype) if is_sketch(x) else x
+
+    return jax.tree.map(one, like, tree)

@@ -1,0 +1,220 @@
+"""A change of P as an event: what the moments in the old subspace are in the new one.
+
+Where P changes, at a refresh or by a move, moments of the old R are read in the new coordinates.
+With Q = P_new^T P_old a first moment m becomes Q m. Of a second moment v only its diagonal is
+known; LDAdam (arXiv 2410.16103, algorithm 1) takes m^2 off, rotates the variance that is left by
+Q's squares, and adds the new mean's square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.blockwise import BLOCK_SIZE, Quantized, Rounding, dequantize, quantize
+from osd_jax.numerics import contract, float32_or_more
+from osd_jax.rules import FactoredSecondMomentState
+from osd_jax.sketch import Basis, TwoSided
+from osd_jax.trees import by_path, path_name, path_of
+
+Transport = Callable[[Any, Any], Any]  # (state, tree of Change) -> state
+
+
+class Change(NamedTuple):
+    """How the P of one parameter changed.
+
+    Attributes:
+      rotation: Q = P_new^T P_old, (..., r, r), float32 (float64 for float64); `TwoSided` where P
+        is.
+      happened: bool (batch...), whether P of a matrix changed at all.
+    """
+
+    rotation: Any
+    happened: jax.Array
+
+    def applied(self, x: jax.Array, *, squared: bool = False) -> jax.Array:
+        """Q X: (..., r, q) -> (..., r, q); two-sided: Q_in X Q_out^T.
+
+        Args:
+          x: X.
+          squared: With Q's elements squared.
+        """
+        power = (lambda q: jnp.square(q)) if squared else (lambda q: q)
+        if isinstance(self.rotation, TwoSided):
+            half = contract("rs,sq->rq", power(self.rotation.input), x)
+            return contract("rq,sq->rs", half, power(self.rotation.output))
+        return contract("rs,sq->rq", power(self.rotation), x)
+
+    def chosen(self, new: Any, old: Any) -> Any:
+        """`new` where P changed, else `old`, bit for bit: trees of (..., a, b)."""
+        pick = lambda new, old: jnp.where(self.happened[..., None, None], new, old)
+        return jax.tree.map(pick, new, old)
+
+
+def change_of(old: Basis, new: Basis) -> Change:
+    """The change from one P (..., p, r) to another."""
+    rotation = lambda new, old: contract("pr,ps->rs", new, old)
+    differs = lambda new, old: jnp.any(new != old, axis=(-2, -1))
+    if isinstance(old, TwoSided) and isinstance(new, TwoSided):
+        return Change(
+            TwoSided(*(rotation(*both) for both in zip(new, old, strict=True))),
+            differs(new.output, old.output) | differs(new.input, old.input),
+        )
+    assert not isinstance(old, TwoSided) and not isinstance(new, TwoSided)
+    return Change(rotation(new, old), differs(new, old))
+
+
+def is_change(x: Any) -> bool:
+    """Whether `x` is the change of one parameter's P."""
+    return isinstance(x, Change)
+
+
+def first_moment(change: Change, m: jax.Array) -> jax.Array:
+    """m <- Q m, (..., r, q)."""
+    return change.applied(m)
+
+
+def second_moment(
+    change: Change, m: jax.Array, v: jax.Array, c1: jax.Array, c2: jax.Array
+) -> jax.Array:
+    """v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|, (..., r, q), with Q^2 elementwise.
+
+    Args:
+      change: Of P.
+      m: First moment, before the change.
+      v: Second moment, before the change.
+      c1: 1 - b1^t, by which m is short of a mean after t steps.
+      c2: 1 - b2^t, likewise of v.
+    """
+    variance = v / c2 - jnp.square(m / c1)
+    return c2 * jnp.abs(
+        change.applied(variance, squared=True) + jnp.square(change.applied(m) / c1)
+    )
+
+
+# States of Optax that hold no more of the past than a mean of directions, by its field.
+_OF_FIRST_MOMENTS = {
+    optax.ScaleByLionState: "mu",
+    optax.TraceState: "trace",
+    optax.EmaState: "ema",
+}
+_FACTORED = (FactoredSecondMomentState, optax.FactoredState)
+
+
+def transport_moments(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    *,
+    block: int = BLOCK_SIZE,
+    rounding: Rounding = "table",
+) -> Transport:
+    """Lets the moments inside a subspace follow P: `scale_by_subspace(..., transport=...)`.
+
+    Right after P of a matrix changed, `m <- Q m` and, with `c1 = 1 - b1^t`, `c2 = 1 - b2^t` after t
+    steps, `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where `Q = P_new^T P_old` and Q^2 is
+    elementwise. It knows Adam's, Lion's, `optax.trace`'s and `optax.ema`'s states, in 8 bits too
+    (`quantize_state`), inside any chain, mask or partition. A state of your own says by a method
+    `transported(changes)` what becomes of it; `changes` is a tree like the parameters of `Change`.
+
+    Args:
+      b1: Adam's decay of m.
+      b2: Adam's decay of v.
+      block: What `quantize_state` was given.
+      rounding: Likewise.
+
+    Returns:
+      (state of the inner transformation, tree of `Change`) -> the state. It raises ValueError for a
+      state that it does not know, and for factored second moments.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(0.9, 0.95), osd_jax.svd(200), rank=4,
+      ...     transport=osd_jax.transport_moments(0.9, 0.95))
+      >>> state = tx.init({"kernel": jnp.ones((16, 24))})
+    """
+
+    def read(x: Any, signed: bool) -> jax.Array:
+        if not isinstance(x, Quantized):
+            return float32_or_more(x)
+        blocks = -(-x.codes.shape[-1] // block)
+        if blocks != x.scales.shape[-1]:
+            raise ValueError(
+                f"transport_moments has block={block}, and 8-bit moments of shape {x.codes.shape} "
+                f"have {x.scales.shape[-1]} scales a row: give the block of quantize_state"
+            )
+        return dequantize(x, signed=signed, block=block)
+
+    def written(new: jax.Array, old: Any, signed: bool) -> Any:
+        if isinstance(old, Quantized):
+            return quantize(new, signed=signed, block=block, rounding=rounding)
+        return new.astype(old.dtype)
+
+    def transport(state: Any, changes: Any) -> Any:
+        found = by_path(changes, is_change)
+
+        def each_moment(function: Callable[..., Any], *moments: Any) -> Any:
+            def one(path: Any, *moments: Any) -> Any:
+                if path_of(path) not in found:
+                    raise ValueError(
+                        f"transport_moments finds a moment of '{path_name(path)}', which is no "
+                        "parameter: give the state a method transported(changes)"
+                    )
+                return function(found[path_of(path)], *moments)
+
+            is_leaf = lambda x: isinstance(x, Quantized)
+            return jax.tree_util.tree_map_with_path(one, *moments, is_leaf=is_leaf)
+
+        def first(change: Change, m: Any) -> Any:
+            new = first_moment(change, read(m, signed=True))
+            return change.chosen(written(new, m, signed=True), m)
+
+        def of_adam(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+            has_stepped = state.count > 0
+
+            def correction(b: float, dtype: Any) -> jax.Array:
+                # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32.
+                found = -jnp.expm1(state.count * jnp.log(b)).astype(dtype)
+                return jnp.where(has_stepped, found, 1)
+
+            def second(change: Change, m: Any, v: Any) -> Any:
+                wide_m, wide_v = read(m, signed=True), read(v, signed=False)
+                c1, c2 = correction(b1, wide_v.dtype), correction(b2, wide_v.dtype)
+                new = second_moment(change, wide_m, wide_v, c1, c2)
+                return change.chosen(written(new, v, signed=False), v)
+
+            mu, nu = each_moment(first, state.mu), each_moment(second, state.mu, state.nu)
+            return state._replace(mu=mu, nu=nu)
+
+        def one(path: Any, node: Any) -> Any:
+            if hasattr(node, "transported"):
+                return node.transported(changes)
+            if isinstance(node, optax.ScaleByAdamState):
+                return of_adam(node)
+            if (field := _OF_FIRST_MOMENTS.get(type(node))) is not None:
+                return node._replace(**{field: each_moment(first, getattr(node, field))})
+            if isinstance(node, _FACTORED):
+                raise ValueError(
+                    f"transport_moments meets Adafactor's {type(node).__name__}: means of a second "
+                    "moment's rows and columns do not say what it is in a new basis; use a rule "
+                    "with whole moments, such as Adam's, or leave transport_moments out"
+                )
+            if isinstance(node, Quantized) or (
+                node.ndim and jnp.issubdtype(node.dtype, jnp.floating)
+            ):
+                raise ValueError(
+                    f"transport_moments does not know the state's {path_name(path)}: expected the "
+                    "state of Adam, Lion, optax.trace or optax.ema, or one that has a method "
+                    "transported(changes)"
+                )
+            return node
+
+        kinds = (optax.ScaleByAdamState, *_OF_FIRST_MOMENTS, *_FACTORED, Quantized)
+        is_leaf = lambda x: isinstance(x, kinds) or hasattr(x, "transported")
+        return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_leaf)
+
+    return transport
