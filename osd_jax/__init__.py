@@ -27,6 +27,7 @@ from osd_jax.subspace import (
     projectors,
     scale_by_subspace,
 )
+from osd_jax.transport import transport_moments
 
 __all__ = [
     "COLUMN_ENERGIES",
@@ -57,4 +58,5 @@ __all__ = [
     "sign_after_lift",
     "skipped_steps",
     "svd",
+    "transport_moments",
 ]

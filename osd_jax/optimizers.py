@@ -48,6 +48,7 @@ from osd_jax.subspace import (
     projected_paths,
     scale_by_subspace,
 )
+from osd_jax.transport import transport_moments as follow_basis
 from osd_jax.trees import (
     boxed_like,
     by_path,
@@ -115,6 +116,7 @@ def make_optimizer(
     basis_dtype: jax.typing.DTypeLike | None = None,
     projector_init: str = "svd",
     slice_size: int | None = None,
+    transport_moments: bool = False,
 ) -> SubspaceTransformation:
     """Builds an optimizer by its published name.
 
@@ -159,6 +161,8 @@ def make_optimizer(
       slice_size: Numbers of an array in 8-bit state that a step reads back at once; see
         `osd_jax.blockwise.slice_by_slice`. For one device: an embedding's first axis should not be
         sharded. None: all of them.
+      transport_moments: Whether moments in the subspace follow P where it changes, as LDAdam's do
+        (`osd_jax.transport_moments`); not with `galore_adafactor`.
 
     Returns:
       An Optax transformation whose updates are added to the parameters. It needs `params` in
@@ -235,6 +239,21 @@ def make_optimizer(
     if isinstance(beta1, (int, float)) and not beta1 < 1:
         raise ValueError(f"beta1 is {beta1!r}: expected None or a number in [0, 1)")
     check_basis_dtype(basis_dtype)
+    if not isinstance(transport_moments, bool):
+        raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
+    if transport_moments and optimizer == "galore_adafactor":
+        raise ValueError(
+            "transport_moments is True, and galore_adafactor keeps means of its second moment's "
+            "rows and columns, which do not say what it is in a new basis: leave it out, or use "
+            "another optimizer"
+        )
+    _check_used(
+        "transport_moments",
+        transport_moments,
+        False,
+        optimizer in SUBSPACE_OPTIMIZERS,
+        "a subspace optimizer (galore_...)",
+    )
     is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
     _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
     _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
@@ -256,7 +275,7 @@ def make_optimizer(
 
     if optimizer in FULL_RANK_OPTIMIZERS:
         tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices, slice_size)
-        return in_parts(_guarded(in_float32(tx)), None)
+        return in_parts(guarded(in_float32(tx)), None)
 
     rule = _subspace_rule(optimizer, lr, beta1, lion_sign, slice_size)
 
@@ -273,7 +292,7 @@ def make_optimizer(
         step_size=projector_step_size,
         weight_decay=projector_weight_decay,
         penalty=penalty,
-        moves_first=move_projector == "before",
+        move=move_projector,
         init=projector_init,
     )
     subspace = scale_by_subspace(
@@ -281,6 +300,7 @@ def make_optimizer(
         projector,
         rank=rank,
         lift=rule.lift or scaled(scale),
+        transport=follow_basis() if transport_moments else None,
         side=SIDES_BY_PROJ_TYPE[proj_type],
         dimension_numbers=dimension_numbers,
         seed=seed,
@@ -293,7 +313,7 @@ def make_optimizer(
     )
     transforms = {"subspace": subspace, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
-    return in_parts(_guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
+    return in_parts(guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
 
 
 class _Rule(NamedTuple):
@@ -392,7 +412,7 @@ def _projector(
     step_size: Schedule,
     weight_decay: float | None,
     penalty: float,
-    moves_first: bool,
+    move: str,
     init: str,
 ) -> BasisRule:
     if not proj_type.startswith("continuous"):
@@ -414,7 +434,9 @@ def _projector(
         optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
-    return online_pca(optimizer, penalty=penalty, init=init, moves_first=moves_first, every=every)
+    return online_pca(
+        optimizer, penalty=penalty, init=init, moves_first=move == "before", every=every
+    )
 
 
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
@@ -482,15 +504,30 @@ def _announcer(
     return announce
 
 
-def _guarded(
+def guarded(
     tx: optax.GradientTransformation,
     announce: Callable[[optax.Params, optax.OptState], None] = lambda params, state: None,
 ) -> optax.GradientTransformationExtraArgs:
     """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
 
+    As `optax.apply_if_finite`, which takes whole gradients only; this takes sketches too, so that
+    a composition with `osd_jax.in_parts` around it trains by sketches. `skipped_steps` counts.
+
     Args:
       tx: The optimizer.
       announce: Tells what is projected, from the parameters and the state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> from osd_jax.optimizers import guarded
+      >>> subspace = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.svd(200), rank=4)
+      >>> chained = optax.chain(subspace, optax.scale_by_learning_rate(0.1))
+      >>> tx = osd_jax.in_parts(guarded(chained), subspace)
+      >>> params = {"kernel": jnp.ones((16, 24))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.full((16, 24), jnp.nan)}, state, params)
+      >>> int(osd_jax.skipped_steps(state)[0])
+      1
     """
     tx = optax.with_extra_args_support(tx)
 

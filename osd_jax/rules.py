@@ -19,6 +19,7 @@ from osd_jax.subspace import (
     dimension_numbers_by_path,
     matrix_layout,
 )
+from osd_jax.transport import refuse_factored
 from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, takes_shapes, unboxed
 
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
@@ -73,6 +74,10 @@ class FactoredSecondMomentState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
     v_row: optax.Updates
     v_col: optax.Updates
+
+    def transported(self, changes: Any) -> Any:
+        """Refuses `transport_moments`, as no one can tell what the factors become."""
+        refuse_factored(type(self).__name__)
 
 
 def scale_by_factored_second_moment(

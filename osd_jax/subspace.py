@@ -69,6 +69,7 @@ from osd_jax.sketch import (
     merged,
     why_gradient,
 )
+from osd_jax.transport import Transport, change_of
 from osd_jax.trees import (
     KeyPath,
     Path,
@@ -318,6 +319,7 @@ def scale_by_subspace(
     rank: int,
     scale: jax.typing.ArrayLike | None = None,
     lift: Lift | None = None,
+    transport: Transport | None = None,
     side: Side = "shorter",
     dimension_numbers: DimensionNumbers = None,
     seed: int = 0,
@@ -339,6 +341,10 @@ def scale_by_subspace(
       rank: Columns of P. The effective rank is min(rank, m, n).
       scale: Multiplies the lifted direction: short for `lift=scaled(scale)`. None: 1.
       lift: `scaled(...)`, `sign_after_lift()`, or a `Lift` of your own. None: by `scale`.
+      transport: (state of `inner`, a tree like the parameters of `osd_jax.transport.Change`) -> the
+        state, called where P changed, such as `transport_moments()`: after a refresh, before R is
+        taken; after a move, at the end of that step, or where P moves before W's step, before R is
+        taken again. None: `inner` keeps its state as it is.
       side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
         "longer" (ties: output) or "both" (`R = P_in^T M P_out`, not with online PCA).
       dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
@@ -354,7 +360,7 @@ def scale_by_subspace(
     Raises:
       ValueError: for a rank below 1, an unknown side or dtype of P, a side that the projector does
         not move, both `scale` and `lift`, or, from `init`, a parameter that is not a matrix or has
-        an integer or float16 dtype.
+        an integer or float16 dtype, or a state that `transport` does not know.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -401,6 +407,14 @@ def scale_by_subspace(
 
         return jax.tree_util.tree_map_with_path(one, unboxed(params))
 
+    def transported(old: Any, new: Any, inner_state: optax.OptState) -> optax.OptState:
+        """The inner state after a change of bases."""
+        assert transport is not None
+        return transport(inner_state, jax.tree.map(change_of, old, new, is_leaf=is_two_sided))
+
+    def unchanged(old: Any, new: Any, inner_state: optax.OptState) -> optax.OptState:
+        return inner_state
+
     @takes_shapes
     def init(params: optax.Params) -> SubspaceState:
         def matrix_of(layout: MatrixLayout, param: jax.Array) -> tuple[Any, int, Any]:
@@ -431,6 +445,9 @@ def scale_by_subspace(
         wide = jax.tree.map(float32_or_more, bases)
         low_rank = jax.tree.map(init_low_rank, tree, params)
         lift_state = jax.tree.map(init_lift, tree, params, low_rank)
+        inner_state = inner.init(low_rank)
+        if transport is not None:  # which may refuse it, before any work starts
+            jax.eval_shape(transported, bases, bases, inner_state)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             projector=ProjectorState(
@@ -438,7 +455,7 @@ def scale_by_subspace(
                 projector.optimizer.init(wide) if projector.optimizer else optax.EmptyState(),
                 jax.tree.map(init_set_at, tree, params),
             ),
-            inner=inner.init(low_rank),
+            inner=inner_state,
             lift=lift_state if jax.tree.leaves(lift_state) else (),
             side=side,
         )
@@ -526,8 +543,9 @@ def scale_by_subspace(
         due = (clock.event(state.count) == REFRESH) & when
         waits = jax.tree.map(lambda at: at == NOT_SET, state.projector.set_at)
         before = (state.projector.basis, state.projector.set_at)
+        may_change = due | any_of(waits)
         bases, set_at = _cond_once(
-            due | any_of(waits),
+            may_change,
             fresh,
             lambda due, count, key_data, grads, bases, set_at: (bases, set_at),
             *(due, state.count, jax.random.key_data(jax.random.key(seed)), grads, *before),
@@ -537,6 +555,9 @@ def scale_by_subspace(
                 set_at,
             ),
         )
+        if transport is not None:
+            changed = (state.projector.basis, bases, state.inner)
+            state = state._replace(inner=_cond_once(may_change, transported, unchanged, *changed))
         return state._replace(projector=state.projector._replace(basis=bases, set_at=set_at))
 
     def moves_now(state: SubspaceState) -> jax.Array:
@@ -611,7 +632,14 @@ def scale_by_subspace(
             raise ValueError(f"{needs_gradient}: apply needs grads=, the gradients themselves")
         tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
         bases, optimizer, set_at = state.projector
-        moves, moved = moves_now(state), (bases, optimizer)
+        moves, moved, inner_state = moves_now(state), (bases, optimizer), state.inner
+
+        def after_move(inner_state: optax.OptState) -> optax.OptState:
+            if transport is None or projector.gradient is None:
+                return inner_state
+            changed = (state.projector.basis, moved[0], inner_state)
+            return jax.lax.cond(moves, transported, unchanged, *changed)
+
         if projector.gradient is not None:
             stay = lambda bases, sketches, optimizer, moves: (bases, optimizer)
             args = (bases, sketches, optimizer, set_before(set_at, state.count))
@@ -623,8 +651,11 @@ def scale_by_subspace(
             again = lambda grads, bases, read: sketches_of(tree, grads, bases, always)
             still = lambda grads, bases, read: read
             read = jax.lax.cond(moves, again, still, whole, bases, read)
+            inner_state = after_move(inner_state)
         low_rank = jax.tree.map(lambda sketch: sketch.low_rank, read, is_leaf=is_sketch)
-        directions, inner_state = inner.update(low_rank, state.inner, None, **extra_args)
+        directions, inner_state = inner.update(low_rank, inner_state, None, **extra_args)
+        if projector.order == "after":
+            inner_state = after_move(inner_state)
 
         def lift_one(
             layout: MatrixLayout, x: Any, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
@@ -660,7 +691,7 @@ def scale_by_subspace(
         if kinds == {True}:
             return apply(bare(unboxed(grads)), state, grads, **extra_args)
         if True in kinds:
-            raise ValueError(f"some gradients are whole, and some are sketches: {ONLY_SKETCHES}")
+            raise ValueError(f"some gradients are whole and some are sketches; {ONLY_SKETCHES}")
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 
@@ -818,7 +849,7 @@ def in_parts(
             # What JAX, NumPy and Optax say of an argument that is no array names its class.
             if SketchLeaf.__name__ not in str(error):
                 raise
-            raise TypeError(f"{error}: {ONLY_SKETCHES}") from error
+            raise TypeError(f"{ONLY_SKETCHES}. It failed by: {error}") from error
 
     needs_gradient = None if subspace is None else subspace.needs_gradient
     return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, needs_gradient)

@@ -17,7 +17,6 @@ import optax
 
 from osd_jax.blockwise import BLOCK_SIZE, Quantized, Rounding, dequantize, quantize
 from osd_jax.numerics import contract, float32_or_more
-from osd_jax.rules import FactoredSecondMomentState
 from osd_jax.sketch import Basis, TwoSided
 from osd_jax.trees import by_path, path_name, path_of
 
@@ -91,9 +90,7 @@ def second_moment(
       c2: 1 - b2^t, likewise of v.
     """
     variance = v / c2 - jnp.square(m / c1)
-    return c2 * jnp.abs(
-        change.applied(variance, squared=True) + jnp.square(change.applied(m) / c1)
-    )
+    return c2 * jnp.abs(change.applied(variance, squared=True) + jnp.square(change.applied(m) / c1))
 
 
 # States of Optax that hold no more of the past than a mean of directions, by its field.
@@ -102,7 +99,15 @@ _OF_FIRST_MOMENTS = {
     optax.TraceState: "trace",
     optax.EmaState: "ema",
 }
-_FACTORED = (FactoredSecondMomentState, optax.FactoredState)
+
+
+def refuse_factored(name: str) -> None:
+    """Raises ValueError for Adafactor's second moment, whose state has this name."""
+    raise ValueError(
+        f"transport_moments meets Adafactor's {name}: means of a second moment's rows and columns "
+        "do not say what it is in a new basis; use a rule with whole moments, such as Adam's, or "
+        "leave transport_moments out"
+    )
 
 
 def transport_moments(
@@ -114,11 +119,16 @@ def transport_moments(
 ) -> Transport:
     """Lets the moments inside a subspace follow P: `scale_by_subspace(..., transport=...)`.
 
-    Right after P of a matrix changed, `m <- Q m` and, with `c1 = 1 - b1^t`, `c2 = 1 - b2^t` after t
-    steps, `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where `Q = P_new^T P_old` and Q^2 is
-    elementwise. It knows Adam's, Lion's, `optax.trace`'s and `optax.ema`'s states, in 8 bits too
-    (`quantize_state`), inside any chain, mask or partition. A state of your own says by a method
-    `transported(changes)` what becomes of it; `changes` is a tree like the parameters of `Change`.
+    Right after P of a matrix changed, with `Q = P_new^T P_old`, `c1 = 1 - b1^t` and
+    `c2 = 1 - b2^t` after t steps:
+
+        m <- Q m
+        v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|      Q^2 elementwise
+
+    (arXiv 2410.16103.) It knows the states of Adam, Lion, `optax.trace` and `optax.ema`, in 8 bits
+    too (`quantize_state`), inside any chain, mask or partition. A state of your own says by a
+    method `transported(changes)` what becomes of it; `changes` is a tree like the parameters of
+    `Change`.
 
     Args:
       b1: Adam's decay of m.
@@ -197,12 +207,8 @@ def transport_moments(
                 return of_adam(node)
             if (field := _OF_FIRST_MOMENTS.get(type(node))) is not None:
                 return node._replace(**{field: each_moment(first, getattr(node, field))})
-            if isinstance(node, _FACTORED):
-                raise ValueError(
-                    f"transport_moments meets Adafactor's {type(node).__name__}: means of a second "
-                    "moment's rows and columns do not say what it is in a new basis; use a rule "
-                    "with whole moments, such as Adam's, or leave transport_moments out"
-                )
+            if isinstance(node, optax.FactoredState):
+                refuse_factored(type(node).__name__)
             if isinstance(node, Quantized) or (
                 node.ndim and jnp.issubdtype(node.dtype, jnp.floating)
             ):
@@ -213,7 +219,7 @@ def transport_moments(
                 )
             return node
 
-        kinds = (optax.ScaleByAdamState, *_OF_FIRST_MOMENTS, *_FACTORED, Quantized)
+        kinds = (optax.ScaleByAdamState, optax.FactoredState, *_OF_FIRST_MOMENTS, Quantized)
         is_leaf = lambda x: isinstance(x, kinds) or hasattr(x, "transported")
         return jax.tree_util.tree_map_with_path(one, state, is_leaf=is_leaf)
 
