@@ -5,6 +5,7 @@ arXiv 2408.12857.
 """
 
 from osd_jax.accumulation import accumulate_sketches
+from osd_jax.aliases import osd_adafactor, osd_adamw, osd_adamw8bit, osd_lion
 from osd_jax.blockwise import quantize_state
 from osd_jax.layerwise import make_layerwise_train_step
 from osd_jax.lift import Lift, Lifted, Seen, scaled, sign_after_lift
@@ -49,6 +50,10 @@ __all__ = [
     "make_layerwise_train_step",
     "make_optimizer",
     "online_pca",
+    "osd_adafactor",
+    "osd_adamw",
+    "osd_adamw8bit",
+    "osd_lion",
     "projectors",
     "quantize_state",
     "random",

@@ -24,11 +24,12 @@ Held = Any  # a tree like the gradients, with a Sketch in place of each that is 
 
 def check_sketch_suffices(tx: SubspaceTransformation) -> None:
     """Raises ValueError, with the reason, if a step reads more of a gradient than its sketch."""
-    if tx.needs_gradient is not None:
+    needs = tx.needs_gradient
+    if needs is not None:
         raise ValueError(
-            f"{tx.needs_gradient}; and here only its sketch is kept (accumulated or reduced "
-            "sketches, or layer by layer with micro-batches or clipping): keep whole gradients, or "
-            "choose a rule that does without"
+            f"{needs.reason}, and there only its sketch is kept (accumulated or reduced sketches, "
+            f"or layer by layer with micro-batches or clipping): use {needs.remedy}, or keep whole "
+            "gradients"
         )
 
 

@@ -7,6 +7,7 @@ Each published optimizer is a short composition of public pieces: the rule of W,
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ import optax
 from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
 from osd_jax.lift import Lift, scaled, sign_after_lift
 from osd_jax.numerics import check_number, check_static, known_zero
-from osd_jax.projectors import ORDERS as MOVE_PROJECTOR
 from osd_jax.projectors import PROJECTOR_INITS, BasisRule, online_pca, random, svd
 from osd_jax.rules import (
     Schedule,
@@ -29,6 +29,7 @@ from osd_jax.rules import (
     interpolate_momentum,
     on_matrices,
     scale_by_adafactor,
+    scale_by_adam_of_age,
     scale_by_adam_uncorrected_eps,
     scale_by_factored_second_moment,
 )
@@ -48,6 +49,7 @@ from osd_jax.subspace import (
     projected_paths,
     scale_by_subspace,
 )
+from osd_jax.transport import Transport
 from osd_jax.transport import transport_moments as follow_basis
 from osd_jax.trees import (
     boxed_like,
@@ -60,25 +62,23 @@ from osd_jax.trees import (
     takes_shapes,
     unboxed,
 )
+from osd_names import (
+    FULL_RANK_OPTIMIZERS,
+    LION_SIGNS,
+    MOVE_PROJECTOR,
+    OPTIMIZERS,
+    PROJ_TYPES,
+    PROJECTIONS,
+    SUBSPACE_OPTIMIZERS,
+    check_choice,
+    check_names,
+    check_read,
+)
 
-LION_SIGNS = ("lifted", "subspace")
-
-SUBSPACE_OPTIMIZERS = ("galore_adamw", "galore_lion", "galore_adafactor", "galore_adamw8bit")
-FULL_RANK_OPTIMIZERS = ("adam", "adamw", "lion", "adafactor", "adam8bit", "sgd")
-SIDES_BY_PROJ_TYPE: dict[str, Side] = {
-    "std": "shorter",
-    "reverse_std": "longer",
-    "left": "output",  # of PyTorch's (output, input) weights
-    "right": "input",
-    "full": "both",
-    "random": "shorter",
-    "continuous": "shorter",
-    "continuous_adam8bit": "shorter",
-    "continuous_lion": "shorter",
-    "continuous_adafactor": "shorter",
-    "continuous_sgd": "shorter",
-}
-PROJ_TYPES = tuple(SIDES_BY_PROJ_TYPE)
+__all__ = [
+    "FULL_RANK_OPTIMIZERS", "PROJ_TYPES", "SUBSPACE_OPTIMIZERS", "guarded", "make_optimizer",
+    "skipped_steps",
+]  # fmt: skip
 
 # What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
 STATIC_ARGUMENTS = (
@@ -86,6 +86,7 @@ STATIC_ARGUMENTS = (
     "rank",
     "update_proj_gap",
     "update_proj_every",
+    "no_decay",
     "select",
     "dimension_numbers",
     "basis_dtype",
@@ -104,7 +105,10 @@ def make_optimizer(
     update_proj_every: int = 1,
     scale: float = 1.0,
     weight_decay: float = 0.0,
+    no_decay: Select | None = None,
     beta1: float | None = None,
+    beta2: float | None = None,
+    eps: float | None = None,
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     seed: int = 0,
@@ -142,7 +146,11 @@ def make_optimizer(
       scale: Multiplies the lifted update.
       weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers and
         `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the gradient.
-      beta1: First moment of `galore_adafactor`. None: none.
+      no_decay: (path, parameter) -> whether it has no weight decay. None: all have it.
+      beta1: Decay of the first moment, and of Lion's moment in the direction. None: 0.9, and no
+        first moment for Adafactor.
+      beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
+      eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
       select: (path, parameter) -> whether it is projected, such as `select_linear(model)`. None:
         the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in their
         path, but no embeddings, tables, heads and routers. The log (`osd_jax`) says what was chosen
@@ -193,23 +201,24 @@ def make_optimizer(
         ("rank", rank),
         ("update_proj_gap", update_proj_gap),
         ("update_proj_every", update_proj_every),
+        ("no_decay", no_decay),
         ("select", select),
         ("dimension_numbers", dimension_numbers),
         ("basis_dtype", basis_dtype),
         ("slice_size", slice_size),
     ):
         check_static(name, value, STATIC_ARGUMENTS)
-    for name, function in (("schedule", schedule), ("select", select)):
+    functions = (("schedule", schedule), ("select", select), ("no_decay", no_decay))
+    for name, function in functions:
         if function is not None and not callable(function):
             raise ValueError(
                 f"{name} is {function!r}: expected a function or None. optax.inject_hyperparams "
                 f"calls every function, except for static_args={STATIC_ARGUMENTS}"
             )
-    _check_choice("optimizer", optimizer, SUBSPACE_OPTIMIZERS + FULL_RANK_OPTIMIZERS)
-    _check_choice("proj_type", proj_type, PROJ_TYPES)
-    _check_choice("lion_sign", lion_sign, LION_SIGNS)
-    _check_choice("move_projector", move_projector, MOVE_PROJECTOR)
-    _check_choice("projector_init", projector_init, PROJECTOR_INITS)
+    check_names(optimizer, proj_type)
+    check_choice("lion_sign", lion_sign, LION_SIGNS)
+    check_choice("move_projector", move_projector, MOVE_PROJECTOR)
+    check_choice("projector_init", projector_init, PROJECTOR_INITS)
     if slice_size is not None and (type(slice_size) is not int or slice_size < MIN_SIZE):
         raise ValueError(
             f"slice_size is {slice_size!r}: expected None, or a whole number of at least {MIN_SIZE}"
@@ -234,50 +243,52 @@ def make_optimizer(
         check_number("projector_lr_multiple", projector_lr_multiple)
     if projector_weight_decay is not None:
         check_number("projector_weight_decay", projector_weight_decay)
-    if beta1 is not None:
-        check_number("beta1", beta1)
-    if isinstance(beta1, (int, float)) and not beta1 < 1:
-        raise ValueError(f"beta1 is {beta1!r}: expected None or a number in [0, 1)")
+    check_betas(beta1=beta1, beta2=beta2)
+    if eps is not None:
+        check_number("eps", eps)
     check_basis_dtype(basis_dtype)
     if not isinstance(transport_moments, bool):
         raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
-    if transport_moments and optimizer == "galore_adafactor":
-        raise ValueError(
-            "transport_moments is True, and galore_adafactor keeps means of its second moment's "
-            "rows and columns, which do not say what it is in a new basis: leave it out, or use "
-            "another optimizer"
-        )
-    _check_used(
-        "transport_moments",
-        transport_moments,
-        False,
-        optimizer in SUBSPACE_OPTIMIZERS,
-        "a subspace optimizer (galore_...)",
+    check_read(
+        optimizer,
+        proj_type,
+        {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "lion_sign": lion_sign,
+            "transport_moments": transport_moments,
+            "update_proj_every": update_proj_every,
+            "penalty": penalty,
+            "projector_lr_multiple": projector_lr_multiple,
+            "projector_weight_decay": projector_weight_decay,
+            "move_projector": move_projector,
+            "projector_init": projector_init,
+        },
     )
-    is_online = optimizer in SUBSPACE_OPTIMIZERS and proj_type.startswith("continuous")
-    _check_used("beta1", beta1, None, "adafactor" in optimizer, "Adafactor")
-    _check_used("lion_sign", lion_sign, "lifted", optimizer == "galore_lion", "galore_lion")
-    for name, value, default in (
-        ("update_proj_every", update_proj_every, 1),
-        ("penalty", penalty, 0.0),
-        ("projector_lr_multiple", projector_lr_multiple, None),
-        ("projector_weight_decay", projector_weight_decay, None),
-        ("move_projector", move_projector, "after"),
-        ("projector_init", projector_init, "svd"),
-    ):
-        _check_used(name, value, default, is_online, "online PCA (proj_type continuous...)")
 
     if dimension_numbers is None and isinstance(select, LinearSelection):
         dimension_numbers = select.dimension_numbers
     factor = schedule or (lambda count: 1.0)
     lr = lambda count: learning_rate * factor(count)
-    as_matrices = lambda tx: on_matrices(tx, dimension_numbers)
+    kind, is_projected = OPTIMIZERS[optimizer]
+    mask = None if no_decay is None else _chosen(lambda name, x: not no_decay(name, x))
+    decay = functools.partial(decaying, weight_decay, mask)
+    betas = _betas(kind, beta1, beta2)
 
-    if optimizer in FULL_RANK_OPTIMIZERS:
-        tx = _full_rank(optimizer, lr, weight_decay, beta1, as_matrices, slice_size)
+    if not is_projected:
+        eps = 1e-8 if eps is None else eps
+        tx = _full_rank(kind, lr, decay, betas, beta1, eps, dimension_numbers, slice_size)
         return in_parts(guarded(in_float32(tx)), None)
 
-    rule = _subspace_rule(optimizer, lr, beta1, lion_sign, slice_size)
+    if kind == "adamw":
+        rule = adamw_rule(lr, *betas, 1e-6 if eps is None else eps)
+    elif kind == "adam8bit":
+        rule = adam8bit_rule(lr, *betas, 1e-8 if eps is None else eps, slice_size=slice_size)
+    elif kind == "lion":
+        rule = lion_rule(lr, *betas, sign=lion_sign)
+    else:
+        rule = adafactor_rule(lr, beta1)
 
     def projector_step_size(count: Any) -> Any:
         step = update_proj_every * (count + 1)  # of W, where OptimizerP has taken `count` steps
@@ -292,36 +303,96 @@ def make_optimizer(
         step_size=projector_step_size,
         weight_decay=projector_weight_decay,
         penalty=penalty,
-        move=move_projector,
+        order=move_projector,
         init=projector_init,
     )
-    subspace = scale_by_subspace(
-        rule.low_rank,
+    return composed(
+        rule,
         projector,
         rank=rank,
         lift=rule.lift or scaled(scale),
-        transport=follow_basis() if transport_moments else None,
-        side=SIDES_BY_PROJ_TYPE[proj_type],
+        decay=decay,
+        side=PROJECTIONS[proj_type].side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+        basis_dtype=basis_dtype,
+        transport=follow_basis(*betas) if transport_moments else None,
+    )
+
+
+def check_betas(**betas: Any) -> None:
+    """Raises ValueError unless each is None, traced, or a number in [0, 1)."""
+    for name, beta in betas.items():
+        if isinstance(beta, (int, float)) and not 0 <= beta < 1:
+            raise ValueError(f"{name} is {beta!r}: expected None or a number in [0, 1)")
+
+
+def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
+    """The decays of a rule's moments, with its own where they are None."""
+    second = 0.99 if kind == "lion" else 0.999
+    return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
+
+
+# (weight decay after or before the update, the learning rate) -> what decays
+Decay = Callable[[Callable[..., optax.GradientTransformation], Any], optax.GradientTransformation]
+
+
+def decaying(
+    weight_decay: Any,
+    mask: Any,
+    kind: Callable[..., optax.GradientTransformation],
+    learning_rate: Any,
+) -> optax.GradientTransformation:
+    """Weight decay of a kind, of the parameters in the mask."""
+    tx = kind(weight_decay, learning_rate)
+    return tx if mask is None or known_zero(weight_decay) else optax.masked(tx, mask)
+
+
+def composed(
+    rule: WeightRule,
+    basis: BasisRule,
+    *,
+    rank: int,
+    lift: Lift,
+    decay: Decay,
+    side: Side,
+    select: Select | None,
+    dimension_numbers: DimensionNumbers,
+    seed: int,
+    basis_dtype: jax.typing.DTypeLike | None,
+    transport: Transport | None,
+) -> SubspaceTransformation:
+    """A rule of W in a subspace for what is selected, and at full rank for all else."""
+    subspace = scale_by_subspace(
+        rule.low_rank,
+        basis,
+        rank=rank,
+        lift=lift,
+        transport=transport,
+        side=side,
         dimension_numbers=dimension_numbers,
         seed=seed,
         basis_dtype=basis_dtype,
         widen_updates=True,
     )
     labels = _labels(select, dimension_numbers)
-    full_rank = (as_matrices if rule.reads_matrices else in_float32)(
-        rule.full_rank or rule.low_rank
-    )
+    full_rank = rule.full_rank or rule.low_rank
+    if rule.reads_matrices:
+        full_rank = on_matrices(full_rank, dimension_numbers)
+    else:
+        full_rank = in_float32(full_rank)
     transforms = {"subspace": subspace, "full": full_rank}
-    tx = optax.chain(optax.partition(transforms, labels), rule.finish(weight_decay))
+    tx = optax.chain(optax.partition(transforms, labels), rule.finish(decay))
     return in_parts(guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
 
 
-class _Rule(NamedTuple):
+class WeightRule(NamedTuple):
     """A rule of W: its half inside the subspace, the lift, and what follows it.
 
     Attributes:
       low_rank: Of R.
-      finish: (weight decay) -> what follows, for all parameters.
+      finish: (what decays) -> what follows, for all parameters.
       reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
         itself.
       lift: None: the scaled one.
@@ -330,78 +401,107 @@ class _Rule(NamedTuple):
     """
 
     low_rank: optax.GradientTransformation
-    finish: Callable[[float], optax.GradientTransformation]
+    finish: Callable[[Decay], optax.GradientTransformation]
     reads_matrices: bool = False
     lift: Lift | None = None
     full_rank: optax.GradientTransformation | None = None
 
 
-def _subspace_rule(
-    optimizer: str, lr: Schedule, beta1: float | None, lion_sign: str, slice_size: int | None
-) -> _Rule:
+def _descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
     # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
-    descend = optax.scale_by_learning_rate(lr)
-    descending = lambda rule: optax.chain(rule, descend)
-    decay_after = lambda decay: decay_after_update(decay, lr)
-    match optimizer:
-        case "galore_adamw":
-            return _Rule(descending(scale_by_adam_uncorrected_eps()), decay_after)
-        case "galore_adamw8bit":
-            rule = descending(_scale_by_adam_8bit(slice_size))
-            return _Rule(rule, decay_after, reads_matrices=True)
-        case "galore_lion" if lion_sign == "subspace":
-            # Signs are exact in any dtype of P; times the learning rate they are not.
-            finish = lambda decay: optax.chain(descend, decay_after(decay))
-            return _Rule(optax.scale_by_lion(), finish)
-        case "galore_lion":
-            # The identity has the place that the sign once had here, and has in checkpoints.
-            finish = lambda decay: optax.chain(optax.identity(), descend, decay_after(decay))
-            return _Rule(
-                interpolate_momentum(),
-                finish,
-                lift=sign_after_lift(),
-                full_rank=optax.scale_by_lion(),
-            )
-        case "galore_adafactor":
-            # The learning rate is inside, since the first moment averages scaled updates.
-            decay_before = lambda decay: optax.chain(
-                optax.scale(-1.0), decay_before_update(decay, lr)
-            )
-            rule = in_float32(scale_by_adafactor(lr, beta1))
-            return _Rule(rule, decay_before, reads_matrices=True)
-    raise AssertionError(optimizer)
+    return optax.chain(tx, optax.scale_by_learning_rate(lr))
 
 
-def _scale_by_adam_8bit(slice_size: int | None) -> optax.GradientTransformation:
-    tx = in_float32(quantize_state(optax.scale_by_adam()))
+def _decay_after(lr: Any) -> Callable[[Decay], optax.GradientTransformation]:
+    return lambda decay: decay(decay_after_update, lr)
+
+
+def adamw_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6) -> WeightRule:
+    """AdamW; eps is added before the bias correction, as in the release."""
+    return WeightRule(_descending(scale_by_adam_uncorrected_eps(b1, b2, eps), lr), _decay_after(lr))
+
+
+def adam8bit_rule(
+    lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, slice_size: int | None = None
+) -> WeightRule:
+    """AdamW with 8-bit moments."""
+    tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
+    return WeightRule(_descending(tx, lr), _decay_after(lr), reads_matrices=True)
+
+
+def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -> WeightRule:
+    """Lion, with its sign after the lift or of the low-rank direction."""
+    descend, lion = optax.scale_by_learning_rate(lr), optax.scale_by_lion(b1, b2)
+    if sign == "subspace":
+        # Signs are exact in any dtype of P; times the learning rate they are not.
+        finish = lambda decay: optax.chain(descend, _decay_after(lr)(decay))
+        return WeightRule(lion, finish)
+    # The identity has the place that the sign once had here, and has in checkpoints.
+    finish = lambda decay: optax.chain(optax.identity(), descend, _decay_after(lr)(decay))
+    low_rank = interpolate_momentum(b1, b2)
+    return WeightRule(low_rank, finish, lift=sign_after_lift(), full_rank=lion)
+
+
+def adafactor_rule(lr: Any, beta1: Any = None) -> WeightRule:
+    """Adafactor, with weight decay before the update."""
+    # The learning rate is inside, since the first moment averages scaled updates.
+    schedule = lr if callable(lr) else lambda count: lr
+    finish = lambda decay: optax.chain(optax.scale(-1.0), decay(decay_before_update, lr))
+    return WeightRule(in_float32(scale_by_adafactor(schedule, beta1)), finish, reads_matrices=True)
+
+
+def _in_8bit(
+    tx: optax.GradientTransformation, slice_size: int | None = None
+) -> optax.GradientTransformation:
+    tx = in_float32(quantize_state(tx))
     return tx if slice_size is None else slice_by_slice(tx, slice_size)
 
 
 def _full_rank(
-    optimizer: str,
+    kind: str,
     lr: Schedule,
-    weight_decay: float,
-    beta1: float | None,
-    as_matrices: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+    decay: Decay,
+    betas: tuple[Any, Any],
+    beta1: Any,
+    eps: Any,
+    dimension_numbers: DimensionNumbers,
     slice_size: int | None,
 ) -> optax.GradientTransformation:
     descend = optax.scale_by_learning_rate(lr)
-    l2 = optax.identity() if known_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
-    match optimizer:
+    l2 = decay(_l2, lr)
+    match kind:
         case "adam":  # torch.optim.Adam: L2 on the gradient
-            return optax.chain(l2, optax.scale_by_adam(), descend)
+            return optax.chain(l2, optax.scale_by_adam(*betas, eps), descend)
         case "adamw":  # torch.optim.AdamW: decoupled, before the update
-            return optax.chain(optax.scale_by_adam(), l2, descend)
+            return optax.chain(optax.scale_by_adam(*betas, eps), l2, descend)
         case "lion":
-            return optax.chain(optax.scale_by_lion(), descend, decay_after_update(weight_decay, lr))
+            return optax.chain(optax.scale_by_lion(*betas), descend, decay(decay_after_update, lr))
         case "adafactor":
-            rule = as_matrices(scale_by_adafactor(lr, beta1))
-            return optax.chain(rule, optax.scale(-1.0), decay_before_update(weight_decay, lr))
+            rule = on_matrices(scale_by_adafactor(lr, beta1), dimension_numbers)
+            return optax.chain(rule, optax.scale(-1.0), decay(decay_before_update, lr))
         case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
-            return optax.chain(as_matrices(_scale_by_adam_8bit(slice_size)), l2, descend)
+            tx = _in_8bit(optax.scale_by_adam(*betas, eps), slice_size)
+            return optax.chain(on_matrices(tx, dimension_numbers), l2, descend)
         case "sgd":
             return optax.chain(l2, descend)
-    raise AssertionError(optimizer)
+    raise AssertionError(kind)
+
+
+def _l2(weight_decay: Any, learning_rate: Any) -> optax.GradientTransformation:
+    """Weight decay that is added to what it meets, times the learning rate that follows."""
+    if known_zero(weight_decay):
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)
+
+
+# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
+PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": scale_by_adam_of_age,
+    "adam8bit": lambda: _in_8bit(scale_by_adam_of_age()),
+    "lion": optax.scale_by_lion,
+    "adafactor": lambda: optax.chain(scale_by_factored_second_moment(), clip_by_matrix_rms()),
+    "sgd": optax.identity,
+}
 
 
 def _projector(
@@ -412,31 +512,20 @@ def _projector(
     step_size: Schedule,
     weight_decay: float | None,
     penalty: float,
-    move: str,
+    order: Any,
     init: str,
 ) -> BasisRule:
-    if not proj_type.startswith("continuous"):
-        return random(gap) if proj_type == "random" else svd(gap)
-    rules: dict[str, tuple[Callable[[], optax.GradientTransformation], float]] = {
-        "continuous": (optax.scale_by_adam, 0.01),
-        "continuous_adam8bit": (lambda: _scale_by_adam_8bit(None), 0.0),
-        "continuous_lion": (optax.scale_by_lion, 0.0),
-        "continuous_adafactor": (
-            lambda: optax.chain(scale_by_factored_second_moment(), clip_by_matrix_rms()),
-            0.0,
-        ),
-        "continuous_sgd": (optax.identity, 0.0),
-    }
-    rule, release_decay = rules[proj_type]
-    decay = release_decay if weight_decay is None else weight_decay
+    """The rule for P that a published name stands for."""
+    named = PROJECTIONS[proj_type]
+    if named.basis != "online_pca":
+        return random(gap) if named.basis == "random" else svd(gap)
+    decay = named.weight_decay if weight_decay is None else weight_decay
     optimizer = optax.chain(
-        rule(),
+        PROJECTOR_RULES[named.rule](),
         optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
-    return online_pca(
-        optimizer, penalty=penalty, init=init, moves_first=move == "before", every=every
-    )
+    return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)
 
 
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
@@ -454,11 +543,23 @@ def _labels(
     def labels(params: optax.Params) -> optax.Params:
         bare = unboxed(params)
         chosen = select or _kinds(bare, dimension_numbers).selects
-        name_of = {path_of(path): name for name, path in paths_by_name(bare).items()}
-        label = lambda path, x: "subspace" if chosen(name_of[path_of(path)], x) else "full"
-        return boxed_like(params, jax.tree_util.tree_map_with_path(label, bare))
+        label = lambda name, x: "subspace" if chosen(name, x) else "full"
+        return boxed_like(params, _by_name(label, bare))
 
     return labels
+
+
+def _chosen(select: Select) -> Callable[[optax.Params], Any]:
+    """(parameters) -> a tree like them of whether each is selected."""
+    chosen = lambda name, x: bool(select(name, x))
+    return lambda params: boxed_like(params, _by_name(chosen, unboxed(params)))
+
+
+def _by_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """A tree like `tree` of what a function makes of each leaf's name and of it."""
+    name_of = {path_of(path): name for name, path in paths_by_name(tree).items()}
+    one = lambda path, x: function(name_of[path_of(path)], x)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def _kinds(
@@ -570,14 +671,3 @@ def guarded(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_used(name: str, value: Any, default: Any, is_used: bool, user: str) -> None:
-    """Raises ValueError for an argument that would be silently ignored."""
-    if not is_used and isinstance(value, (str, int, float)) and value != default:
-        raise ValueError(f"{name} is {value!r}: only {user} reads it; leave it out")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")

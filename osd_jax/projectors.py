@@ -7,7 +7,7 @@ Online PCA needs three small things of a gradient, its `Sketch`, and no SVD afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from osd_jax.numerics import (
     accumulator_dtype,
     check_number,
     check_period,
-    check_static,
     contract,
     has_direction,
     known_zero,
@@ -32,10 +31,10 @@ from osd_jax.sketch import (
     Sketch,
     TwoSided,
 )
+from osd_names import MOVE_PROJECTOR, check_choice
 
 ResolvedSide = Literal["input", "output", "both"]
 Order = Literal["after", "before"]
-ORDERS = get_args(Order)
 PROJECTOR_INITS = ("svd", "qr")
 NOT_SET = -1  # in ProjectorState.set_at
 NOTHING, REFRESH, MOVE = 0, 1, 2  # what a clock says
@@ -127,8 +126,7 @@ def check_rule(rule: BasisRule) -> None:
     for every in rule.clock:
         if every is not None:
             check_period(every)
-    if rule.order not in ORDERS:
-        raise ValueError(f"order is {rule.order!r}: expected one of {', '.join(ORDERS)}")
+    check_choice("order", rule.order, MOVE_PROJECTOR)
     moves = (rule.clock.move_every, rule.gradient, rule.optimizer)
     if any(part is None for part in moves) != all(part is None for part in moves):
         raise ValueError(
@@ -149,7 +147,7 @@ def online_pca(
     *,
     penalty: float = 0.0,
     init: str = "svd",
-    moves_first: bool = False,
+    order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
     """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
@@ -168,7 +166,7 @@ def online_pca(
       init: "svd": the leading singular vectors of the first gradient (the release). "qr": an
         orthonormal basis of a random sketch of its range, which needs no SVD, for TPUs, where one
         compiles for minutes (Halko et al. 2011, algorithm 4.1).
-      moves_first: P moves before W's step, and R is taken again with the new P.
+      order: "before": P moves before W's step, and R is taken again with the new P.
       every: P moves at steps `every`, 2 `every`, ... with that step's gradient. At all others P and
         its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
 
@@ -182,7 +180,7 @@ def online_pca(
       Clock(refresh_every=None, move_every=5)
     """
     check_number("penalty", penalty)
-    check_static("moves_first", moves_first)
+    check_choice("order", order, MOVE_PROJECTOR)
     check_period(every)
     if init not in PROJECTOR_INITS:
         raise ValueError(f"init is {init!r}: expected one of {', '.join(PROJECTOR_INITS)}")
@@ -198,11 +196,12 @@ def online_pca(
         "at a refresh",
         "online PCA finds its first P from a gradient",
     )
-    if moves_first:
+    if order == "before":
         needs = needs._replace(
             gradient="always",
             reason="move_projector is 'before', which takes R again from the gradient after P has "
-            "moved ('after' does not)",
+            "moved",
+            remedy="move_projector='after'",
         )
     return BasisRule(
         clock=Clock(move_every=every),
@@ -210,7 +209,7 @@ def online_pca(
         needs=needs,
         gradient=lambda basis, sketch: online_pca_gradient(basis, sketch, penalty),
         optimizer=optimizer,
-        order="before" if moves_first else "after",
+        order=order,
     )
 
 

@@ -53,6 +53,42 @@ def scale_by_adam_uncorrected_eps(
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
+def scale_by_adam_of_age(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` with its biases corrected by each matrix's own number of steps.
+
+    The basis of a matrix that got its first gradient late has taken fewer steps than the others.
+    `update` takes `age`, a tree like the updates of int32 (batch...): the steps that each matrix
+    has taken, this one included. None: the state's count.
+    """
+
+    @promotes
+    def update(
+        updates: optax.Updates,
+        state: optax.ScaleByAdamState,
+        params: optax.Params | None = None,
+        *,
+        age: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params, extra_args
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+
+        def direction(m: jax.Array, v: jax.Array, age: jax.Array) -> jax.Array:
+            short = lambda b: (1 - b**age).astype(m.dtype)[..., None, None]
+            return m / short(b1) / (jnp.sqrt(v / short(b2)) + eps)
+
+        steps = jax.tree.map(lambda _: count, mu) if age is None else age
+        updates = jax.tree.map(direction, mu, nu, steps)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    init = optax.scale_by_adam(b1, b2, eps).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def interpolate_momentum(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformation:
     """Lion's direction before its sign: `b1 m + (1 - b1) g`, then `m <- b2 m + (1 - b2) g`."""
 
@@ -87,6 +123,7 @@ def scale_by_factored_second_moment(
 
     `optax.scale_by_factored_rms` factors an array's two largest axes, which for a stack of layers
     may be the stack. A vector (1, b) is scaled by its own second moment, as if not factored.
+    `update` takes `age` as that of `scale_by_adam_of_age` does.
 
     Source: arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
     """
@@ -105,19 +142,23 @@ def scale_by_factored_second_moment(
         updates: optax.Updates,
         state: FactoredSecondMomentState,
         params: optax.Params | None = None,
+        *,
+        age: Any = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, FactoredSecondMomentState]:
-        del params
+        del params, extra_args
         count = optax.safe_increment(state.count)
+        steps = jax.tree.map(lambda _: count, updates) if age is None else age
 
-        def average(axis: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-            def one(g: jax.Array, v: jax.Array) -> jax.Array:
-                b2 = 1 - count.astype(v.dtype) ** -decay_rate
+        def average(axis: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+            def one(g: jax.Array, v: jax.Array, age: jax.Array) -> jax.Array:
+                b2 = 1 - age.astype(v.dtype)[..., None] ** -decay_rate
                 return b2 * v + (1 - b2) * jnp.mean(jnp.square(g) + eps, axis=axis)
 
             return one
 
-        v_row = jax.tree.map(average(-1), updates, state.v_row)
-        v_col = jax.tree.map(average(-2), updates, state.v_col)
+        v_row = jax.tree.map(average(-1), updates, state.v_row, steps)
+        v_col = jax.tree.map(average(-2), updates, state.v_col, steps)
 
         def rescale(g: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
             row = jax.lax.rsqrt(row / jnp.mean(row, axis=-1, keepdims=True))
@@ -126,7 +167,7 @@ def scale_by_factored_second_moment(
         updates = jax.tree.map(rescale, updates, v_row, v_col)
         return updates, FactoredSecondMomentState(count, v_row, v_col)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_matrix_rms(threshold: float = 1.0) -> optax.GradientTransformation:
@@ -161,22 +202,22 @@ def scale_by_adafactor(
 
 
 def decay_after_update(
-    weight_decay: float, learning_rate: Schedule
+    weight_decay: jax.typing.ArrayLike, learning_rate: Schedule | jax.typing.ArrayLike
 ) -> optax.GradientTransformation:
     """Decoupled weight decay after the update: `W <- (W + u)(1 - lr wd)`, as in the release."""
     return _decay(weight_decay, learning_rate, lambda u, p, rate: u - rate * (p + u))
 
 
 def decay_before_update(
-    weight_decay: float, learning_rate: Schedule
+    weight_decay: jax.typing.ArrayLike, learning_rate: Schedule | jax.typing.ArrayLike
 ) -> optax.GradientTransformation:
     """Decoupled weight decay before the update: `W <- W (1 - lr wd) + u`."""
     return _decay(weight_decay, learning_rate, lambda u, p, rate: u - rate * p)
 
 
 def _decay(
-    weight_decay: float,
-    learning_rate: Schedule,
+    weight_decay: jax.typing.ArrayLike,
+    learning_rate: Schedule | jax.typing.ArrayLike,
     decay: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> optax.GradientTransformation:
     if known_zero(weight_decay):
@@ -190,7 +231,8 @@ def _decay(
     ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
         if params is None:
             raise ValueError("weight decay needs update(grads, state, params): params is None")
-        rate = weight_decay * learning_rate(state.count)
+        now = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate: Any = weight_decay * now
         updates = jax.tree.map(lambda u, p: decay(u, p.astype(u.dtype), rate), updates, params)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 

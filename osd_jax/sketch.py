@@ -127,16 +127,18 @@ class Needs(NamedTuple):
       statistics: At the steps at which the rule runs.
       gradient: When it reads the gradient itself.
       reason: Why it does; it becomes the error where only sketches are kept.
+      remedy: What to use there instead.
     """
 
     statistics: tuple[Statistic, ...] = ()
     gradient: Literal["never", "at a refresh", "always"] = "never"
     reason: str = ""
+    remedy: str = "another rule"
 
 
-def why_gradient(needs: Iterable[Needs]) -> str | None:
-    """The reason of the first rule that reads the gradient at every step, if one does."""
-    return next((each.reason for each in needs if each.gradient == "always"), None)
+def reading_gradient(needs: Iterable[Needs]) -> Needs | None:
+    """The needs of the first rule that reads the gradient at every step, if one does."""
+    return next((each for each in needs if each.gradient == "always"), None)
 
 
 def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:

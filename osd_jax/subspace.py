@@ -54,6 +54,7 @@ from osd_jax.projectors import (
 from osd_jax.sketch import (
     SQUARED_NORM,
     Basis,
+    Needs,
     Reduce,
     Sketch,
     SketchLeaf,
@@ -67,7 +68,7 @@ from osd_jax.sketch import (
     low_rank_gradient,
     make_sketch,
     merged,
-    why_gradient,
+    reading_gradient,
 )
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import (
@@ -162,14 +163,14 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
         R is reduced first, and A taken with the reduced R.
       apply: (sketches, state, params) -> (updates, state).
-      needs_gradient: Why a step reads more of a gradient than its sketch, or None where it does
-        not. Where it does, `scale_by_subspace`'s `apply` takes `grads=` too.
+      needs_gradient: The `Needs` of a rule that reads the gradient itself at every step, or None.
+        If there is one, `scale_by_subspace`'s `apply` takes `grads=` too.
     """
 
     refresh: Callable[..., Any]
     project: Callable[..., Any]
     apply: Callable[..., tuple[optax.Updates, Any]]
-    needs_gradient: str | None
+    needs_gradient: Needs | None
 
     def __new__(cls, init, update, refresh, project, apply, needs_gradient):  # type: ignore[no-untyped-def]
         """Stays the pair that `optax.chain` unpacks; the parts are attributes."""
@@ -394,7 +395,7 @@ def scale_by_subspace(
     clock = projector.clock
     always = merged(lift_rule.needs.statistics)
     at_moves = merged(always, projector.needs.statistics)
-    needs_gradient = why_gradient((projector.needs, lift_rule.needs))
+    needs_gradient = reading_gradient((projector.needs, lift_rule.needs))
 
     def layouts(params: optax.Params) -> Any:
         """A tree like `params`, less its boxes."""
@@ -586,8 +587,12 @@ def scale_by_subspace(
             return moving(grads, state.projector.basis)
         return _cond_once(moves_now(state), moving, staying, grads, state.projector.basis)
 
-    def move(bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any) -> Any:
-        """One step of P's optimizer -> (bases, its state); P stays where `moves` (...) is False."""
+    def move(bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any, age: Any) -> Any:
+        """One step of P's optimizer -> (bases, its state); P stays where `moves` (...) is False.
+
+        `age` is the number of this step by each matrix's own count, which `update` of P's optimizer
+        gets as an extra argument.
+        """
         assert projector.gradient is not None and projector.optimizer is not None
         gradient_of = projector.gradient
 
@@ -605,8 +610,8 @@ def scale_by_subspace(
 
         each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
         wide = jax.tree.map(float32_or_more, bases)
-        steps, new = projector.optimizer.update(
-            each(gradient, wide, sketches, moves), optimizer, wide
+        steps, new = optax.with_extra_args_support(projector.optimizer).update(
+            each(gradient, wide, sketches, moves), optimizer, wide, age=age
         )
         return each(stepped, bases, wide, steps, sketches, moves), new
 
@@ -629,7 +634,10 @@ def scale_by_subspace(
           **extra_args: Handed to `inner`.
         """
         if needs_gradient is not None and grads is None:
-            raise ValueError(f"{needs_gradient}: apply needs grads=, the gradients themselves")
+            raise ValueError(
+                f"{needs_gradient.reason}: apply needs grads=, the gradients themselves, or use "
+                f"{needs_gradient.remedy}"
+            )
         tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
         bases, optimizer, set_at = state.projector
         moves, moved, inner_state = moves_now(state), (bases, optimizer), state.inner
@@ -641,8 +649,9 @@ def scale_by_subspace(
             return jax.lax.cond(moves, transported, unchanged, *changed)
 
         if projector.gradient is not None:
-            stay = lambda bases, sketches, optimizer, moves: (bases, optimizer)
-            args = (bases, sketches, optimizer, set_before(set_at, state.count))
+            stay = lambda bases, sketches, optimizer, moves, age: (bases, optimizer)
+            age = steps_since_set(set_at, state.count, clock.move_every)
+            args = (bases, sketches, optimizer, set_before(set_at, state.count), age)
             # Plain: what P's optimizer closes over, a learning rate for one, may be traced.
             moved = jax.lax.cond(moves, move, stay, *args)
         read = jax.tree.map(lambda sketch: sketch.only(always), sketches, is_leaf=is_sketch)
@@ -739,6 +748,15 @@ def check_fresh(name: str, new: jax.Array, old: jax.Array) -> None:
 def set_before(set_at: Any, count: jax.Array) -> Any:
     """Whether each P was set before the step with this count: a tree like `set_at`, of bool."""
     return jax.tree.map(lambda at: (at != NOT_SET) & (at != count), set_at)
+
+
+def steps_since_set(set_at: Any, count: jax.Array, every: int | None) -> Any:
+    """How often each P has moved since it was set, this step included: a tree like `set_at`.
+
+    At least 1, also where P does not move.
+    """
+    assert every is not None
+    return jax.tree.map(lambda at: jnp.maximum(count // every - at // every, 1), set_at)
 
 
 def _unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:

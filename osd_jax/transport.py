@@ -111,8 +111,8 @@ def refuse_factored(name: str) -> None:
 
 
 def transport_moments(
-    b1: float = 0.9,
-    b2: float = 0.999,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
     *,
     block: int = BLOCK_SIZE,
     rounding: Rounding = "table",
@@ -186,7 +186,7 @@ def transport_moments(
         def of_adam(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
             has_stepped = state.count > 0
 
-            def correction(b: float, dtype: Any) -> jax.Array:
+            def correction(b: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
                 # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32.
                 found = -jnp.expm1(state.count * jnp.log(b)).astype(dtype)
                 return jnp.where(has_stepped, found, 1)

@@ -377,7 +377,7 @@ def test_stacked_layers_are_the_layers_apart(
     ("projector", "side"),
     [
         (online_pca(), "shorter"),
-        (online_pca(moves_first=True, penalty=0.1), "longer"),
+        (online_pca(order="before", penalty=0.1), "longer"),
         (osd_jax.svd(2), "both"),
         (osd_jax.random(2), "output"),
     ],

@@ -359,7 +359,7 @@ WITH_REASON: list[Any] = [
     (lambda: (oja(), with_residual()), "the residual toy adds what P leaves of the gradient"),
     (lambda: (oja(gradient="always"), by_column_sums()), "Oja's toy reads the gradient"),
     (
-        lambda: (osd_jax.online_pca(optax.sgd(0.1), moves_first=True), osd_jax.scaled()),
+        lambda: (osd_jax.online_pca(optax.sgd(0.1), order="before"), osd_jax.scaled()),
         "move_projector is 'before'",
     ),
 ]
@@ -617,7 +617,7 @@ def changed(old: Any, new: Any) -> bool:
 
 
 PCA = osd_jax.online_pca(optax.adam(0.05), every=2)
-FIRST = osd_jax.online_pca(optax.adam(0.05), every=2, moves_first=True)
+FIRST = osd_jax.online_pca(optax.adam(0.05), every=2, order="before")
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (2, 6, 9)], ids=str)

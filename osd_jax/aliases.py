@@ -1,0 +1,381 @@
+"""Optimizers in Optax's manner: Online Subspace Descent with AdamW, Lion, Adafactor or 8-bit AdamW.
+
+Each takes the learning rate first, a number or a schedule, then its own numbers under Optax's
+names, and the rules of the subspace as objects. What is selected is projected; all else is trained
+by the same rule at full rank. For the published names and flags see `make_optimizer`.
+
+`optax.inject_hyperparams(osd_adamw, static_args=STATIC_ARGUMENTS)` holds the numbers in its state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from osd_jax.lift import Lift, scaled
+from osd_jax.numerics import check_number, check_static
+from osd_jax.optimizers import (
+    WeightRule,
+    adafactor_rule,
+    adam8bit_rule,
+    adamw_rule,
+    check_betas,
+    composed,
+    decaying,
+    lion_rule,
+)
+from osd_jax.projectors import BasisRule, online_pca
+from osd_jax.rules import scale_by_adam_of_age
+from osd_jax.selection import LinearSelection, Select
+from osd_jax.subspace import DimensionNumbers, Side, SubspaceTransformation
+from osd_jax.transport import transport_moments as follow_basis
+
+ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
+Mask = Any | Callable[[optax.Params], Any] | None
+
+# What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
+STATIC_ARGUMENTS = (
+    "rank",
+    "mask",
+    "basis",
+    "lift",
+    "side",
+    "select",
+    "dimension_numbers",
+    "transport_moments",
+    "basis_dtype",
+    "seed",
+)
+
+
+def osd_adamw(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rank: int,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    basis: BasisRule | None = None,
+    lift: Lift | None = None,
+    side: Side = "shorter",
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    transport_moments: bool = False,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+) -> SubspaceTransformation:
+    """AdamW in a subspace: `R = P^T G`, `W <- (1 - lr wd) (W - lr * lift(Adam(R)))`.
+
+    As in the release, eps is added to the root of the second moment before the bias correction.
+
+    Args:
+      learning_rate: A number or a schedule, (step, from 0) -> number.
+      rank: Columns of P; at most min(m, n) are used.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled, times the learning rate, after the update.
+      mask: A tree of bool like the parameters, or a function from them to one: what has weight
+        decay. None: all.
+      basis: The rule for P, such as `online_pca(optax.adam(5e-3))`, `svd(200)` or `random(200)`.
+        None: online PCA by Adam with step size 5e-3, as `make_optimizer`'s `continuous` at its
+        default gap, but without weight decay.
+      lift: What turns a direction into an update of W, such as `scaled(0.25)`. None: `scaled(1)`.
+      side: The side of a matrix that P projects; see `scale_by_subspace`.
+      select: (path, parameter) -> whether it is projected; see `make_optimizer`.
+      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those that `select_linear`
+        knows, or else 2-D arrays are (input, output).
+      transport_moments: Whether moments follow P where it changes; see
+        `osd_jax.transport_moments`.
+      basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
+      seed: Of rules that draw.
+
+    Returns:
+      An Optax transformation as `make_optimizer` returns it: `update` needs `params`, and a step
+      with a non-finite gradient changes nothing and is counted (`skipped_steps`).
+
+    Raises:
+      ValueError: for an argument out of range, naming it.
+
+    References:
+      Liang et al., arXiv 2408.12857, algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}, "norm": jnp.ones(16)}
+      >>> tx = osd_jax.osd_adamw(
+      ...     optax.cosine_decay_schedule(1e-2, 100), rank=4, b2=0.95, weight_decay=0.1,
+      ...     basis=osd_jax.online_pca(optax.adam(5e-3), penalty=0.1), lift=osd_jax.scaled(0.25))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> osd_jax.projectors(state)["mlp/kernel"].shape
+      (16, 4)
+    """
+    check_rates(learning_rate, weight_decay, rank, eps=eps)
+    check_betas(b1=b1, b2=b2)
+    return _composed(
+        adamw_rule(learning_rate, b1, b2, eps),
+        weight_decay,
+        mask,
+        basis,
+        lift,
+        follow_basis(b1, b2) if transport_moments else None,
+        rank=rank,
+        side=side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+
+
+def osd_adamw8bit(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rank: int,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    basis: BasisRule | None = None,
+    lift: Lift | None = None,
+    side: Side = "shorter",
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    transport_moments: bool = False,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+) -> SubspaceTransformation:
+    """`osd_adamw` with moments in 8 bits (`quantize_state`); eps after the bias correction.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: Columns of P.
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled, times the learning rate, after the update.
+      mask: What has weight decay; this and all that follow as in `osd_adamw`.
+      basis: The rule for P.
+      lift: What turns a direction into an update of W.
+      side: The side of a matrix that P projects.
+      select: What is projected.
+      dimension_numbers: Matrix axes.
+      transport_moments: Whether moments follow P where it changes.
+      basis_dtype: dtype of P.
+      seed: Of rules that draw.
+
+    Returns:
+      As `osd_adamw`.
+
+    Raises:
+      ValueError: for an argument out of range, naming it.
+
+    References:
+      Dettmers et al., arXiv 2110.02861.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> tx = osd_jax.osd_adamw8bit(1e-2, rank=4)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 24))}})
+    """
+    check_rates(learning_rate, weight_decay, rank, eps=eps)
+    check_betas(b1=b1, b2=b2)
+    return _composed(
+        adam8bit_rule(learning_rate, b1, b2, eps),
+        weight_decay,
+        mask,
+        basis,
+        lift,
+        follow_basis(b1, b2) if transport_moments else None,
+        rank=rank,
+        side=side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+
+
+def osd_lion(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rank: int,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    basis: BasisRule | None = None,
+    lift: Lift | None = None,
+    side: Side = "shorter",
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    transport_moments: bool = False,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+) -> SubspaceTransformation:
+    """Lion in a subspace.
+
+    Without `lift` the sign is taken after the lift, `sign(P D)`, as released; with one it is taken
+    of the low-rank direction, as in the paper, such as with `lift=scaled(1.0)`.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: Columns of P.
+      b1: Weight of the moment in the direction.
+      b2: Decay of the moment.
+      weight_decay: Decoupled, times the learning rate, after the update.
+      mask: What has weight decay; this and all that follow as in `osd_adamw`.
+      basis: The rule for P.
+      lift: What turns a direction into an update of W. None: `sign_after_lift()`.
+      side: The side of a matrix that P projects.
+      select: What is projected.
+      dimension_numbers: Matrix axes.
+      transport_moments: Whether the moment follows P where it changes.
+      basis_dtype: dtype of P.
+      seed: Of rules that draw.
+
+    Returns:
+      As `osd_adamw`.
+
+    Raises:
+      ValueError: for an argument out of range, naming it.
+
+    References:
+      Chen et al., arXiv 2302.06675.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> tx = osd_jax.osd_lion(1e-3, rank=4, weight_decay=0.1)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 24))}})
+    """
+    check_rates(learning_rate, weight_decay, rank)
+    check_betas(b1=b1, b2=b2)
+    return _composed(
+        lion_rule(learning_rate, b1, b2, sign="lifted" if lift is None else "subspace"),
+        weight_decay,
+        mask,
+        basis,
+        lift,
+        follow_basis(b1, b2) if transport_moments else None,
+        rank=rank,
+        side=side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+
+
+def osd_adafactor(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rank: int,
+    b1: jax.typing.ArrayLike | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    basis: BasisRule | None = None,
+    lift: Lift | None = None,
+    side: Side = "shorter",
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+) -> SubspaceTransformation:
+    """Adafactor in a subspace, with the step size that it is given.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rank: Columns of P.
+      b1: Decay of the first moment. None: no first moment.
+      weight_decay: Decoupled, times the learning rate, before the update.
+      mask: What has weight decay; this and all that follow as in `osd_adamw`.
+      basis: The rule for P.
+      lift: What turns a direction into an update of W.
+      side: The side of a matrix that P projects.
+      select: What is projected.
+      dimension_numbers: Matrix axes.
+      basis_dtype: dtype of P.
+      seed: Of rules that draw.
+
+    Returns:
+      As `osd_adamw`.
+
+    Raises:
+      ValueError: for an argument out of range, naming it.
+
+    References:
+      Shazeer and Stern, arXiv 1804.04235.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> tx = osd_jax.osd_adafactor(1e-3, rank=4, b1=0.9)
+      >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 24))}})
+    """
+    check_rates(learning_rate, weight_decay, rank)
+    check_betas(b1=b1)
+    return _composed(
+        adafactor_rule(learning_rate, b1),
+        weight_decay,
+        mask,
+        basis,
+        lift,
+        None,
+        rank=rank,
+        side=side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+
+
+def _composed(
+    rule: WeightRule,
+    weight_decay: Any,
+    mask: Mask,
+    basis: BasisRule | None,
+    lift: Lift | None,
+    transport: Any,
+    *,
+    select: Select | None,
+    dimension_numbers: DimensionNumbers,
+    **subspace: Any,
+) -> SubspaceTransformation:
+    for name, value, kind, example in (
+        ("basis", basis, BasisRule, "online_pca(optax.adam(5e-3))"),
+        ("lift", lift, Lift, "scaled(0.25)"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(
+                f"{name} is {value!r}: expected None or a {kind.__name__}, such as "
+                f"osd_jax.{example}"
+            )
+    if dimension_numbers is None and isinstance(select, LinearSelection):
+        dimension_numbers = select.dimension_numbers
+    return composed(
+        rule,
+        basis or online_pca(optax.chain(scale_by_adam_of_age(), optax.scale(-5e-3))),
+        lift=lift or rule.lift or scaled(1.0),
+        decay=functools.partial(decaying, weight_decay, mask),
+        select=select,
+        dimension_numbers=dimension_numbers,
+        transport=transport,
+        **subspace,
+    )
+
+
+def check_rates(learning_rate: Any, weight_decay: Any, rank: Any, **numbers: Any) -> None:
+    """Raises ValueError for a rate or number below 0, or an array where a plain one is needed."""
+    check_static("rank", rank, STATIC_ARGUMENTS)
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate)
+    for name, value in {"weight_decay": weight_decay, **numbers}.items():
+        check_number(name, value)
