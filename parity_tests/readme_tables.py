@@ -14,17 +14,17 @@ from golden_cases import golden_cases  # noqa: E402
 from test_oracle import PROJ_TYPES, RULES  # noqa: E402
 from test_state_bytes import table  # noqa: E402
 
-from osd_jax import optimizers  # noqa: E402
+from osd_names import PROJECTIONS, SUBSPACE_OPTIMIZERS  # noqa: E402
 
 
 def combinations() -> str:
     """Which rule of W and which rule of P are checked together, and against what, in Markdown."""
     oracle = {(optimizer, kind) for optimizer, _ in RULES.values() for kind in PROJ_TYPES}
     golden = {(case.optimizer, case.proj_type) for case in golden_cases()}
-    columns = optimizers.SUBSPACE_OPTIMIZERS
+    columns = SUBSPACE_OPTIMIZERS
     lines = ["| `proj_type` | " + " | ".join(f"`{name}`" for name in columns) + " |"]
     lines.append("|---|" + "---|" * len(columns))
-    for kind in optimizers.PROJ_TYPES:
+    for kind in PROJECTIONS:
         cells = []
         for name in columns:
             checks = {"oracle": oracle, "release": golden}

@@ -25,7 +25,6 @@ from osd_jax.hlo import Collective, collectives, total_sent
 from osd_jax.optimizers import (
     FULL_RANK_OPTIMIZERS,
     PROJ_TYPES,
-    SIDES_BY_PROJ_TYPE,
     SUBSPACE_OPTIMIZERS,
 )
 from osd_jax.sharding import (
@@ -38,6 +37,7 @@ from osd_jax.sharding import (
 )
 from osd_jax.train import TrainState, init_state, make_train_step
 from osd_jax.trees import path_name
+from osd_names import PROJECTIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVEN = llama.LlamaConfig(
@@ -175,7 +175,7 @@ def test_state_follows_the_axes_of_the_weight(name: str, proj_type: str) -> None
     """By sizes, which differ here: each axis of the state is of the weight's axis of its size."""
     tx = make_optimizer(name, proj_type, learning_rate=0.1, rank=16, dimension_numbers=NUMBERS)
     by_size = {"query": {1024: "x", 2048: "y"}, "embedding": {512: "y", 1024: "x"}, "norm": {}}
-    side = SIDES_BY_PROJ_TYPE[proj_type]
+    side = PROJECTIONS[proj_type].side
     seen = 0
     for path, (shape, spec) in state_specs(tx).items():
         last = path.rsplit("/", 1)[-1]

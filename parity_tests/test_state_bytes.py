@@ -15,12 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from osd_jax import llama, make_optimizer
-from osd_jax.optimizers import (
-    FULL_RANK_OPTIMIZERS,
-    PROJ_TYPES,
-    SIDES_BY_PROJ_TYPE,
-    SUBSPACE_OPTIMIZERS,
-)
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RANKS = {"60m": 128, "1b": 1024}  # of the published runs
@@ -74,7 +69,7 @@ def projected_bytes(
     r x r R. The int32 count of the step that set P is one for each matrix.
     """
     r, rule = min(rank, n_in, n_out), optimizer.removeprefix("galore_")
-    side = SIDES_BY_PROJ_TYPE[proj_type]
+    side = PROJECTIONS[proj_type].side
     if side == "both":
         return 4 + basis_bytes * (n_in + n_out) * r + rule_bytes(rule, r, r, beta1=beta1)
     if side in ("shorter", "longer"):
@@ -152,7 +147,7 @@ def test_subspace_state_has_the_bytes_of_the_formula(size: str, optimizer: str) 
         for beta1 in (False, True) if optimizer == "galore_adafactor" else (False,):
             measured = measured_bytes(optimizer, proj_type, size, beta1=beta1)
             assert measured == state_bytes(optimizer, proj_type, config, RANKS[size], beta1=beta1)
-            if SIDES_BY_PROJ_TYPE[proj_type] in ("shorter", "both"):
+            if PROJECTIONS[proj_type].side in ("shorter", "both"):
                 assert measured < full_rank
 
 
