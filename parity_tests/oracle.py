@@ -27,25 +27,34 @@ Rule = Callable[[Array, dict[str, Any], int, float], Array]
 # ------------------------------------------------- optimizers: (g, state, t from 1, lr) -> step
 
 
-def adam(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+def adam(
+    g: Array, s: dict[str, Any], t: int, lr: float, b1: float = 0.9, b2: float = 0.999,
+    eps: float = 1e-8,
+) -> Array:  # fmt: skip
     """Kingma and Ba, arXiv 1412.6980, algorithm 1."""
-    m = s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
-    v = s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
-    return lr * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    m = s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
+    v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * g**2
+    return lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
 
 
-def adam_eps_first(g: Array, s: dict[str, Any], t: int, lr: float) -> Array:
+def adam_eps_first(
+    g: Array, s: dict[str, Any], t: int, lr: float, b1: float = 0.9, b2: float = 0.999,
+    eps: float = 1e-6,
+) -> Array:  # fmt: skip
     """The release's: eps joins sqrt(v) before the bias correction."""
-    m = s["m"] = 0.9 * s.get("m", 0) + 0.1 * g
-    v = s["v"] = 0.999 * s.get("v", 0) + 0.001 * g**2
-    return lr * m / (np.sqrt(v) + 1e-6) * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+    m = s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
+    v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * g**2
+    return lr * m / (np.sqrt(v) + eps) * np.sqrt(1 - b2**t) / (1 - b1**t)
 
 
-def lion(g: Array, s: dict[str, Any], t: int, lr: float, sign: bool = True) -> Array:
+def lion(
+    g: Array, s: dict[str, Any], t: int, lr: float, sign: bool = True, b1: float = 0.9,
+    b2: float = 0.99,
+) -> Array:  # fmt: skip
     """Chen et al., arXiv 2302.06675, program 1; without the sign: what it is taken of."""
     m = s.get("m", 0)
-    s["m"] = 0.99 * m + 0.01 * g
-    c = 0.9 * m + 0.1 * g
+    s["m"] = b2 * m + (1 - b2) * g
+    c = b1 * m + (1 - b1) * g
     return lr * noted_sign(c, s) if sign else c
 
 
@@ -137,6 +146,8 @@ class Oracle:
     scale: float = 1.0
     weight_decay: float = 0.0
     beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
     schedule: Callable[[int], float] = lambda step: 1.0
     penalty: float = 0.0
     projector_lr_multiple: float | None = None
@@ -183,13 +194,15 @@ class Oracle:
     def rule(self) -> Rule:
         """OptimizerW."""
         lifted = self.proj_type is not None and self.lion_sign == "lifted"
+        given = {"b1": self.beta1, "b2": self.beta2, "eps": self.eps}
+        given = {name: x for name, x in given.items() if x is not None}
         return {
-            "galore_adamw": adam_eps_first,
-            "galore_lion": partial(lion, sign=not lifted),
+            "galore_adamw": partial(adam_eps_first, **given),
+            "galore_lion": partial(lion, sign=not lifted, **given),
             "galore_adafactor": partial(adafactor, beta1=self.beta1),
-            "adam": adam,
-            "adamw": adam,
-            "lion": lion,
+            "adam": partial(adam, **given),
+            "adamw": partial(adam, **given),
+            "lion": partial(lion, **given),
             "adafactor": partial(adafactor, beta1=self.beta1),
             "sgd": sgd,
         }[self.optimizer]

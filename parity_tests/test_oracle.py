@@ -122,6 +122,21 @@ def test_full_rank(run: Run, rule: str) -> None:
     compare(run, optimizer, None, FULL_RANK_SHAPES, **options)
 
 
+BETAS = {
+    "adamw": {"beta1": 0.8, "beta2": 0.95, "eps": 1e-4},
+    "lion": {"beta1": 0.95, "beta2": 0.98},
+}
+
+
+@both_sides
+@pytest.mark.parametrize("proj_type", [None, "std", "continuous"])
+@pytest.mark.parametrize("rule", BETAS)
+def test_betas_and_eps(run: Run, rule: str, proj_type: str | None) -> None:
+    shapes = MATRICES if proj_type else FULL_RANK_SHAPES
+    for name in (f"galore_{rule}", *([rule] if proj_type is None else [])):
+        compare(run, name, proj_type, shapes, **BETAS[rule])
+
+
 @both_sides
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_papers_side(run: Run, option: str) -> None:
