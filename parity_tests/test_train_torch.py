@@ -336,12 +336,21 @@ def start_weights(home: Home) -> Path:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"proj_type": "continuous"},
+        {
+            "proj_type": "continuous",
+            "beta1": 0.8,
+            "beta2": 0.98,
+            "eps": 1e-7,
+            "weight_decay": 0.1,
+            "no_decay": "norm,embed,head",
+            "transport_moments": True,
+        },
+        pytest.param({"proj_type": "continuous"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "galore_adafactor"}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "galore_lion", "lr": 0.002}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "adamw"}, marks=pytest.mark.slow),
     ],
-    ids=lambda settings: settings.get("optimizer", "galore_adamw"),
+    ids=lambda settings: " ".join(map(str, settings)),
 )
 def test_jax_and_torch_have_the_same_losses(
     settings: dict[str, Any], start_weights: Path, home: Home
