@@ -12,6 +12,7 @@ from osd_torch.optimizers import (
     SubspaceAdamW,
     SubspaceAdamW8bit,
     SubspaceLion,
+    SubspaceMuon,
     make_optimizer,
 )
 from osd_torch.projectors import BasisRule, Clock, gaussian, online_pca, random, svd
@@ -54,6 +55,7 @@ __all__ = [
     "SubspaceAdamW",
     "SubspaceAdamW8bit",
     "SubspaceLion",
+    "SubspaceMuon",
     "SubspaceOptimizer",
     "TwoSided",
     "add_gradient",

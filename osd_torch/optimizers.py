@@ -44,7 +44,8 @@ from osd_torch.projectors import (
     random,
     svd,
 )
-from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
+from osd_torch.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
+from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule, Trace
 from osd_torch.selection import (
     Kinds,
     LinearSelection,
@@ -284,6 +285,14 @@ def _basis_rule(
     decay = named.weight_decay if weight_decay is None else weight_decay
     rule = PROJECTOR_RULES[named.rule]
     return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
+
+
+@functools.cache
+def _muon_lift(
+    steps: int, coefficients: tuple[float, float, float], dtype: torch.dtype | None, scale: str
+) -> Lift:
+    options: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "dtype": dtype}
+    return orthogonalized(add_gradient(), scale=scale, **options)
 
 
 _scaled, _sign_after_lift = functools.cache(scaled), functools.cache(sign_after_lift)
@@ -544,6 +553,103 @@ class SubspaceAdamW8bit(PublishedOptimizer):
     def rule(self, group: Group) -> Adam8bit:
         """Adam with moments in 8 bits."""
         return Adam8bit(tuple(group["betas"]), group["eps"], group["min_8bit_size"])
+
+
+class SubspaceMuon(PublishedOptimizer):
+    """Momentum in a subspace, the whole gradient, and the sum orthogonalized; weight decay first.
+
+    For a projected matrix, with R = P^T M: `m <- b m + R`, and
+    `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
+    momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a `scale`. With P of
+    full rank this is Muon. What is not projected is trained by AdamW.
+
+    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
+    P's optimizer keeps.
+
+    Source: Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on
+    the subspace of arXiv 2408.12857.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
+        lr: Learning rate of the projected matrices, a number or a tensor.
+        momentum: b.
+        nesterov: Nesterov's momentum.
+        weight_decay: Decoupled, times lr, before the update.
+        full_lr: Learning rate of what is not projected, where `rank` is given; None: lr. In groups
+            it is `lr`.
+        betas: AdamW's, of what is not projected.
+        eps: Likewise.
+        ns_steps: Steps of Newton-Schulz.
+        ns_coefficients: Its polynomial.
+        ns_dtype: That it runs in; None: float32 or float64.
+        muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
+        **subspace: See `Subspace`.
+
+    Raises:
+        ValueError: as for `SubspaceAdamW`, and for `muon_scale` or Newton-Schulz options out of
+            range.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> model = torch.nn.Sequential()
+        >>> model.add_module("mlp", torch.nn.Linear(24, 16))
+        >>> optimizer = osd_torch.SubspaceMuon(
+        ...     model.named_parameters(), lr=0.02, full_lr=0.01, momentum=0.8, rank=4)
+        >>> model(torch.ones(2, 24)).square().sum().backward()
+        >>> optimizer.step()
+    """
+
+    decays_first = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        full_lr: float | Tensor | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        ns_steps: int = 5,
+        ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+        ns_dtype: torch.dtype | None = None,
+        muon_scale: str = "adamw",
+        **subspace: Unpack[Subspace],
+    ) -> None:
+        defaults: dict[str, Any] = dict(
+            lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, betas=betas,
+            eps=eps, ns_steps=ns_steps, ns_coefficients=tuple(ns_coefficients), ns_dtype=ns_dtype,
+            muon_scale=muon_scale,
+        )  # fmt: skip
+        if full_lr is not None:
+            check_number("full_lr", full_lr)
+        self._full_lr = full_lr
+        super().__init__(params, defaults, **subspace)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters; see `PublishedOptimizer`."""
+        if self._full_lr is not None and param_group.get("rank") is None:
+            param_group = {"lr": self._full_lr, **param_group}
+        super().add_param_group(param_group)
+
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option out of range, naming it and the choices."""
+        check_betas(group)
+        check_beta("momentum", group["momentum"])
+        self.lift(group)
+        super().check_group(group)
+
+    def rule(self, group: Group) -> Rule:
+        """Momentum, or Adam at full rank."""
+        if group["rank"] is None:
+            return Adam(tuple(group["betas"]), group["eps"])
+        return Trace(group["momentum"], group["nesterov"])
+
+    def lift(self, group: Group) -> Lift:
+        """The gradient and the momentum, orthogonalized."""
+        names = ("ns_steps", "ns_coefficients", "ns_dtype", "muon_scale")
+        return group["lift"] or _muon_lift(*(group[name] for name in names))
 
 
 class OnlineSubspaceDescent(PublishedOptimizer):

@@ -215,6 +215,76 @@ def test_products_with_the_gradient() -> None:
             assert products_of_a_step(lift) == plain + more, name
 
 
+# Muon.
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14), (12, 12)])
+def test_muon_of_full_rank_is_muon(shape: tuple[int, int], nesterov: bool) -> None:
+    """With P orthonormal and square, against torch.optim.Muon, whose iteration is in bfloat16."""
+    draw = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, generator=draw))
+    other = nn.Parameter(weight.detach().clone())
+    options = {"momentum": 0.8, "nesterov": nesterov, "weight_decay": 0.1}
+    ours = osd_torch.SubspaceMuon(
+        [weight], lr=0.02, rank=99, basis=osd_torch.svd(100), ns_dtype=torch.bfloat16, **options
+    )
+    # torch's momentum is a mean of gradients, (1 - b) times ours: the orthogonalization divides by
+    # the norm.
+    theirs = torch.optim.Muon([other], lr=0.02, adjust_lr_fn="match_rms_adamw", **options)
+    start = weight.detach().clone()
+    for _ in range(6):
+        gradient = torch.randn(shape, generator=draw)
+        weight.grad, other.grad = gradient.clone(), gradient.clone()
+        ours.step()
+        theirs.step()
+    error = (weight - other).detach().norm() / (other - start).detach().norm()
+    print(f"{float(error):.1e}")
+    assert error < 0.02  # some roundings of bfloat16, 2^-8 each
+
+
+def test_muon_trains_the_rest_by_adamw_at_its_own_rate() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"mlp": nn.Linear(12, 8), "norm": nn.LayerNorm(8)})
+    optimizer = osd_torch.SubspaceMuon(
+        model.named_parameters(), lr=0.02, full_lr=0.005, betas=(0.8, 0.9), eps=1e-6, rank=3,
+        weight_decay=0.1,
+    )  # fmt: skip
+    rest = {name: p for name, p in model.named_parameters() if name != "mlp.weight"}
+    copies = [nn.Parameter(p.detach().clone()) for p in rest.values()]
+    adamw = torch.optim.AdamW(copies, lr=0.005, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.005]
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            param.grad = torch.randn(param.shape, generator=generator)
+        for copied, param in zip(copies, rest.values(), strict=True):
+            copied.grad = param.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for copied, param in zip(copies, rest.values(), strict=True):
+        torch.testing.assert_close(param, copied)
+    state = optimizer.state[model["mlp"].weight]
+    kept = {name for name, x in state.items() if x.ndim == 2 and not name.startswith("projector")}
+    assert kept == {"basis", "exp_avg"} and state["exp_avg"].numel() == 3 * 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"muon_scale": "big"}, "scale is 'big': expected one of adamw, muon, none"),
+        ({"ns_steps": 0}, "steps is 0: expected a whole number"),
+        ({"ns_coefficients": (1.0, 2.0)}, "coefficients are .*: expected three numbers"),
+        ({"ns_dtype": torch.float16}, "dtype is torch.float16: expected None, float32"),
+        ({"momentum": 1.0}, "momentum is 1.0: expected a number in"),
+        ({"full_lr": -1.0}, "full_lr is -1.0"),
+    ],
+)
+def test_what_muon_does_not_take(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        osd_torch.SubspaceMuon([nn.Parameter(torch.ones(4, 3))], rank=2, **options)
+
+
 # Corners.
 
 
