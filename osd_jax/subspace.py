@@ -32,6 +32,7 @@ from osd_jax.lift import scaled as scaled_lift
 from osd_jax.numerics import (
     accumulator_dtype,
     any_of,
+    as_it_lies,
     check_static,
     contract,
     float32_or_more,
@@ -728,7 +729,7 @@ def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Arr
         is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
         before, after = (1, scale) if is_narrow else (scale, 1)
         return after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
-    terms = [] if d is None else [lift(basis, d, layout.is_flipped)]
+    terms = [] if d is None else [as_it_lies(lift(basis, d, layout.is_flipped), layout.is_flipped)]
     terms += [] if lifted.rest is None else [lifted.rest]
     if not terms:
         raise ValueError(f"the lift of '{layout.name}' gives neither low_rank nor rest")
