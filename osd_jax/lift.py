@@ -25,6 +25,13 @@ class Seen(NamedTuple):
       sketch: Of the gradient, with the statistics that the lift needs.
       gradient: M, (..., p, q), where the lift needs it "always"; else None.
       state: The lift's own state of this parameter, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> def by_energy(direction, seen):
+      ...     size = jnp.sqrt(seen.sketch.statistics["column_energies"])
+      ...     return osd_jax.Lifted(direction / (1 + size[..., None, :]))
+      >>> lift = osd_jax.Lift(by_energy, osd_jax.Needs((osd_jax.COLUMN_ENERGIES,)))
     """
 
     basis: Basis
@@ -42,6 +49,11 @@ class Lifted(NamedTuple):
       then: Of the sum. None: the sum itself.
       scale: A number.
       state: The lift's new state, by name.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> clipped = osd_jax.Lift(lambda direction, seen: osd_jax.Lifted(
+      ...     direction, then=lambda lifted: jnp.clip(lifted, -1, 1), scale=0.5))
     """
 
     low_rank: jax.Array | None

@@ -78,6 +78,21 @@ def written_transpose(array: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(array, cpu=write, default=lambda array: array.mT)
 
 
+def as_it_lies(product: jax.Array, is_flipped: bool) -> jax.Array:
+    """A product that lies in memory as its transpose, if `is_flipped`: on a CPU kept as it lies.
+
+    Into a product XLA folds the transposition that follows it, and the loops that read it then run
+    against their layout.
+    """
+
+    def keep(product: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(product.mT).mT
+
+    if not is_flipped:
+        return product
+    return jax.lax.platform_dependent(product, cpu=keep, default=lambda product: product)
+
+
 def zeros_of_axes(
     axes: str, matrix: jax.ShapeDtypeStruct | jax.Array, rank: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:

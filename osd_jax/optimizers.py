@@ -529,7 +529,16 @@ def _projector(
 
 
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
-    """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip."""
+    """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> params = {"norm": jnp.ones(4)}
+      >>> tx = osd_jax.make_optimizer("adamw", learning_rate=0.01)
+      >>> _, state = tx.update({"norm": jnp.full(4, jnp.nan)}, tx.init(params), params)
+      >>> [int(steps) for steps in osd_jax.skipped_steps(state)]
+      [1, 1]
+    """
     is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
     for leaf in jax.tree.leaves(unboxed(opt_state), is_leaf=is_guard):
         if is_guard(leaf):

@@ -25,7 +25,16 @@ from osd_jax.numerics import (
 
 
 class TwoSided(NamedTuple):
-    """The bases of a matrix that is projected on both sides: (..., m, r) and (..., n, r)."""
+    """The bases of a matrix that is projected on both sides: (..., m, r) and (..., n, r).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=2, side="both")
+      >>> both = osd_jax.projectors(tx.init({"kernel": jnp.ones((6, 8))}))["kernel"]
+      >>> both.output.shape, both.input.shape
+      ((8, 2), (6, 2))
+    """
 
     output: jax.Array
     input: jax.Array
@@ -78,6 +87,14 @@ class Sketch:
 
     All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
     while P is fixed.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> from osd_jax.sketch import make_sketch
+      >>> P, M = jnp.eye(3, 2), jnp.ones((3, 4))
+      >>> sketch = make_sketch(P, M, (osd_jax.SQUARED_NORM,))
+      >>> sketch.low_rank.shape, float(sketch.scaled(0.5).statistics["squared_norm"])
+      ((2, 4), 3.0)
     """
 
     low_rank: jax.Array
@@ -128,6 +145,10 @@ class Needs(NamedTuple):
       gradient: When it reads the gradient itself.
       reason: Why it does; it becomes the error where only sketches are kept.
       remedy: What to use there instead.
+
+    Example:
+      >>> import osd_jax
+      >>> needs = osd_jax.Needs((osd_jax.CORRELATION,), "always", "my rule adds the residual")
     """
 
     statistics: tuple[Statistic, ...] = ()

@@ -32,6 +32,7 @@ from osd_jax.lift import scaled as scaled_lift
 from osd_jax.numerics import (
     accumulator_dtype,
     any_of,
+    as_it_lies,
     check_static,
     contract,
     float32_or_more,
@@ -98,6 +99,14 @@ class SubspaceDimensionNumbers(NamedTuple):
       reduction_axis: The input side, the axes that a layer sums over. An empty tuple says that the
         parameter holds vectors, which have no subspace.
       output_axis: The output side.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> numbers = osd_jax.SubspaceDimensionNumbers(1, (2, 3))  # layers, embed, heads, head_dim
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=4, dimension_numbers=numbers)
+      >>> osd_jax.projectors(tx.init({"query": jnp.ones((2, 8, 4, 4))}))["query"].shape
+      (2, 8, 4)
     """
 
     reduction_axis: int | tuple[int, ...] = 0
@@ -126,6 +135,13 @@ class SubspaceState(_SubspaceFields):
       inner: State of the inner transformation, in the shapes of R.
       lift: State of the lift: a tree like the parameters of arrays by name; () where it has none.
       side: The side that P projects. None in a state from before it was held, where shapes say it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> tx = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.svd(200), rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((16, 24))})
+      >>> state.side, state.inner.mu["kernel"].shape
+      ('shorter', (4, 24))
     """
 
     __slots__ = ()
@@ -728,7 +744,7 @@ def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Arr
         is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
         before, after = (1, scale) if is_narrow else (scale, 1)
         return after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
-    terms = [] if d is None else [lift(basis, d, layout.is_flipped)]
+    terms = [] if d is None else [as_it_lies(lift(basis, d, layout.is_flipped), layout.is_flipped)]
     terms += [] if lifted.rest is None else [lifted.rest]
     if not terms:
         raise ValueError(f"the lift of '{layout.name}' gives neither low_rank nor rest")
@@ -1060,6 +1076,13 @@ def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
       on the input side, or `TwoSided(output, input)`. Columns are the basis. The name is the path's
       text, such as `mlp/kernel`; where two paths have the same text it is that of their keys, such
       as `['mlp/a']['b']` and `['mlp']['a/b']`.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> tx = osd_jax.make_optimizer("galore_adamw", "continuous", learning_rate=0.01, rank=4)
+      >>> bases = osd_jax.projectors(tx.init({"mlp": {"kernel": jnp.ones((16, 24))}}))
+      >>> {name: basis.shape for name, basis in bases.items()}
+      {'mlp/kernel': (16, 4)}
     """
     found = bases_by_key_path(opt_state)
     named = names([path for path, _ in found])

@@ -808,8 +808,12 @@ def test_a_state_that_transport_does_not_know_is_refused_at_init(inner: Any, mes
 @pytest.mark.parametrize(
     ("optimizer", "value", "message"),
     [
-        ("galore_adafactor", True, "transport_moments is True: only .* moment is factored"),
-        ("adamw", True, "only galore_adamw, .* reads it"),
+        (
+            "galore_adafactor",
+            True,
+            "transport_moments is True: .*not Adafactor: its second moment is factored",
+        ),
+        ("adamw", True, "transport_moments is True: only galore_adamw, .* reads it; leave it out"),
         ("galore_adamw", 1, "transport_moments is 1: expected True or False"),
     ],
 )
