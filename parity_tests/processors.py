@@ -54,10 +54,15 @@ class Setting:
 SETTINGS = {
     "as it is": Setting(modules=TORCH + JAX + BOTH),
     "2 threads": Setting({"OMP_NUM_THREADS": "2"}, arrives=r"threads: 2\b"),
+    # oneDNN as well: where it finds AMX, ATen takes a packing that needs its own AVX-512.
     "ATen default": Setting(
-        {"ATEN_CPU_CAPABILITY": "default"}, "avx2|asimd", r"ATen: (DEFAULT|NO AVX)"
+        {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        "avx2|asimd",
+        r"ATen: (DEFAULT|NO AVX)",
     ),
-    "ATen AVX2": Setting({"ATEN_CPU_CAPABILITY": "avx2"}, "avx2", "ATen: AVX2"),
+    "ATen AVX2": Setting(
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "avx2", "ATen: AVX2"
+    ),
     "oneDNN AVX2": Setting({"ONEDNN_MAX_CPU_ISA": "AVX2"}, "avx2", r"isa:Intel AVX2\n"),
     "MKL compatible": Setting({"MKL_CBWR": "COMPATIBLE"}, "avx2", "CNR:COMPATIBLE"),
     "OpenBLAS Haswell": Setting(
