@@ -575,7 +575,29 @@ def scale_by_subspace(
         if transport is not None:
             changed = (state.projector.basis, bases, state.inner)
             state = state._replace(inner=_cond_once(may_change, transported, unchanged, *changed))
-        return state._replace(projector=state.projector._replace(basis=bases, set_at=set_at))
+        optimizer = state.projector.optimizer
+        if projector.optimizer is not None and clock.refresh_every is not None:
+            is_new = jax.tree.map(lambda new, old: new != old, set_at, state.projector.set_at)
+            keep = lambda bases, optimizer, is_new: optimizer
+            optimizer = _cond_once(may_change, restart, keep, bases, optimizer, is_new)
+        return state._replace(projector=ProjectorState(bases, optimizer, set_at))
+
+    def restart(bases: Any, optimizer: optax.OptState, is_new: Any) -> optax.OptState:
+        """The state of P's optimizer, as at first for each matrix whose P is new."""
+        assert projector.optimizer is not None
+        masks = by_path(is_new)
+
+        def one(path: KeyPath, kept: jax.Array, first: jax.Array) -> jax.Array:
+            keys = path_of(path)
+            parts = (keys[i:j] for i in range(len(keys) + 1) for j in range(len(keys), i - 1, -1))
+            mask = next((masks[part] for part in parts if part in masks), None)
+            if mask is None or kept.ndim <= mask.ndim or kept.shape[: mask.ndim] != mask.shape:
+                return kept  # shared by all, such as a count
+            mask = mask.reshape(mask.shape + (1,) * (kept.ndim - mask.ndim))
+            return jnp.where(mask, first, kept)
+
+        first = projector.optimizer.init(jax.tree.map(float32_or_more, bases))
+        return jax.tree_util.tree_map_with_path(one, optimizer, first)
 
     def moves_now(state: SubspaceState) -> jax.Array:
         """Whether any P moves at this step."""

@@ -409,7 +409,8 @@ class SubspaceLion(PublishedOptimizer):
         betas: Weight of the moment in the direction, and its decay.
         weight_decay: Decoupled, times lr.
         lion_sign: "lifted": the sign is taken after the lift, so that `scale` has no effect (the
-            release); "subspace": of the low-rank direction, then lifted (the paper).
+            release); "subspace": of the low-rank direction, then lifted (the paper), as it always
+            is with a `lift` of your own.
         **subspace: See `Subspace`.
 
     Raises:
@@ -443,8 +444,9 @@ class SubspaceLion(PublishedOptimizer):
 
     def rule(self, group: Group) -> Rule:
         """Lion, with its sign here or after the lift."""
-        sign_in_subspace = group["rank"] is None or group["lion_sign"] == "subspace"
-        return Lion(tuple(group["betas"]), sign=sign_in_subspace)
+        is_lifted = group["rank"] is not None and group["lift"] is None
+        sign = not is_lifted or group["lion_sign"] == "subspace"
+        return Lion(tuple(group["betas"]), sign=sign)
 
     def lift(self, group: Group) -> Lift:
         """W <- W - lr * sign(P D), or the plain lift of signs; see `lion_sign`."""
