@@ -7,6 +7,7 @@ here. It imports no framework.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -146,6 +147,6 @@ def check_read(optimizer: str, proj_type: str, options: Mapping[str, Any]) -> No
     """
     for name, value in options.items():
         default, reader = OPTIONS[name]
-        is_given = isinstance(value, (str, int, float)) and value != default
+        is_given = isinstance(value, (str, numbers.Number)) and value != default
         if is_given and not reader.reads(optimizer, proj_type):
             raise ValueError(f"{name} is {value!r}: only {reader.who} reads it; leave it out")

@@ -122,7 +122,6 @@ class _SubspaceFields(NamedTuple):
     projector: ProjectorState
     inner: optax.OptState
     lift: Any = ()
-    side: Side | None = None
 
 
 class SubspaceState(_SubspaceFields):
@@ -144,7 +143,22 @@ class SubspaceState(_SubspaceFields):
       ('shorter', (4, 24))
     """
 
-    __slots__ = ()
+    side: Side | None  # no field: functions that walk fields, as Optax's do, expect arrays in them
+
+    def __new__(  # noqa: D102
+        cls,
+        count: Any,
+        projector: ProjectorState,
+        inner: optax.OptState,
+        lift: Any = (),
+        side: Side | None = None,
+    ) -> SubspaceState:
+        self = super().__new__(cls, count, projector, inner, lift)
+        self.side = side
+        return self
+
+    def _replace(self, **changes: Any) -> SubspaceState:
+        return SubspaceState(**{**self._asdict(), "side": self.side, **changes})
 
 
 def _flatten_state(state: SubspaceState) -> tuple[list[tuple[Any, Any]], Any]:

@@ -77,8 +77,11 @@ class Lift(NamedTuple):
             returns, before the learning rate and Adam's bias correction; not to be written to.
         needs: The statistics that it reads at every step, and whether it reads the gradient.
         init: (a tensor like M, one like R) -> its state before the first step, by name.
-        name: For messages, and for a saved state to say what it was trained with.
+        name: For messages, and for a saved state to say what it was trained with. None given: that
+            of `apply`.
         two_sided: Whether it serves P on both sides.
+        linear: Whether its update is linear in the direction, so that it makes no difference on
+            which side of it the learning rate is applied. Else a lift sees no learning rate.
 
     Example:
         >>> import torch
@@ -93,8 +96,9 @@ class Lift(NamedTuple):
     apply: Callable[[Tensor, Seen], Lifted]
     needs: Needs = Needs()
     init: Callable[[Tensor, Tensor], dict[str, Tensor]] = no_state
-    name: str = "a lift"
+    name: str = ""
     two_sided: bool = True
+    linear: bool = False
 
 
 def scaled(factor: float = 1.0) -> Lift:
@@ -108,7 +112,7 @@ def scaled(factor: float = 1.0) -> Lift:
         'scaled(0.25)'
     """
     check_number("factor", factor)
-    return Lift(functools.partial(_plain, factor), name=f"scaled({factor})")
+    return Lift(functools.partial(_plain, factor), name=f"scaled({factor})", linear=True)
 
 
 def _plain(factor: float, direction: Tensor, seen: Seen) -> Lifted:

@@ -40,6 +40,7 @@ from osd_torch.projectors import (
     Order,
     check_period,
     check_rule,
+    name_of_rule,
     online_pca,
     random,
     svd,
@@ -106,6 +107,8 @@ BASIS_OPTIONS = (
     "proj_type", "update_proj_gap", "update_proj_every", "penalty", "projector_weight_decay",
     "move_projector",
 )  # fmt: skip
+# What torch's schedulers put into groups.
+SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # What a group keeps of the learning rates that it saw; see `seen_rates`.
 SEEN = "seen_lr"
 
@@ -183,10 +186,16 @@ class PublishedOptimizer(SubspaceOptimizer):
         for name in subspace.keys() - Subspace.__annotations__.keys():
             raise TypeError(f"{type(self).__name__} has no argument {name!r}")
         if rank is not None:
+            check_rank(rank)
             subspace = {"basis": online_pca(), **subspace}
-            params = projected_groups(params, {"rank": rank, **subspace}, select)
-            subspace = {}
+            params = projected_groups(params, rank, select)
+        elif select is not None:
+            raise ValueError("select is given, and rank is not: give rank, or put it into groups")
         super().__init__(params, {**SUBSPACE_DEFAULTS, **subspace, **defaults})
+        given = [name for name in ("basis", "lift", "side") if subspace.get(name) is not None]
+        given += ["transport_moments"] * bool(subspace.get("transport_moments"))
+        if given and all(group["rank"] is None for group in self.param_groups):
+            raise ValueError(f"{given[0]} is given, and nothing is projected: give rank")
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
@@ -502,6 +511,9 @@ class SubspaceAdafactor(PublishedOptimizer):
         """Raises ValueError for an option out of range, naming it and the choices."""
         if group["beta1"] is not None:
             check_beta("beta1", group["beta1"])
+        check_number("eps", group["eps"])
+        check_number("clip_threshold", group["clip_threshold"])
+        check_number("the negative of decay_rate", -group["decay_rate"])
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
@@ -550,7 +562,14 @@ class SubspaceAdamW8bit(PublishedOptimizer):
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
+        self.check_min_size(group)
         super().check_group(group)
+
+    def check_min_size(self, group: Group) -> None:
+        """Raises ValueError unless `min_8bit_size` is a whole number of at least 0."""
+        size = group["min_8bit_size"]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise ValueError(f"min_8bit_size is {size!r}: expected a whole number of at least 0")
 
     def rule(self, group: Group) -> Adam8bit:
         """Adam with moments in 8 bits."""
@@ -626,13 +645,13 @@ class SubspaceMuon(PublishedOptimizer):
         )  # fmt: skip
         if full_lr is not None:
             check_number("full_lr", full_lr)
-        self._full_lr = full_lr
-        super().__init__(params, defaults, **subspace)
+        super().__init__(params, {**defaults, "full_lr": full_lr}, **subspace)
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters; see `PublishedOptimizer`."""
-        if self._full_lr is not None and param_group.get("rank") is None:
-            param_group = {"lr": self._full_lr, **param_group}
+        full_lr = self.defaults["full_lr"]
+        if full_lr is not None and param_group.get("rank") is None:
+            param_group = {"lr": full_lr, **param_group}
         super().add_param_group(param_group)
 
     def check_group(self, group: Group) -> None:
@@ -695,7 +714,8 @@ class OnlineSubspaceDescent(PublishedOptimizer):
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
-        if not callable(getattr(group["rule"], "step", None)):
+        is_rule = callable(getattr(group["rule"], "step", None))
+        if isinstance(group["rule"], type) or not is_rule:
             raise ValueError(
                 f"rule is {group['rule']!r}: expected a Rule, such as osd_torch.rules.Adam()"
             )
@@ -993,14 +1013,12 @@ def split_by_decay(groups: Sequence[Group], no_decay: Select | None) -> list[Gro
     return found
 
 
-def projected_groups(
-    params: ParamsT, subspace: dict[str, Any], select: Select | None
-) -> list[Group]:
+def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[Group]:
     """Parameters or (name, parameter) pairs as groups: the projected ones, and all others.
 
     Args:
         params: No groups: those say themselves which are projected.
-        subspace: Of the projected group.
+        rank: Of the projected group.
         select: (name, parameter) -> whether it is projected. None: by name as `make_optimizer`
             does; without names every matrix.
 
@@ -1027,9 +1045,9 @@ def projected_groups(
         by_us = select is None or isinstance(select, LinearSelection)
         names = {name for name, _ in projected}
         trained = [pair for pair in pairs if pair[1].requires_grad]
-        say_what_is_projected(trained, names, kinds=kinds, rank=subspace["rank"], chosen_here=by_us)
+        say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
     bare = lambda pairs: pairs if has_names else [param for _, param in pairs]
-    groups = [{"params": bare(projected), **subspace}, {"params": bare(others)}]
+    groups = [{"params": bare(projected), "rank": rank}, {"params": bare(others)}]
     return [group for group in groups if group["params"]]
 
 
@@ -1134,17 +1152,28 @@ def check_objects(group: Group) -> None:
             )
     if group["basis"] is not None:
         check_rule(group["basis"])
+    for name, options in (("basis", BASIS_OPTIONS), ("lift", ("scale",))):
+        for option in options if group[name] is not None else ():
+            if group[option] != SUBSPACE_DEFAULTS[option]:
+                raise ValueError(
+                    f"{option} is {group[option]!r}, and {name} is given, which does not read it: "
+                    f"leave it out, or give it to {name_of_rule(group[name])}"
+                )
+    if not isinstance(group["transport_moments"], bool):
+        raise ValueError(
+            f"transport_moments is {group['transport_moments']!r}: expected True or False"
+        )
     if group["side"] is not None:
         check_choice("side", group["side"], SIDES)
     if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:
         raise ValueError(
-            f"side is 'both', and basis is {group['basis'].name}, which moves one basis: use "
-            "svd(...) or random(...), or one side"
+            f"side is 'both', and basis is {name_of_rule(group['basis'])}, which moves one basis: "
+            "use svd(...) or random(...), or one side"
         )
     if side_of(group) == "both" and group["lift"] and not group["lift"].two_sided:
         raise ValueError(
             f"P is on both sides (side='both', proj_type='full'), and lift is "
-            f"{group['lift'].name}, which reads one basis: use one side"
+            f"{name_of_rule(group['lift'])}, which reads one basis: use one side"
         )
 
 
@@ -1156,19 +1185,22 @@ def check_seed(seed: int) -> None:
 
 def check_spelling(group: Group, known: Iterable[str]) -> None:
     """Raises ValueError for a key of a group that is not known, and close to one that is."""
-    for key in group.keys() - set(known):
+    for key in group.keys() - set(known) - set(SCHEDULERS_KEYS):
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"a parameter group has the key {key!r}: did you mean {near[0]!r}?")
 
 
-def check_beta(name: str, beta: float) -> None:
+def check_beta(name: str, beta: Any) -> None:
     """Raises ValueError unless `beta` is in [0, 1)."""
-    if not 0 <= beta < 1:
+    if not isinstance(beta, (int, float)) or not 0 <= beta < 1:
         raise ValueError(f"{name} is {beta!r}: expected a number in [0, 1)")
 
 
 def check_betas(group: Group) -> None:
-    """Raises ValueError unless the group's `betas` are two numbers in [0, 1)."""
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+    """Raises ValueError unless the group's `betas` are two numbers in [0, 1), and its eps one."""
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
+    if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
         raise ValueError(f"betas are {group['betas']!r}: expected two numbers in [0, 1)")
+    if "eps" in group:
+        check_number("eps", group["eps"])

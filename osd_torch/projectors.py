@@ -82,7 +82,8 @@ class BasisRule(NamedTuple):
         order: Whether P moves "after" W's step, or "before" it, where R is taken again with the new
             P.
         step_size: Of P: a number, or a function of lr.
-        name: For messages, and for a saved state to say what it was trained with.
+        name: For messages, and for a saved state to say what it was trained with. None given: that
+            of `fresh`.
 
     Example:
         >>> import torch, osd_torch
@@ -106,7 +107,7 @@ class BasisRule(NamedTuple):
     two_sided: bool = False
     order: Order = "after"
     step_size: StepSize = 0.005
-    name: str = "a basis rule"
+    name: str = ""
 
     def init(self, basis: Basis, side: str) -> dict[str, Tensor]:
         """The state of P's optimizer before its first step."""
@@ -143,23 +144,36 @@ class BasisRule(NamedTuple):
         return moves
 
 
+def name_of_rule(rule: Any) -> str:
+    """The name of a rule that is an object, the same in every process: its own, or its code's."""
+    if getattr(rule, "name", None):
+        return str(rule.name)
+    code = getattr(rule, "apply", None) or getattr(rule, "fresh", None)
+    if code is not None:
+        code = getattr(code, "func", code)
+        return f"{code.__module__}.{code.__qualname__}"
+    text = repr(rule)
+    return type(rule).__qualname__ if " at 0x" in text else text
+
+
 def check_rule(rule: BasisRule) -> None:
     """Raises ValueError for a rule whose parts contradict each other."""
+    name = name_of_rule(rule)
     for every in rule.clock:
         if every is not None:
-            check_period(every, f"the period of {rule.name}")
+            check_period(every, f"the period of {name}")
     check_choice("order", rule.order, MOVE_PROJECTOR)
     moves = (rule.clock.move_every, rule.gradient, rule.optimizer)
     if any(part is None for part in moves) != all(part is None for part in moves):
         words = ["None" if part is None else "given" for part in moves[1:]]
         raise ValueError(
-            f"{rule.name} has clock.move_every={rule.clock.move_every!r}, a gradient that is "
+            f"{name} has clock.move_every={rule.clock.move_every!r}, a gradient that is "
             f"{words[0]} and an optimizer that is {words[1]}: a P that moves has all three, one "
             "that does not has none"
         )
     if rule.order == "before" and rule.needs.gradient != "always":
         raise ValueError(
-            f"{rule.name} has order='before', which takes R again from the gradient after P has "
+            f"{name} has order='before', which takes R again from the gradient after P has "
             "moved: expected needs.gradient='always', with this as its reason"
         )
 
@@ -211,6 +225,10 @@ def online_pca(
         ...     layer.parameters(), lr=1e-2, rank=2,
         ...     basis=osd_torch.online_pca(step_size=lambda lr: 5 * lr, penalty=0.1, every=10))
     """
+    if isinstance(optimizer, type) or not callable(getattr(optimizer, "step_", None)):
+        raise ValueError(
+            f"optimizer is {optimizer!r}: expected a Rule, such as osd_torch.rules.Adam()"
+        )
     check_period(every, "update_proj_every")
     check_choice("order", order, MOVE_PROJECTOR)
     check_number("penalty", penalty)

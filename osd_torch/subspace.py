@@ -46,6 +46,7 @@ from osd_torch.projectors import (
     REFRESH,
     BasisRule,
     check_fresh,
+    name_of_rule,
     on_whole_matrix,
     to_matrix,
 )
@@ -72,7 +73,6 @@ from osd_torch.sketch import (
     Needs,
     Sketch,
     TwoSided,
-    low_rank_gradient,
     make_sketch,
     merged,
     product,
@@ -92,6 +92,8 @@ RULE_OPTIONS = (
 LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "basis": None, "lift": None, "side": None,
 }  # fmt: skip
+# Of these, where a state was saved without them, the optimizer's own are kept.
+OWN_OPTIONS = ("transport_moments",)
 OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by their names
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
 # State that lies on the CPU, where reading it costs no synchronisation.
@@ -120,7 +122,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
     see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
-    taken before that is known, P may have been set anew; it is again at the next update. Where each
+    taken before that is known, P may have been set anew, and moments that follow it have followed;
+    it is set again at the next update. Where each
     parameter is stepped inside the backward pass, each is a step: see `osd_torch.layerwise`.)
 
     Attributes:
@@ -150,9 +153,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         forward_reduce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy, or a loaded state; nothing is held then."""
+        """Restores a copy, a loaded state or a pickle of an earlier version; nothing is held."""
         super().__setstate__(state)
         self.held = {}
+        for group in self.param_groups:
+            for name, value in LATER_OPTIONS.items():
+                if name in self.defaults or "rank" in group:
+                    group.setdefault(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceOptimizer:
         """A copy that reduces as this one does; a pickle leaves `reduce` to be set again."""
@@ -552,13 +559,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if moves and basis_rule.order == "before":
             self._move(group, param, sketch, step)
             assert gradient is not None
-            sketch = sketch._replace(low_rank=low_rank_gradient(basis, gradient))
-        low_rank = to_matrix(sketch.low_rank, side)
-        direction, rate = rule.step(low_rank, state, step + 1, float(group["lr"]))
+            sketch = make_sketch(basis, gradient, merged(lift.needs.statistics))
+        low_rank, lr = to_matrix(sketch.low_rank, side), float(group["lr"])
+        direction, rate = rule.step(low_rank, state, step + 1, lr if lift.linear else 1.0)
+        rate = rate if lift.linear else rate * lr
         own = of_prefix(state, LIFT_PREFIX)
         lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own, side))
         alpha, beta = self.coefficients(group, rate * lifted.scale)
         add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta)
+        check_lift_state(lift, lifted.state, own)
         for name, value in lifted.state.items():
             own[name].copy_(value)
         state["step"] += 1
@@ -573,7 +582,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         old = basis.clone() if group.get("transport_moments") else basis
         t = step // every - int(state["set_at"]) // every
         lr = self.projector_lr(group)
-        if rule.move_(basis, side, sketch, of_prefix(state, PREFIX), t, lr):
+        moved = rule.move_(basis, side, sketch, of_prefix(state, PREFIX), t, lr)
+        if moved and lr:  # with a step size of 0 P stays
             self._transport(group, param, old)
 
     def _transport(self, group: Group, param: Tensor, old: Basis) -> None:
@@ -619,7 +629,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ValueError: for the state of another optimizer, or of other parameters, by the first
                 difference. Nothing is changed.
         """
-        groups = [{**LATER_OPTIONS, **group} for group in state_dict["param_groups"]]
+        saved = state_dict["param_groups"]
+        own = [{k: g[k] for k in OWN_OPTIONS if k in g} for g in self.param_groups]
+        own += [{}] * (len(saved) - len(own))
+        groups = [{**LATER_OPTIONS, **mine, **g} for mine, g in zip(own, saved, strict=False)]
         groups = with_objects(self, groups)
         state_dict = {**state_dict, "param_groups": groups}
         states = {index: completed(state) for index, state in state_dict["state"].items()}
@@ -726,7 +739,7 @@ def described(option: str, value: Any) -> Any:
     """An option of a group as it is saved: a rule by its name, all else as it is."""
     if option not in OBJECTS or value is None or isinstance(value, str):
         return value
-    return getattr(value, "name", None) or repr(value)
+    return name_of_rule(value)
 
 
 def with_objects(optimizer: SubspaceOptimizer, saved: list[Group]) -> list[Group]:
@@ -744,6 +757,17 @@ def with_objects(optimizer: SubspaceOptimizer, saved: list[Group]) -> list[Group
                 refuse_state(optimizer, f"the option {option!r} of group {i}", there, here)
         groups.append({**group, **{k: own[k] for k in OBJECTS if k in group and k in own}})
     return groups
+
+
+def check_lift_state(lift: Lift, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a lift whose new state is not of the names and shapes of its first."""
+    for name, value in new.items():
+        if name not in own or value.shape != own[name].shape:
+            here = tuple(own[name].shape) if name in own else "absent"
+            raise ValueError(
+                f"the lift {name_of_rule(lift)} returns state {name!r} of shape "
+                f"{tuple(value.shape)}: expected what its init makes, where it is {here}"
+            )
 
 
 def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -759,3 +759,140 @@ def test_a_rule_of_ones_own_may_refuse_or_read_a_change_of_p() -> None:
     )
     plain(net, optimizer, 4)
     assert Counting.changes == 2 * 3  # P is set at the first step, and moves after the others
+
+
+@pytest.mark.parametrize("rule", [Adam(), Lion(), osd_torch.rules.Adafactor(0.9)])
+def test_a_lift_that_is_not_linear_sees_no_learning_rate(rule: Any) -> None:
+    """By the sign each entry moves by the rate times what the rule corrects biases by."""
+    net = model()
+    optimizer = osd_torch.OnlineSubspaceDescent(
+        net.named_parameters(), 1e-3, rule=rule, rank=RANK, select=ALL,
+        lift=osd_torch.sign_after_lift(),
+    )  # fmt: skip
+    before = net["mlp"].detach().clone()
+    net["mlp"].grad = gradient_of(0, "mlp")
+    optimizer.step()
+    correction = math.sqrt(1e-3) / 0.1 if isinstance(rule, Adam) else 1.0
+    moved = (net["mlp"].detach() - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3 * correction))
+
+
+def test_p_before_w_takes_what_a_lift_reads_again() -> None:
+    seen_by_lift = []
+
+    def note(direction: Tensor, seen: Seen) -> Lifted:
+        fresh = make_sketch(seen.basis, seen.gradient, (CORRELATION,))
+        seen_by_lift.append((seen.sketch.statistics["correlation"], fresh))
+        return Lifted(direction)
+
+    net = model()
+    optimizer = osd_torch.OnlineSubspaceDescent(
+        net.named_parameters(), LR, rule=Adam(), rank=RANK, select=ALL,
+        basis=osd_torch.online_pca(SGD(), order="before"),
+        lift=Lift(note, Needs((CORRELATION,), "always", "a test")),
+    )  # fmt: skip
+    plain(net, optimizer, 3)
+    for found, fresh in seen_by_lift:
+        torch.testing.assert_close(found, fresh.statistics["correlation"], rtol=1e-12, atol=1e-14)
+
+
+def test_moments_stay_where_p_stays() -> None:
+    ends = []
+    for follow in (False, True):
+        net = model()
+        optimizer = osd_torch.SubspaceAdamW(
+            net.named_parameters(), lr=LR, rank=RANK, select=ALL, transport_moments=follow,
+            basis=osd_torch.online_pca(Adam(), step_size=0.0),
+        )  # fmt: skip
+        plain(net, optimizer, 4)
+        ends.append(optimizer.state[net["mlp"]]["exp_avg_sq"])
+    assert torch.equal(*ends)
+
+
+def test_groups_that_are_added_have_the_constructors_rules() -> None:
+    net = model()
+    optimizer = osd_torch.SubspaceAdamW(
+        [net["mlp"]], lr=LR, rank=RANK, basis=osd_torch.svd(7), lift=osd_torch.scaled(0.5)
+    )
+    optimizer.add_param_group({"params": [net["attn"]], "rank": 2})
+    group = optimizer.param_groups[1]
+    assert optimizer.basis_rule(group).name == "svd(7)"
+    assert optimizer.lift(group).name == "scaled(0.5)"
+    muon = osd_torch.SubspaceMuon([net["mlp"]], lr=LR, full_lr=0.5, rank=RANK)
+    other = copy.deepcopy(muon)
+    other.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert [group["lr"] for group in other.param_groups] == [LR, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"basis": osd_torch.svd(5)}, "basis is given, and nothing is projected: give rank"),
+        ({"transport_moments": True}, "transport_moments is given, and nothing is projected"),
+        ({"select": ALL}, "select is given, and rank is not"),
+        ({"rank": 2, "transport_moments": "no"}, "transport_moments is 'no': expected True or"),
+        ({"betas": 0.9}, "betas are 0.9: expected two numbers"),
+        ({"eps": -1.0}, "eps is -1.0"),
+    ],
+)
+def test_nothing_is_ignored_in_silence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        osd_torch.SubspaceAdamW([("mlp", nn.Parameter(torch.ones(4, 3)))], lr=LR, **options)
+
+
+def test_names_beside_objects_are_refused() -> None:
+    named = [("mlp", nn.Parameter(torch.ones(4, 3)))]
+    for key, value, of in (("penalty", 0.1, "basis"), ("scale", 0.5, "lift")):
+        group = {"params": named, "rank": 2, key: value}
+        given = {"basis": osd_torch.svd(5)} if of == "basis" else {"lift": osd_torch.scaled()}
+        with pytest.raises(ValueError, match=f"{key} is {value}, and {of} is given"):
+            osd_torch.SubspaceAdamW([{**group, **given}], lr=LR)
+    with pytest.raises(ValueError, match="optimizer is <class.*expected a Rule"):
+        osd_torch.online_pca(Adam)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="min_8bit_size is -1"):
+        osd_torch.SubspaceAdamW8bit(named, lr=LR, min_8bit_size=-1)
+
+
+def test_a_rule_without_a_name_is_known_by_its_code() -> None:
+    class Plain:
+        """A rule with no repr of its own."""
+
+        init, step, step_, transport_ = SGD.init, SGD.step, SGD.step_, SGD.transport_
+
+    first, second = (Lift(lambda direction, seen: Lifted(direction)) for _ in range(2))
+    saved = toys(model(), lift=Lift(add_row_sums, TOY_LIFT.needs, TOY_LIFT.init))
+    loaded = toys(model(), lift=Lift(add_row_sums, TOY_LIFT.needs, TOY_LIFT.init))
+    loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(ValueError, match="'lift' of group 0"):
+        toys(model(), lift=first).load_state_dict(saved.state_dict())
+    assert second.name == ""
+    build = lambda: osd_torch.OnlineSubspaceDescent(
+        model().named_parameters(), LR, rule=Plain(), rank=RANK, select=ALL
+    )
+    build().load_state_dict(build().state_dict())
+
+
+def test_a_lift_may_not_return_other_state_than_it_began_with() -> None:
+    def grows(direction: Tensor, seen: Seen) -> Lifted:
+        return Lifted(direction, state={"more": direction})
+
+    net = model()
+    optimizer = toys(net, lift=Lift(grows, name="grows"))
+    net["mlp"].grad = gradient_of(0, "mlp")
+    with pytest.raises(ValueError, match="the lift grows returns state 'more'.*it is absent"):
+        optimizer.step()
+
+
+def test_a_state_from_before_moments_could_follow_p_keeps_the_choice() -> None:
+    def build(**more: Any) -> Any:
+        return osd_torch.make_optimizer(
+            model().named_parameters(), "galore_adamw", lr=LR, rank=RANK, select=ALL, **more
+        )
+
+    old = build().state_dict()
+    for group in old["param_groups"]:
+        for name in ("transport_moments", "basis", "lift", "side"):
+            del group[name]
+    new = build(transport_moments=True)
+    new.load_state_dict(old)
+    assert new.param_groups[0]["transport_moments"] is True
