@@ -120,12 +120,12 @@ def osd_adamw(
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
     return _composed(
-        adamw_rule(learning_rate, b1, b2, eps),
+        adamw_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
         weight_decay,
         mask,
         basis,
         lift,
-        follow_basis(b1, b2) if transport_moments else None,
+        _following(transport_moments, b1, b2),
         rank=rank,
         side=side,
         select=select,
@@ -189,12 +189,12 @@ def osd_adamw8bit(
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
     return _composed(
-        adam8bit_rule(learning_rate, b1, b2, eps),
+        adam8bit_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
         weight_decay,
         mask,
         basis,
         lift,
-        follow_basis(b1, b2) if transport_moments else None,
+        _following(transport_moments, b1, b2),
         rank=rank,
         side=side,
         select=select,
@@ -264,7 +264,7 @@ def osd_lion(
         mask,
         basis,
         lift,
-        follow_basis(b1, b2) if transport_moments else None,
+        _following(transport_moments, b1, b2),
         rank=rank,
         side=side,
         select=select,
@@ -286,6 +286,7 @@ def osd_adafactor(
     side: Side = "shorter",
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
+    transport_moments: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -302,6 +303,7 @@ def osd_adafactor(
       side: The side of a matrix that P projects.
       select: What is projected.
       dimension_numbers: Matrix axes.
+      transport_moments: Refused: a factored second moment cannot follow P.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -320,9 +322,15 @@ def osd_adafactor(
       >>> state = tx.init({"mlp": {"kernel": jnp.ones((16, 24))}})
     """
     check_rates(learning_rate, weight_decay, rank)
-    check_betas(b1=b1)
+    if b1 is not None:
+        check_betas(b1=b1)
+    if transport_moments:
+        raise ValueError(
+            "transport_moments is True, and Adafactor's factored second moment cannot follow P: "
+            "use another optimizer, or leave it out"
+        )
     return _composed(
-        adafactor_rule(learning_rate, b1),
+        adafactor_rule(learning_rate, b1, linear=is_linear(lift)),
         weight_decay,
         mask,
         basis,
@@ -358,6 +366,10 @@ def _composed(
                 f"{name} is {value!r}: expected None or a {kind.__name__}, such as "
                 f"osd_jax.{example}"
             )
+    if select is not None and not callable(select):
+        raise ValueError(
+            f"select is {select!r}: expected None or a function (path, parameter) -> bool"
+        )
     if dimension_numbers is None and isinstance(select, LinearSelection):
         dimension_numbers = select.dimension_numbers
     return composed(
@@ -370,6 +382,17 @@ def _composed(
         transport=transport,
         **subspace,
     )
+
+
+def _following(transport_moments: Any, b1: Any, b2: Any) -> Any:
+    if not isinstance(transport_moments, bool):
+        raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
+    return follow_basis(b1, b2) if transport_moments else None
+
+
+def is_linear(lift: Any) -> bool:
+    """Whether the learning rate may be inside the lift, which None leaves to the optimizer."""
+    return lift is None or (isinstance(lift, Lift) and lift.linear)
 
 
 def check_rates(learning_rate: Any, weight_decay: Any, rank: Any, **numbers: Any) -> None:

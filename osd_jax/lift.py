@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from osd_jax.numerics import contract, written_transpose
+from osd_jax.numerics import check_number, contract, written_transpose
 from osd_jax.sketch import Basis, Needs, Sketch, TwoSided
 
 
@@ -25,6 +25,8 @@ class Seen(NamedTuple):
       sketch: Of the gradient, with the statistics that the lift needs.
       gradient: M, (..., p, q), where the lift needs it "always"; else None.
       state: The lift's own state of this parameter, by name.
+      side: That P acts on: "output", "input" or "both". M is (input, output), transposed where it
+        is "output".
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -38,6 +40,7 @@ class Seen(NamedTuple):
     sketch: Sketch
     gradient: jax.Array | None
     state: Mapping[str, jax.Array]
+    side: str = "input"
 
 
 class Lifted(NamedTuple):
@@ -76,6 +79,11 @@ class Lift(NamedTuple):
       needs: The statistics that it reads at every step, and whether it reads the gradient.
       init: (an array like M, one like R) -> its state before the first step, by name; each array
         with the batch axes of M in front.
+      name: For messages.
+      two_sided: Whether it serves P on both sides.
+      linear: Whether its update is linear in the direction, so that it makes no difference on which
+        side of it the learning rate is applied. The optimizers of `osd_jax.aliases` apply it after
+        a lift that is not.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -91,6 +99,9 @@ class Lift(NamedTuple):
     apply: Callable[[jax.Array, Seen], Lifted]
     needs: Needs = Needs()
     init: Callable[[Any, Any], Mapping[str, jax.Array]] = no_state
+    name: str = ""
+    two_sided: bool = True
+    linear: bool = False
 
 
 def scaled(factor: jax.typing.ArrayLike = 1.0) -> Lift:
@@ -101,7 +112,9 @@ def scaled(factor: jax.typing.ArrayLike = 1.0) -> Lift:
       >>> tx = osd_jax.scale_by_subspace(
       ...     optax.scale_by_adam(), osd_jax.svd(200), rank=4, lift=osd_jax.scaled(0.25))
     """
-    return Lift(lambda direction, seen: Lifted(direction, scale=factor))
+    check_number("factor", factor)
+    apply = lambda direction, seen: Lifted(direction, scale=factor)
+    return Lift(apply, name=f"scaled({factor})", linear=True)
 
 
 def sign_after_lift() -> Lift:
@@ -113,7 +126,7 @@ def sign_after_lift() -> Lift:
       >>> lion = osd_jax.scale_by_subspace(
       ...     interpolate_momentum(), osd_jax.svd(200), rank=4, lift=osd_jax.sign_after_lift())
     """
-    return Lift(lambda direction, seen: Lifted(direction, then=jnp.sign))
+    return Lift(lambda direction, seen: Lifted(direction, then=jnp.sign), name="sign_after_lift()")
 
 
 def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
@@ -23,6 +24,7 @@ from osd_jax.projectors import PROJECTOR_INITS, BasisRule, online_pca, random, s
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
+    correct_adam_bias,
     decay_after_update,
     decay_before_update,
     in_float32,
@@ -32,6 +34,7 @@ from osd_jax.rules import (
     scale_by_adam_of_age,
     scale_by_adam_uncorrected_eps,
     scale_by_factored_second_moment,
+    scale_by_raw_adam,
 )
 from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
 from osd_jax.sketch import as_leaves, bare
@@ -243,7 +246,8 @@ def make_optimizer(
         check_number("projector_lr_multiple", projector_lr_multiple)
     if projector_weight_decay is not None:
         check_number("projector_weight_decay", projector_weight_decay)
-    check_betas(beta1=beta1, beta2=beta2)
+    given = {k: x for k, x in (("beta1", beta1), ("beta2", beta2)) if x is not None}
+    check_betas("None or a number in [0, 1)", **given)
     if eps is not None:
         check_number("eps", eps)
     check_basis_dtype(basis_dtype)
@@ -321,11 +325,12 @@ def make_optimizer(
     )
 
 
-def check_betas(**betas: Any) -> None:
-    """Raises ValueError unless each is None, traced, or a number in [0, 1)."""
+def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
+    """Raises ValueError unless each is an array, which may be traced, or a number in [0, 1)."""
     for name, beta in betas.items():
-        if isinstance(beta, (int, float)) and not 0 <= beta < 1:
-            raise ValueError(f"{name} is {beta!r}: expected None or a number in [0, 1)")
+        is_plain = isinstance(beta, (int, float, np.floating))
+        if not isinstance(beta, jax.Array) and not (is_plain and 0 <= beta < 1):
+            raise ValueError(f"{name} is {beta!r}: expected {expected}")
 
 
 def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
@@ -416,17 +421,37 @@ def _decay_after(lr: Any) -> Callable[[Decay], optax.GradientTransformation]:
     return lambda decay: decay(decay_after_update, lr)
 
 
-def adamw_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6) -> WeightRule:
-    """AdamW; eps is added before the bias correction, as in the release."""
-    return WeightRule(_descending(scale_by_adam_uncorrected_eps(b1, b2, eps), lr), _decay_after(lr))
+def adamw_rule(
+    lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6, *, linear: bool = True
+) -> WeightRule:
+    """AdamW; eps is added before the bias correction, as in the release.
+
+    With a lift that is not linear, the bias correction and the learning rate follow the lift.
+    """
+    if linear:
+        tx = scale_by_adam_uncorrected_eps(b1, b2, eps)
+        return WeightRule(_descending(tx, lr), _decay_after(lr))
+    correct, descend = correct_adam_bias(b1, b2), optax.scale_by_learning_rate(lr)
+    finish = lambda decay: optax.chain(correct, descend, _decay_after(lr)(decay))
+    return WeightRule(scale_by_raw_adam(b1, b2, eps), finish)
 
 
 def adam8bit_rule(
-    lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, slice_size: int | None = None
+    lr: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    slice_size: int | None = None,
+    linear: bool = True,
 ) -> WeightRule:
-    """AdamW with 8-bit moments."""
+    """AdamW with 8-bit moments; with a lift that is not linear, the learning rate follows it."""
     tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
-    return WeightRule(_descending(tx, lr), _decay_after(lr), reads_matrices=True)
+    if linear:
+        return WeightRule(_descending(tx, lr), _decay_after(lr), reads_matrices=True)
+    descend = optax.scale_by_learning_rate(lr)
+    finish = lambda decay: optax.chain(descend, _decay_after(lr)(decay))
+    return WeightRule(tx, finish, reads_matrices=True)
 
 
 def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -> WeightRule:
@@ -442,12 +467,18 @@ def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -
     return WeightRule(low_rank, finish, lift=sign_after_lift(), full_rank=lion)
 
 
-def adafactor_rule(lr: Any, beta1: Any = None) -> WeightRule:
-    """Adafactor, with weight decay before the update."""
-    # The learning rate is inside, since the first moment averages scaled updates.
+def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> WeightRule:
+    """Adafactor, with weight decay before the update.
+
+    The learning rate is inside, since the first moment averages scaled updates; with a lift that is
+    not linear it follows the lift, and the moment averages what is not scaled.
+    """
     schedule = lr if callable(lr) else lambda count: lr
-    finish = lambda decay: optax.chain(optax.scale(-1.0), decay(decay_before_update, lr))
-    return WeightRule(in_float32(scale_by_adafactor(schedule, beta1)), finish, reads_matrices=True)
+    inside, after = schedule, optax.scale(-1.0)
+    if not linear:
+        inside, after = lambda count: 1.0, optax.scale_by_learning_rate(lr)
+    finish = lambda decay: optax.chain(after, decay(decay_before_update, lr))
+    return WeightRule(in_float32(scale_by_adafactor(inside, beta1)), finish, reads_matrices=True)
 
 
 def _in_8bit(

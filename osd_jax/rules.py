@@ -53,6 +53,39 @@ def scale_by_adam_uncorrected_eps(
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
+def scale_by_raw_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
+) -> optax.GradientTransformation:
+    """`m / (sqrt(v) + eps)`; `correct_adam_bias` is the factor that follows, after a lift.
+
+    Together `scale_by_adam_uncorrected_eps`.
+    """
+
+    @promotes
+    def update(
+        updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def correct_adam_bias(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
+    """Times `sqrt(1 - b2^t) / (1 - b1^t)` at step t, from 1."""
+
+    def factor(count: jax.Array) -> jax.Array:
+        # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32, against 1e-3.
+        correction = lambda b: -jnp.expm1((count + 1) * jnp.log(b))
+        return jnp.sqrt(correction(b2)) / correction(b1)
+
+    return optax.scale_by_schedule(factor)
+
+
 def scale_by_adam_of_age(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:

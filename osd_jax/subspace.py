@@ -408,12 +408,27 @@ def scale_by_subspace(
     check_static("rank", rank)
     check_rank(rank)
     check_basis_dtype(basis_dtype)
+    for name, value, kind in (("projector", projector, BasisRule), ("lift", lift, Lift)):
+        if not isinstance(value, kind) and not (name == "lift" and value is None):
+            raise ValueError(
+                f"{name} is {value!r}: expected a {kind.__name__}, such as "
+                f"osd_jax.{'svd(200)' if kind is BasisRule else 'scaled(0.25)'}"
+            )
+    if transport is not None and not callable(transport):
+        raise ValueError(
+            f"transport is {transport!r}: expected None or osd_jax.transport_moments(...)"
+        )
     check_rule(projector)
     if side not in SIDES:
         raise ValueError(f"side is {side!r}: expected one of {', '.join(SIDES)}")
     if side == "both" and not projector.two_sided:
         raise ValueError(
             "side='both' has two bases, and online PCA moves one: use svd(...) or random(...), or "
+            "one side"
+        )
+    if side == "both" and lift is not None and not lift.two_sided:
+        raise ValueError(
+            f"side is 'both', and lift is {lift.name or lift.apply}, which reads one basis: use "
             "one side"
         )
     if scale is not None and lift is not None:
@@ -722,9 +737,10 @@ def scale_by_subspace(
             layout: MatrixLayout, x: Any, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
         ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
             matrix = layout.to_matrix(g) if lift_rule.needs.gradient == "always" else None
-            lifted = lift_rule.apply(d, Seen(basis, read, matrix, own))
+            lifted = lift_rule.apply(d, Seen(basis, read, matrix, own, layout.side))
+            check_lift_state(lift_rule, lifted.state, own)
             update = lifted_update(layout, basis, lifted)
-            return update if widen_updates else update.astype(x.dtype), dict(lifted.state)
+            return update if widen_updates else update.astype(x.dtype), {**own, **lifted.state}
 
         own = state.lift if jax.tree.leaves(state.lift) else jax.tree.map(lambda _: {}, tree)
         found = jax.tree.map(
@@ -786,6 +802,19 @@ def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Arr
         raise ValueError(f"the lift of '{layout.name}' gives neither low_rank nor rest")
     total = functools.reduce(jnp.add, terms)
     return scale * layout.from_matrix(total if lifted.then is None else lifted.then(total))
+
+
+def check_lift_state(
+    lift: Lift, new: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
+) -> None:
+    """Raises ValueError for a lift whose new state is not of the names and shapes of its first."""
+    for name, value in new.items():
+        if name not in own or jnp.shape(value) != own[name].shape:
+            here = own[name].shape if name in own else "absent"
+            raise ValueError(
+                f"the lift {lift.name or lift.apply} returns state {name!r} of shape "
+                f"{jnp.shape(value)}: expected what its init makes, where it is {here}"
+            )
 
 
 def check_fresh(name: str, new: jax.Array, old: jax.Array) -> None:

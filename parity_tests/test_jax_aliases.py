@@ -117,14 +117,27 @@ def test_a_schedule_is_a_learning_rate(alias: Callable[..., Any]) -> None:
         assert_same(three, seven, exactly=False)  # from step 3 on the rate is 0
 
 
-@pytest.mark.parametrize("alias", [osd_jax.osd_adamw, osd_jax.osd_adamw8bit, osd_jax.osd_lion])
+ALIASES = [osd_jax.osd_adamw, osd_jax.osd_adamw8bit, osd_jax.osd_lion, osd_jax.osd_adafactor]
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_a_lift_that_is_not_linear_sees_no_learning_rate(alias: Callable[..., Any]) -> None:
+    """By the sign each entry moves by the rate times what Adam corrects biases by."""
+    tx = alias(1e-3, **SHARED, basis=osd_jax.svd(3), lift=osd_jax.sign_after_lift())
+    updates, _ = tx.update(gradients(0), tx.init(PARAMS), PARAMS)
+    wanted = 1e-3 * (np.sqrt(1e-3) / 0.1 if alias is osd_jax.osd_adamw else 1.0)
+    np.testing.assert_allclose(np.abs(updates["mlp"]["up"]), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
 def test_numbers_in_the_state_by_inject_hyperparams(alias: Callable[..., Any]) -> None:
-    options = {**SHARED, "weight_decay": 0.1, "basis": osd_jax.svd(3), "b2": 0.95}
+    options = {**SHARED, "weight_decay": 0.1, "basis": osd_jax.svd(3), "b1": 0.8}
     tx = optax.inject_hyperparams(alias, static_args=STATIC_ARGUMENTS)(
         optax.linear_schedule(LR, 0.0, 20), **options
     )
     state = tx.init(PARAMS)
-    assert set(state.hyperparams) >= {"learning_rate", "b1", "b2", "weight_decay"}
+    assert set(state.hyperparams) >= {"learning_rate", "b1", "weight_decay"}
+    assert optax.tree.set(state, learning_rate=0.5).hyperparams["learning_rate"] == 0.5
     assert_same(run(tx), run(alias(optax.linear_schedule(LR, 0.0, 20), **options)), exactly=False)
     state.hyperparams["learning_rate"] = jnp.asarray(0.0)
 
@@ -182,12 +195,30 @@ def test_betas_reach_the_rule(optimizer: str) -> None:
     [
         (lambda: osd_jax.osd_adamw(-1.0, rank=4), "learning_rate is -1.0"),
         (lambda: osd_jax.osd_adamw(LR, rank=0), "rank is 0"),
-        (lambda: osd_jax.osd_adamw(LR, rank=4, b2=1.0), "b2 is 1.0: expected None or a number in"),
+        (lambda: osd_jax.osd_adamw(LR, rank=4, b2=1.0), "b2 is 1.0: expected a number in"),
         (lambda: osd_jax.osd_adamw(LR, rank=4, eps=-1.0), "eps is -1.0"),
         (lambda: osd_jax.osd_lion(LR, rank=4, weight_decay=-0.1), "weight_decay is -0.1"),
         (lambda: osd_jax.osd_lion(LR, rank=4, basis="svd"), "basis is 'svd': expected None or a"),
         (lambda: osd_jax.osd_adamw8bit(LR, rank=4, lift=0.25), "lift is 0.25: expected None or a"),
         (lambda: osd_jax.osd_adafactor(LR, rank=4, side="top"), "side is 'top'"),
+        (lambda: osd_jax.osd_adamw(LR, rank=4, b1=None), "b1 is None: expected a number in"),
+        (lambda: osd_jax.osd_adamw(LR, rank=4, select=3), "select is 3: expected None or a fun"),
+        (lambda: osd_jax.osd_lion(LR, rank=4, transport_moments="no"), "transport_moments is 'no'"),
+        (
+            lambda: osd_jax.osd_adafactor(LR, rank=4, transport_moments=True),
+            "Adafactor's factored second moment cannot follow P",
+        ),
+        (lambda: osd_jax.scaled(float("nan")), "factor is nan"),
+        (
+            lambda: osd_jax.scale_by_subspace(optax.scale_by_adam(), None, rank=4),
+            "projector is None: expected a BasisRule",
+        ),
+        (
+            lambda: osd_jax.scale_by_subspace(
+                optax.scale_by_adam(), osd_jax.svd(3), rank=4, lift=0.5
+            ),
+            "lift is 0.5: expected a Lift",
+        ),
         (
             lambda: osd_jax.osd_adafactor(LR, rank=4, side="both"),
             "side='both' has two bases",

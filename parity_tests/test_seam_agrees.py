@@ -91,6 +91,30 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_lift_by_signs_takes_the_same_steps(case: str) -> None:
+    """It is not linear, so the learning rate and Adam's bias correction follow it on both sides."""
+    of_torch, of_jax, torch_options, jax_options = CASES[case]
+    found = torch_run(
+        lambda named: of_torch(
+            named, lr=LR, rank=RANK, select=ALL, basis=torch_rule(None, 1),
+            lift=osd_torch.sign_after_lift(), **torch_options,
+        ),
+        0,
+    )  # fmt: skip
+    shared = {name: x for name, x in torch_options.items() if name == "weight_decay"}
+    wanted = jax_run(
+        lambda: of_jax(
+            LR, rank=RANK, select=ALL, basis=jax_rule(None, 1), lift=osd_jax.sign_after_lift(),
+            **jax_options, **shared,
+        ),
+        0,
+    )  # fmt: skip
+    for name in SHAPES:
+        moved = np.linalg.norm(found[name] - start(name))
+        assert np.linalg.norm(found[name] - wanted[name]) <= 1e-9 * moved, name
+
+
 @pytest.mark.parametrize("zero_until", [0, 6])
 @pytest.mark.parametrize(("every", "move"), [(5, 1), (5, 2), (None, 1), (None, 3)])
 @pytest.mark.parametrize("case", CASES)
