@@ -260,7 +260,7 @@ class Options:
     eps: float | None = _flag(
         "optimizer",
         None,
-        low=0,
+        above=0,
         help="added to the root of Adam's second moment (default: galore_adamw 1e-6, else 1e-8)",
     )
     no_decay: str | None = _flag(
@@ -591,7 +591,9 @@ class Options:
                     f"--{name}: only {taker} takes it, and this is --optimizer {self.optimizer} "
                     f"--proj_type {self.proj_type} --scheduler {self.scheduler}; leave it out"
                 )
-        if self.no_decay is not None and not all(self.no_decay.split(",")):
+        if self.no_decay is not None and not self.weight_decay:
+            raise UsageError("--no_decay: only --weight_decay above 0 reads it; leave it out")
+        if self.no_decay is not None and not all(map(str.strip, self.no_decay.split(","))):
             raise UsageError(
                 f"--no_decay: {self.no_decay!r} has an empty word in it; expected words with "
                 "commas between them, such as norm,embed,head"

@@ -218,10 +218,15 @@ def make_step(
     Raises:
         ValueError: for options that do not go together.
     """
+    import jax
+
     import osd_jax
     from osd_jax import llama
     from osd_jax.train import make_train_step
+    from osd_jax.trees import paths_by_name
 
+    weights = jax.eval_shape(lambda: llama.init(config, options.seed))
+    training.check_words(options.no_decay, paths_by_name(weights))
     tx = osd_jax.make_optimizer(
         options.base_optimizer,
         options.proj_type,

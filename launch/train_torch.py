@@ -213,6 +213,7 @@ def train(options: Options, device: torch.device) -> int:
 
     # Optimizer and steps.
     schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
+    training.check_words(options.no_decay, (name for name, _ in model.named_parameters()))
     with together():
         optimizer = osd_torch.make_optimizer(
             model.named_parameters(),

@@ -321,6 +321,17 @@ def optimizer_options(options: Options) -> dict[str, Any]:
     }
 
 
+def check_words(words: str | None, names: Iterable[str]) -> None:
+    """Raises UsageError for a word of `--no_decay` that no parameter's name has in it."""
+    known = list(names)
+    for word in map(str.strip, words.split(",") if words else ()):
+        if not any(word in name for name in known):
+            raise UsageError(
+                f"--no_decay: no parameter has {word!r} in its name; they are such as "
+                f"{', '.join(known[:3])} and {known[-1]}"
+            )
+
+
 def has_words(words: str | None) -> Callable[[str, Any], bool] | None:
     """(name, parameter) -> whether the name has one of some words in it; None for no words.
 
@@ -330,7 +341,8 @@ def has_words(words: str | None) -> Callable[[str, Any], bool] | None:
     """
     if words is None:
         return None
-    return lambda name, parameter: any(word in name for word in words.split(","))
+    found = [word.strip() for word in words.split(",")]
+    return lambda name, parameter: any(word in name for word in found)
 
 
 def hugging_face_weights(options: Options) -> Path | None:

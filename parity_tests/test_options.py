@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import training
 from launch.options import FIXED, Options, UsageError, count
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +174,9 @@ def test_cosine_restarts():
         ("--eps 1e-8 --optimizer lion", ("--eps", "only Adam takes it", "lion")),
         ("--transport_moments", ("--transport_moments", "galore_adamw", "leave it out")),
         ("--transport_moments --optimizer galore_adafactor", ("--transport_moments", "Adafactor")),
-        ("--no_decay norm,,head", ("--no_decay", "'norm,,head'", "words")),
+        ("--weight_decay 0.1 --no_decay norm,,head", ("--no_decay", "'norm,,head'", "words")),
+        ("--no_decay norm", ("--no_decay", "--weight_decay above 0", "leave it out")),
+        ("--eps 0", ("--eps", "0.0", "more than 0")),
         ("--penalty 0.1 --optimizer galore_adamw", ("--penalty", "continuous*", "std")),
         ("--lion_sign subspace", ("--lion_sign", "galore_lion")),
         ("--cycle_length 10", ("--cycle_length", "cosine_restarts")),
@@ -302,3 +305,11 @@ def test_exit_code_and_one_line_on_stderr():
         assert run.returncode == expected
         assert run.stderr.count("\n") == (expected == 2)
     assert run.stderr == "error: --rnak: no such flag; did you mean --rank?; see --help\n"
+
+
+def test_a_word_that_no_name_has_is_named():
+    training.check_words("norm, embed", ["layers/norm", "embedding"])
+    training.check_words(None, [])
+    with pytest.raises(UsageError, match=r"--no_decay: no parameter has 'layernorm' in its name"):
+        training.check_words("norm,layernorm", ["layers/norm", "embedding"])
+    assert [training.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
