@@ -44,10 +44,11 @@ def draw(shape: tuple[int, ...], seed: int = 0, *, heavy: bool = False) -> np.nd
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_code_book_is_bitsandbytes(torch: Any, signed: bool) -> None:
+    """To two roundings: torch.linspace, and the mean of neighbours, which they are computed by."""
     import bitsandbytes.functional
 
     theirs = bitsandbytes.functional.create_dynamic_map(signed=signed).numpy()
-    np.testing.assert_array_equal(code_book(signed), theirs)
+    np.testing.assert_array_max_ulp(code_book(signed), theirs, maxulp=2)
 
 
 @pytest.mark.parametrize("signed", [True, False])
