@@ -572,7 +572,10 @@ class Options:
         """Refuses what the chosen optimizer or schedule would silently ignore."""
         is_projected = self.optimizer not in FULL_RANK
         takers = {
-            name: (reader.who, reader.reads(self.base_optimizer, self.proj_type))
+            name: (
+                reader.who.replace("proj_type", "--proj_type"),
+                reader.reads(self.base_optimizer, self.proj_type),
+            )
             for name, (_, reader) in OPTIONS.items()
             if name in _FIELDS
         }

@@ -561,6 +561,7 @@ def test_inject_hyperparams_says_which_arguments_are_static() -> None:
         "rank": 2,
         "update_proj_gap": 2,
         "update_proj_every": 2,
+        "no_decay": lambda *_: False,
         "select": lambda *_: True,
         "dimension_numbers": lambda *_: jnp.int32(0),
         "basis_dtype": jnp.bfloat16,
