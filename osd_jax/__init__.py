@@ -5,12 +5,20 @@ arXiv 2408.12857.
 """
 
 from osd_jax.accumulation import accumulate_sketches
-from osd_jax.aliases import osd_adafactor, osd_adamw, osd_adamw8bit, osd_lion
+from osd_jax.aliases import osd_adafactor, osd_adamw, osd_adamw8bit, osd_lion, osd_muon
 from osd_jax.blockwise import quantize_state
 from osd_jax.layerwise import make_layerwise_train_step
 from osd_jax.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_jax.optimizers import make_optimizer, skipped_steps
-from osd_jax.projectors import BasisRule, Clock, online_pca, random, svd
+from osd_jax.projectors import BasisRule, Clock, gaussian, online_pca, random, svd
+from osd_jax.residuals import (
+    add_gradient,
+    column_ema,
+    gradient_only,
+    norm_ratio,
+    orthogonalized,
+    residual_sign,
+)
 from osd_jax.selection import select_linear
 from osd_jax.sketch import (
     COLUMN_ENERGIES,
@@ -46,17 +54,25 @@ __all__ = [
     "SubspaceState",
     "TwoSided",
     "accumulate_sketches",
+    "add_gradient",
+    "column_ema",
+    "gaussian",
+    "gradient_only",
     "in_parts",
     "make_layerwise_train_step",
     "make_optimizer",
+    "norm_ratio",
     "online_pca",
+    "orthogonalized",
     "osd_adafactor",
     "osd_adamw",
     "osd_adamw8bit",
     "osd_lion",
+    "osd_muon",
     "projectors",
     "quantize_state",
     "random",
+    "residual_sign",
     "scale_by_subspace",
     "scaled",
     "select_linear",

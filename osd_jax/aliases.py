@@ -1,10 +1,12 @@
-"""Optimizers in Optax's manner: Online Subspace Descent with AdamW, Lion, Adafactor or 8-bit AdamW.
+"""Optimizers in Optax's manner: Online Subspace Descent with AdamW, Lion, Adafactor or Muon.
 
 Each takes the learning rate first, a number or a schedule, then its own numbers under Optax's
 names, and the rules of the subspace as objects. What is selected is projected; all else is trained
-by the same rule at full rank. For the published names and flags see `make_optimizer`.
+by the same rule at full rank (by AdamW beside Muon). For the published names and flags see
+`make_optimizer`.
 
-`optax.inject_hyperparams(osd_adamw, static_args=STATIC_ARGUMENTS)` holds the numbers in its state.
+`optax.inject_hyperparams(osd_adamw, static_args=STATIC_ARGUMENTS)` holds the numbers in its state,
+and for `osd_muon` `MUON_STATIC_ARGUMENTS` does.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ from osd_jax.optimizers import (
     composed,
     decaying,
     lion_rule,
+    muon_rule,
 )
 from osd_jax.projectors import BasisRule, online_pca
+from osd_jax.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
 from osd_jax.rules import scale_by_adam_of_age
 from osd_jax.selection import LinearSelection, Select
 from osd_jax.subspace import DimensionNumbers, Side, SubspaceTransformation
@@ -49,6 +53,14 @@ STATIC_ARGUMENTS = (
     "transport_moments",
     "basis_dtype",
     "seed",
+)
+MUON_STATIC_ARGUMENTS = (
+    *STATIC_ARGUMENTS,
+    "nesterov",
+    "ns_steps",
+    "ns_coefficients",
+    "ns_dtype",
+    "muon_scale",
 )
 
 
@@ -336,6 +348,126 @@ def osd_adafactor(
         basis,
         lift,
         None,
+        rank=rank,
+        side=side,
+        select=select,
+        dimension_numbers=dimension_numbers,
+        basis_dtype=basis_dtype,
+        seed=seed,
+    )
+
+
+def osd_muon(
+    learning_rate: ScalarOrSchedule,
+    *,
+    rank: int,
+    momentum: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = False,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
+    full_rank_learning_rate: ScalarOrSchedule | None = None,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    ns_steps: int = 5,
+    ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    muon_scale: str = "adamw",
+    basis: BasisRule | None = None,
+    lift: Lift | None = None,
+    side: Side = "shorter",
+    select: Select | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    transport_moments: bool = False,
+    basis_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+) -> SubspaceTransformation:
+    """Momentum in a subspace, the whole gradient, and the sum orthogonalized; weight decay first.
+
+    For a projected matrix, with R = P^T M: `m <- b m + R`, and
+    `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
+    momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a scale. With P of full
+    rank this is Muon. What is not projected is trained by AdamW.
+
+    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
+    P's optimizer keeps.
+
+    Args:
+      learning_rate: Of the projected matrices, a number or a schedule.
+      rank: Columns of P.
+      momentum: b.
+      nesterov: Nesterov's momentum.
+      weight_decay: Decoupled, times the learning rate, before the update.
+      mask: What has weight decay, as in `osd_adamw`.
+      full_rank_learning_rate: Of what is not projected. None: `learning_rate`.
+      b1: AdamW's, of what is not projected.
+      b2: Likewise.
+      eps: Likewise; added to the root of the second moment after the bias correction.
+      ns_steps: Steps of Newton-Schulz.
+      ns_coefficients: Its polynomial.
+      ns_dtype: That it runs in; None: float32 or float64.
+      muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
+      basis: The rule for P; this and all that follow as in `osd_adamw`.
+      lift: What turns a direction into an update of W, in place of
+        `orthogonalized(add_gradient(), ...)` with the options above.
+      side: The side of a matrix that P projects.
+      select: What is projected.
+      dimension_numbers: Matrix axes.
+      transport_moments: Whether the momentum follows P where it changes.
+      basis_dtype: dtype of P.
+      seed: Of rules that draw.
+
+    Returns:
+      As `osd_adamw`.
+
+    Raises:
+      ValueError: for an argument out of range, naming it.
+
+    References:
+      Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on the
+      subspace of arXiv 2408.12857.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}, "norm": jnp.ones(16)}
+      >>> tx = osd_jax.osd_muon(0.02, rank=4, momentum=0.8, full_rank_learning_rate=0.01)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> osd_jax.projectors(state)["mlp/kernel"].shape
+      (16, 4)
+    """
+    full_lr = learning_rate if full_rank_learning_rate is None else full_rank_learning_rate
+    check_rates(learning_rate, weight_decay, rank, eps=eps)
+    if not callable(full_lr):
+        check_number("full_rank_learning_rate", full_lr)
+    check_betas(momentum=momentum, b1=b1, b2=b2)
+    options: dict[str, Any] = {
+        "steps": ns_steps,
+        "coefficients": ns_coefficients,
+        "dtype": ns_dtype,
+        "scale": muon_scale,
+    }
+    if lift is not None and tuple(options.values()) != (5, MUON_COEFFICIENTS, None, "adamw"):
+        raise ValueError(
+            "lift is given, which does not read ns_steps, ns_coefficients, ns_dtype and "
+            "muon_scale: leave them out, or give them to orthogonalized(...)"
+        )
+    by_us = orthogonalized(add_gradient(), **options)
+    return _composed(
+        muon_rule(
+            learning_rate,
+            full_lr,
+            functools.partial(decaying, weight_decay, mask),
+            by_us,
+            momentum=momentum,
+            nesterov=nesterov,
+            adam=(b1, b2, eps),
+        ),
+        weight_decay,
+        mask,
+        basis,
+        lift,
+        _following(transport_moments, b1, b2),
         rank=rank,
         side=side,
         select=select,

@@ -144,6 +144,22 @@ def replicated(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
 
 
+def whole_columns(matrix: jax.Array) -> jax.Array:
+    """Under Explicit axes, (..., p, q) split along q alone, by the axes of p too where they fit.
+
+    A product over q, such as M M^T, is then one all-reduce of p x p numbers.
+    """
+    sharding = explicit_sharding(matrix)
+    if sharding is None or sharding.spec[-2] is None:
+        return matrix
+    *batch, of_p, of_q = sharding.spec
+    as_tuple = lambda names: (names,) if isinstance(names, str) else tuple(names or ())
+    both = as_tuple(of_q) + as_tuple(of_p)
+    parts = math.prod(sharding.mesh.shape[name] for name in both)
+    spec = (*batch, None, of_q if matrix.shape[-1] % parts else both)
+    return jax.sharding.reshard(matrix, jax.sharding.PartitionSpec(*spec))
+
+
 def like_sharding(array: jax.Array, like: jax.Array) -> jax.Array:
     """Under Explicit axes, `array` laid out as `like`."""
     sharding = explicit_sharding(like)

@@ -339,6 +339,7 @@ def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
     return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
 
 
+AfterLift = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 # (weight decay after or before the update, the learning rate) -> what decays
 Decay = Callable[[Callable[..., optax.GradientTransformation], Any], optax.GradientTransformation]
 
@@ -387,7 +388,8 @@ def composed(
         full_rank = on_matrices(full_rank, dimension_numbers)
     else:
         full_rank = in_float32(full_rank)
-    transforms = {"subspace": subspace, "full": full_rank}
+    projected = rule.after_lift(subspace) if rule.after_lift else subspace
+    transforms = {"subspace": projected, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(decay))
     return in_parts(guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
 
@@ -401,8 +403,9 @@ class WeightRule(NamedTuple):
       reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
         itself.
       lift: None: the scaled one.
-      full_rank: Of parameters that are not projected, with a state as that of `low_rank`. None:
-        `low_rank`.
+      full_rank: Of parameters that are not projected. None: `low_rank`.
+      after_lift: (the subspace's transformation) -> it with what follows it there alone. None:
+        nothing.
     """
 
     low_rank: optax.GradientTransformation
@@ -410,6 +413,7 @@ class WeightRule(NamedTuple):
     reads_matrices: bool = False
     lift: Lift | None = None
     full_rank: optax.GradientTransformation | None = None
+    after_lift: AfterLift | None = None
 
 
 def _descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
@@ -471,14 +475,45 @@ def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> Weight
     """Adafactor, with weight decay before the update.
 
     The learning rate is inside, since the first moment averages scaled updates; with a lift that is
-    not linear it follows the lift, and the moment averages what is not scaled.
+    not linear it follows the lift, and the moment in the subspace averages what is not scaled.
     """
     schedule = lr if callable(lr) else lambda count: lr
-    inside, after = schedule, optax.scale(-1.0)
-    if not linear:
-        inside, after = lambda count: 1.0, optax.scale_by_learning_rate(lr)
-    finish = lambda decay: optax.chain(after, decay(decay_before_update, lr))
-    return WeightRule(in_float32(scale_by_adafactor(inside, beta1)), finish, reads_matrices=True)
+    tx = in_float32(scale_by_adafactor(schedule, beta1))
+    finish = lambda decay: optax.chain(optax.scale(-1.0), decay(decay_before_update, lr))
+    if linear:
+        return WeightRule(tx, finish, reads_matrices=True)
+    times_lr = optax.scale_by_learning_rate(lr, flip_sign=False)
+    return WeightRule(
+        in_float32(scale_by_adafactor(lambda count: 1.0, beta1)),
+        finish,
+        reads_matrices=True,
+        full_rank=tx,
+        after_lift=lambda subspace: optax.chain(subspace, times_lr),
+    )
+
+
+def muon_rule(
+    lr: Any, full_lr: Any, decay: Decay, lift: Lift, *, momentum: Any, nesterov: bool, adam: Any
+) -> WeightRule:
+    """Momentum in the subspace, AdamW elsewhere at a rate of its own; weight decay before both.
+
+    Args:
+      lr: Learning rate of what is projected.
+      full_lr: That of all else.
+      decay: What decays.
+      lift: Such as an orthogonalized one.
+      momentum: Decay of the momentum.
+      nesterov: Whether it is Nesterov's.
+      adam: b1, b2 and eps.
+    """
+    decayed = lambda tx, lr: optax.chain(_descending(tx, lr), decay(decay_before_update, lr))
+    return WeightRule(
+        optax.trace(momentum, nesterov),
+        lambda decay: optax.identity(),
+        lift=lift,
+        full_rank=decayed(optax.scale_by_adam(*adam), full_lr),
+        after_lift=lambda subspace: decayed(subspace, lr),
+    )
 
 
 def _in_8bit(

@@ -1,4 +1,4 @@
-"""The rules that move P: online PCA, SVD, random.
+"""The rules that move P: online PCA, SVD, random, Gaussian.
 
 A `BasisRule` says by a clock when P is set from a gradient and when it moves after a step of W.
 Online PCA needs three small things of a gradient, its `Sketch`, and no SVD after the first step.
@@ -6,6 +6,7 @@ Online PCA needs three small things of a gradient, its `Sketch`, and no SVD afte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -294,6 +295,39 @@ def random(every: int) -> BasisRule:
             keys = jax.random.split(key)
             return TwoSided(*(draw(key, one, each) for key, one in zip(keys, old, strict=True)))
         return draw(key, old, each)
+
+    return BasisRule(Clock(refresh_every=every), fresh, two_sided=True)
+
+
+def gaussian(every: int) -> BasisRule:
+    """P's entries are drawn from N(0, 1 / r), new at steps 0, `every`, 2 `every`, ... (APOLLO).
+
+    Its columns are not orthonormal; `P P^T` is the identity on average, so that R has the norms of
+    M on average. For lifts that read norms, such as `gradient_only`. A matrix whose gradient has no
+    direction at such a step keeps its P, and a new one is drawn at the next step whose gradient has
+    one.
+
+    Source: arXiv 2412.05270.
+
+    Raises:
+      ValueError: for a period below 1.
+
+    Example:
+      >>> import osd_jax
+      >>> tx = osd_jax.osd_adamw(
+      ...     1e-2, rank=4, basis=osd_jax.gaussian(200), lift=osd_jax.gradient_only())
+    """
+    check_period(every)
+
+    def draw(key: jax.Array, old: jax.Array) -> jax.Array:
+        normal = jax.random.normal(key, old.shape, accumulator_dtype(old.dtype))
+        return (normal / math.sqrt(old.shape[-1])).astype(old.dtype)
+
+    def fresh(matrix: jax.Array, old: Basis, side: ResolvedSide, key: jax.Array, each: Each) -> Any:
+        if isinstance(old, TwoSided):
+            keys = jax.random.split(key)
+            return TwoSided(*(draw(key, one) for key, one in zip(keys, old, strict=True)))
+        return draw(key, old)
 
     return BasisRule(Clock(refresh_every=every), fresh, two_sided=True)
 

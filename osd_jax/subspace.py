@@ -368,10 +368,12 @@ def scale_by_subspace(
         (..., r, q) and dtype float32 (float64 for float64 gradients), with stacked matrices along
         leading axes, so a rule that is not elementwise should treat the last two axes as the
         matrix.
-      projector: `online_pca(...)`, `svd(...)`, `random(...)`, or a `BasisRule` of your own.
+      projector: `online_pca(...)`, `svd(...)`, `random(...)`, `gaussian(...)`, or a `BasisRule` of
+        your own.
       rank: Columns of P. The effective rank is min(rank, m, n).
       scale: Multiplies the lifted direction: short for `lift=scaled(scale)`. None: 1.
-      lift: `scaled(...)`, `sign_after_lift()`, or a `Lift` of your own. None: by `scale`.
+      lift: `scaled(...)`, `sign_after_lift()`, one that lets through what P does not reach
+        (`osd_jax.residuals`), or a `Lift` of your own. None: by `scale`.
       transport: (state of `inner`, a tree like the parameters of `osd_jax.transport.Change`) -> the
         state, called where P changed, such as `transport_moments()`: after a refresh, before R is
         taken; after a move, at the end of that step, or where P moves before W's step, before R is

@@ -1,0 +1,432 @@
+"""Lifts that let through what P does not reach: the residual M - P R, or the whole gradient.
+
+The plain lift applies nothing of a gradient outside the subspace. Each rule here adds it, scaled
+column by column from what the optimizer does inside, where a column is an entry of the axis that P
+does not project:
+
+    norm_ratio      P (D - R o k) + M o k,  k_j = |D_j| / (|R_j| + 1e-8)    (Fira)
+    column_ema      the same,  k_j = a sqrt(p - r) / sqrt(mean of E_j)      (Alice)
+    gradient_only   M o k, nothing is lifted                                (APOLLO)
+    residual_sign   P D + w sign(M - P R)                                   (FRUGAL)
+    add_gradient    P (D - R) + M                                           (`orthogonalized`)
+
+E_j = c_j - 2 |R_j|^2 + R_j^T (P^T P) R_j is the energy of a residual's column. It follows from the
+`COLUMN_ENERGIES` c_j, so no rule but `residual_sign` takes a further product with M.
+
+A zero gradient has k = |D| / 1e-8 and a residual of 0; a zero column likewise. `osd_adamw` and the
+like skip a step whose gradient is not finite before a lift sees it.
+
+Every function here takes stacks of matrices: M is (..., p, q), k (..., q) and a norm (...,).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from osd_jax.lift import Lift, Lifted, Seen, lift
+from osd_jax.numerics import (
+    check_number,
+    contract,
+    float32_or_more,
+    has_direction,
+    like_sharding,
+    squared_norm,
+    whole_columns,
+)
+from osd_jax.sketch import COLUMN_ENERGIES, Needs, Statistic, TwoSided
+
+EPS = 1e-8
+GROWTH = 1.01  # the most by which a residual's norm grows in a step
+
+
+def _needs(*statistics: Statistic) -> Needs:
+    return Needs(
+        statistics,
+        "always",
+        "the lift adds a part of the gradient itself",
+        "the plain lift, scaled()",
+    )
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """sqrt(x), with a derivative of 0 where x is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
+
+
+def column_norms(matrix: jax.Array) -> jax.Array:
+    """|x_j| of each column, (..., r, q) -> (..., q)."""
+    return _root(jnp.sum(jnp.square(matrix), axis=-2))
+
+
+def residual_energies(seen: Seen, scale: float = 1.0) -> jax.Array:
+    """E_j = |M_j - a P R_j|^2 of each column, (..., q), from the statistics alone.
+
+    Args:
+      seen: With `COLUMN_ENERGIES`.
+      scale: a.
+    """
+    basis, low_rank = seen.basis, seen.sketch.low_rank
+    assert not isinstance(basis, TwoSided)
+    gram = contract("pr,ps->rs", basis, basis)
+    lifted = jnp.sum(low_rank * contract("rs,sq->rq", gram, low_rank), axis=-2)
+    inside = jnp.sum(jnp.square(low_rank), axis=-2)
+    energies = seen.sketch.statistics[COLUMN_ENERGIES.name]
+    return jnp.maximum(energies - 2 * scale * inside + scale**2 * lifted, 0)
+
+
+def _limit(norm: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(factor on a residual of this norm, the norm that it leaves): it grows by at most 1 %.
+
+    Free where no norm is kept: at the first step, and after a residual of 0.
+    """
+    factor = 1 / (jnp.maximum(norm / (kept + EPS), GROWTH) / GROWTH)
+    factor = jnp.where(kept > 0, factor, 1)
+    return factor, norm * factor
+
+
+def _limited(
+    seen: Seen, ratio: jax.Array, energies: jax.Array, limiter: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """k with the growth limiter's factor in it, and the lift's new state.
+
+    Args:
+      seen: With the norm that is kept.
+      ratio: k, (..., q), or (..., 1) where all columns have the same.
+      energies: Of the columns that k scales, (..., q).
+      limiter: Whether there is one.
+    """
+    if not limiter:
+        return ratio, {}
+    norm = _root(jnp.sum(jnp.square(ratio) * energies, axis=-1))
+    factor, kept = _limit(norm, seen.state["norm"])
+    return ratio * factor[..., None], {"norm": kept}
+
+
+def _norm_state(limiter: bool, matrix: jax.Array, low_rank: jax.Array) -> dict[str, jax.Array]:
+    # Reduced rather than sliced, which works on a sharded axis too.
+    return {"norm": jnp.zeros_like(low_rank.sum((-2, -1)))} if limiter else {}
+
+
+def norm_ratio(scale: float = 1.0, *, limiter: bool = True, release: bool = False) -> Lift:
+    """Fira: the residual's columns are scaled as the optimizer scales those of R.
+
+    `W <- W - lr a (P (D - R o k) + M o k)`, `k_j = |D_j| / (|R_j| + 1e-8)`, with the residual's
+    norm growing by at most 1 % a step.
+
+    Source: arXiv 2410.01623, equations 5 and 6.
+
+    Args:
+      scale: a.
+      limiter: Limit the residual's growth; its norm is one number of state a matrix.
+      release: As the released code computes it: the residual is M - a P R, and the scale a
+        multiplies P D only.
+
+    Raises:
+      ValueError: for a scale that is no finite number of at least 0.
+
+    Example:
+      >>> import jax.numpy as jnp, osd_jax
+      >>> tx = osd_jax.osd_adamw(1e-2, rank=4, lift=osd_jax.norm_ratio(0.25))
+      >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    check_number("scale", scale)
+    apply = functools.partial(_norm_ratio, scale, limiter, release)
+    name = f"norm_ratio({scale}, limiter={limiter}, release={release})"
+    needs = _needs(*((COLUMN_ENERGIES,) if limiter else ()))
+    return Lift(apply, needs, functools.partial(_norm_state, limiter), name, two_sided=False)
+
+
+def _norm_ratio(
+    scale: float, limiter: bool, release: bool, direction: jax.Array, seen: Seen
+) -> Lifted:
+    low_rank, a = seen.sketch.low_rank, scale if release else 1.0
+    ratio = column_norms(direction) / (column_norms(low_rank) + EPS)
+    energies = residual_energies(seen, a) if limiter else ratio
+    ratio, state = _limited(seen, ratio, energies, limiter)
+    inside = a * (direction - low_rank * ratio[..., None, :])
+    return Lifted(inside, _scaled(seen, ratio), scale=1.0 if release else scale, state=state)
+
+
+def column_ema(scale: float = 0.4, *, decay: float = 0.9) -> Lift:
+    """Alice: the residual's columns are scaled by a mean over time of their energies.
+
+    `W <- W - lr (P (D - R o k) + M o k)`, `k_j = a sqrt(p - r) / sqrt(e_j)`, where e is the
+    bias-corrected mean of E, and at least 1e-6 c_j.
+
+    Source: arXiv 2502.07752, algorithm 4, without its limiter.
+
+    Args:
+      scale: a.
+      decay: Of the mean.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Example:
+      >>> column_ema(0.4).name
+      'column_ema(0.4, decay=0.9)'
+    """
+    check_number("scale", scale)
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay!r}: expected a number in [0, 1)")
+    return Lift(
+        functools.partial(_column_ema, scale, decay),
+        _needs(COLUMN_ENERGIES),
+        _column_ema_state,
+        f"column_ema({scale}, decay={decay})",
+        two_sided=False,
+    )
+
+
+def _column_ema_state(matrix: jax.Array, low_rank: jax.Array) -> dict[str, jax.Array]:
+    return {
+        "energies": jnp.zeros_like(low_rank.sum(-2)),
+        "steps": jnp.zeros_like(low_rank.sum((-2, -1))),
+    }
+
+
+def _column_ema(scale: float, decay: float, direction: jax.Array, seen: Seen) -> Lifted:
+    low_rank, basis = seen.sketch.low_rank, seen.basis
+    assert not isinstance(basis, TwoSided)
+    steps = seen.state["steps"] + 1
+    mean = decay * seen.state["energies"] + (1 - decay) * residual_energies(seen)
+    root = _root(mean / (1 - decay**steps)[..., None])
+    root = jnp.maximum(root, 1e-3 * _root(seen.sketch.statistics[COLUMN_ENERGIES.name]))
+    reach = scale * math.sqrt(basis.shape[-2] - basis.shape[-1])
+    ratio = jnp.where(root > 0, reach / jnp.where(root > 0, root, 1), 0)
+    state = {"energies": mean, "steps": steps}
+    return Lifted(direction - low_rank * ratio[..., None, :], _scaled(seen, ratio), state=state)
+
+
+def gradient_only(scale: float = 1.0, *, per: str = "column", limiter: bool = True) -> Lift:
+    """APOLLO: the whole gradient, scaled as the optimizer scales R; nothing is lifted.
+
+    `W <- W - lr sqrt(a) M o k`, `k_j = |D_j| / (|R_j| + 1e-8)`, or one k for the whole matrix
+    (APOLLO-Mini), with the update's norm growing by at most 1 % a step. P only has to keep norms,
+    as `gaussian` does.
+
+    Source: arXiv 2412.05270, algorithm 1.
+
+    Args:
+      scale: a.
+      per: "column" or "matrix".
+      limiter: Limit the update's growth; its norm is one number of state a matrix.
+
+    Raises:
+      ValueError: for a scale that is no finite number of at least 0, or an unknown `per`.
+
+    Example:
+      >>> import osd_jax
+      >>> mini = osd_jax.osd_adamw(
+      ...     1e-2, rank=1, basis=osd_jax.gaussian(200),
+      ...     lift=osd_jax.gradient_only(128, per="matrix"))
+    """
+    check_number("scale", scale)
+    if per not in ("column", "matrix"):
+        raise ValueError(f"per is {per!r}: expected column or matrix")
+    return Lift(
+        functools.partial(_gradient_only, scale, per, limiter),
+        _needs(*((COLUMN_ENERGIES,) if limiter else ())),
+        functools.partial(_norm_state, limiter),
+        f"gradient_only({scale}, per={per!r}, limiter={limiter})",
+        two_sided=False,
+    )
+
+
+def _gradient_only(
+    scale: float, per: str, limiter: bool, direction: jax.Array, seen: Seen
+) -> Lifted:
+    columns, of_low_rank = column_norms(direction), column_norms(seen.sketch.low_rank)
+    if per == "matrix":
+        total = lambda x: _root(jnp.sum(jnp.square(x), axis=-1, keepdims=True))
+        columns, of_low_rank = total(columns), total(of_low_rank)
+    ratio = columns / (of_low_rank + EPS)
+    energies = seen.sketch.statistics[COLUMN_ENERGIES.name] if limiter else ratio
+    ratio, state = _limited(seen, ratio, energies, limiter)
+    return Lifted(None, _scaled(seen, ratio), scale=math.sqrt(scale), state=state)
+
+
+def residual_sign(weight: float = 1.0, scale: float = 1.0) -> Lift:
+    """FRUGAL: the residual without state, by its sign: `W <- W - lr (a P D + w sign(M - P R))`.
+
+    One more product with P than the plain lift takes.
+
+    Source: arXiv 2411.07837, algorithm 1, with signSGD outside the subspace.
+
+    Args:
+      weight: w.
+      scale: a.
+
+    Raises:
+      ValueError: for a number out of range.
+
+    Example:
+      >>> residual_sign(0.1).name
+      'residual_sign(0.1, 1.0)'
+    """
+    check_number("weight", weight)
+    check_number("scale", scale)
+    apply = functools.partial(_residual_sign, weight, scale)
+    return Lift(apply, _needs(), name=f"residual_sign({weight}, {scale})")
+
+
+def _residual_sign(weight: float, scale: float, direction: jax.Array, seen: Seen) -> Lifted:
+    residual = _wide(seen) - lift(seen.basis, seen.sketch.low_rank)
+    return Lifted(scale * direction, weight * jnp.sign(residual))
+
+
+def add_gradient() -> Lift:
+    """`P (D - R) + M`: the whole gradient, and inside the subspace what the rule makes of R.
+
+    With a rule that adds momentum to R (`optax.trace`), the update is the gradient plus the part of
+    its momentum that a subspace holds.
+
+    Example:
+      >>> add_gradient().name
+      'add_gradient()'
+    """
+    return Lift(_add_gradient, _needs(), name="add_gradient()")
+
+
+def _add_gradient(direction: jax.Array, seen: Seen) -> Lifted:
+    return Lifted(direction - seen.sketch.low_rank, _wide(seen))
+
+
+def _wide(seen: Seen) -> jax.Array:
+    """M in float32 (float64 for float64)."""
+    assert seen.gradient is not None
+    return float32_or_more(seen.gradient)
+
+
+def _scaled(seen: Seen, ratio: jax.Array) -> jax.Array:
+    """M o k."""
+    return _wide(seen) * ratio[..., None, :]
+
+
+# Newton-Schulz
+
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SCALES = ("adamw", "muon", "none")
+
+
+def orthogonalized(
+    inner: Lift,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+    dtype: jax.typing.DTypeLike | None = None,
+    scale: str = "adamw",
+) -> Lift:
+    """The update of another lift with all singular values near 1, as Muon's.
+
+    Args:
+      inner: Such as `add_gradient()`.
+      steps: Of Newton-Schulz.
+      coefficients: (a, b, c) of `X <- a X + (b X X^T + c (X X^T)^2) X`.
+      dtype: That it runs in. None: the update's, float32 or float64; bfloat16 is faster on a GPU or
+        TPU.
+      scale: Times 0.2 sqrt(max(m, n)), with which AdamW's rates carry over ("adamw"), times
+        sqrt(max(1, m / n)) of an (m, n) = (output, input) matrix ("muon"), or "none".
+
+    Raises:
+      ValueError: for an argument out of range.
+
+    Example:
+      >>> orthogonalized(add_gradient()).name
+      'orthogonalized(add_gradient(), steps=5, scale=adamw)'
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps is {steps!r}: expected a whole number of at least 1")
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}: expected one of {', '.join(SCALES)}")
+    if len(coefficients) != 3:
+        raise ValueError(f"coefficients are {coefficients!r}: expected three numbers")
+    if dtype is not None and dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
+    options = (steps, tuple(coefficients), dtype, scale)
+    return inner._replace(
+        apply=functools.partial(_orthogonalized, inner, options),
+        name=f"orthogonalized({inner.name}, steps={steps}, scale={scale})",
+        linear=False,
+    )
+
+
+def _orthogonalized(inner: Lift, options: Any, direction: jax.Array, seen: Seen) -> Lifted:
+    steps, coefficients, dtype, scale = options
+    lifted = inner.apply(direction, seen)
+
+    def then(update: jax.Array) -> jax.Array:
+        matrix = update if lifted.then is None else lifted.then(update)
+        found = newton_schulz(matrix, steps=steps, coefficients=coefficients, dtype=dtype)
+        return found * muon_scale(matrix.shape, seen.side, scale)
+
+    return lifted._replace(then=then)
+
+
+def muon_scale(shape: tuple[int, ...], side: str, scale: str) -> float:
+    """The factor that a `scale` stands for; see `orthogonalized`.
+
+    Args:
+      shape: Of M, (..., p, q).
+      side: That p is; see `Seen`.
+      scale: One of `SCALES`.
+    """
+    n_out, n_in = shape[-2:] if side == "output" else shape[:-3:-1]
+    return {
+        "adamw": 0.2 * math.sqrt(max(n_out, n_in)),
+        "muon": math.sqrt(max(1, n_out / n_in)),
+        "none": 1.0,
+    }[scale]
+
+
+def newton_schulz(
+    matrix: jax.Array,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """About U V^T of each matrix U S V^T, (..., m, n): singular values are moved near to 1.
+
+    Each step is an odd polynomial of all singular values, `a s + b s^3 + c s^5`, after a division
+    by the Frobenius norm. With Muon's coefficients and 5 steps, values above 0.002 of that norm end
+    in [0.68, 1.21]. 3 products of the shorter side: 2 min^2 (max + min / 2) multiplications a step.
+    Under a mesh with Explicit axes the longer side alone is split, and a step exchanges the product
+    of the shorter one, min^2 numbers.
+
+    Optax's own, inside `optax.contrib.muon`, adds 1e-8 to the norm, which moves small matrices, and
+    merges batch axes, which meshes with Explicit axes refuse where they are sharded.
+
+    Args:
+      matrix: float32 or float64.
+      steps: Of the iteration.
+      coefficients: a, b, c.
+      dtype: That it runs in. None: the matrix' own.
+
+    Returns:
+      (..., m, n), of the matrix' dtype; zeros where the squared norm is 0 or overflows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> update = newton_schulz(jnp.diag(jnp.array([3.0, 0.5])))
+      >>> bool(jnp.all(jnp.abs(jnp.diagonal(update) - 1) < 0.35))
+      True
+    """
+    a, b, c = coefficients
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = whole_columns(matrix.mT if is_tall else matrix)
+    square = squared_norm(x)[..., None, None]
+    is_one = has_direction(square)
+    x = jnp.where(is_one, x / jnp.sqrt(jnp.where(is_one, square, 1)), 0).astype(dtype or x.dtype)
+    for _ in range(steps):  # products and sums in float32 or more, rounded once each
+        gram = contract("pq,sq->ps", x, x).astype(x.dtype)
+        odd = b * float32_or_more(gram) + c * contract("ps,st->pt", gram, gram)
+        step = contract("ps,sq->pq", odd.astype(x.dtype), x)
+        x = (a * float32_or_more(x) + step).astype(x.dtype)
+    return like_sharding((x.mT if is_tall else x).astype(matrix.dtype), matrix)
