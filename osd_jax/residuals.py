@@ -33,7 +33,6 @@ from osd_jax.numerics import (
     check_number,
     contract,
     float32_or_more,
-    has_direction,
     like_sharding,
     squared_norm,
     whole_columns,
@@ -410,7 +409,7 @@ def newton_schulz(
       dtype: That it runs in. None: the matrix' own.
 
     Returns:
-      (..., m, n), of the matrix' dtype; zeros where the squared norm is 0 or overflows.
+      (..., m, n), of the matrix' dtype; zeros for zeros, and where the squared norm overflows.
 
     Example:
       >>> import jax.numpy as jnp
@@ -421,9 +420,9 @@ def newton_schulz(
     a, b, c = coefficients
     is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = whole_columns(matrix.mT if is_tall else matrix)
-    square = squared_norm(x)[..., None, None]
-    is_one = has_direction(square)
-    x = jnp.where(is_one, x / jnp.sqrt(jnp.where(is_one, square, 1)), 0).astype(dtype or x.dtype)
+    norm = _root(squared_norm(x))[..., None, None]
+    # A norm whose square underflows would leave values above 1, which diverge.
+    x = (x / jnp.maximum(norm, jnp.finfo(x.dtype).tiny ** 0.5)).astype(dtype or x.dtype)
     for _ in range(steps):  # products and sums in float32 or more, rounded once each
         gram = contract("pq,sq->ps", x, x).astype(x.dtype)
         odd = b * float32_or_more(gram) + c * contract("ps,st->pt", gram, gram)

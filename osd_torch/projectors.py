@@ -329,8 +329,8 @@ def random(every: int) -> BasisRule:
 def gaussian(every: int) -> BasisRule:
     """P's entries are drawn from N(0, 1 / r), new at steps 0, `every`, 2 `every`, ... (APOLLO).
 
-    Its columns are not orthonormal; `P^T P` is the identity on average. For lifts that read norms,
-    such as `gradient_only`.
+    Its columns are not orthonormal; `P P^T` is the identity on average, so that R has the norms of
+    M on average. For lifts that read norms, such as `gradient_only`.
 
     Source: arXiv 2412.05270.
 

@@ -360,11 +360,13 @@ def test_newton_schulz_against_the_polar_factor() -> None:
             values = a * values + b * values**3 + c * values**5
         found = newton_schulz(matrix)
         torch.testing.assert_close(found, (u * values) @ vt, rtol=0, atol=1e-12)
-        large = s / matrix.norm() > 3e-3
-        assert ((values[large] > 0.68) & (values[large] < 1.14)).all()
+        large = s / matrix.norm() > 2e-3
+        assert ((values[large] > 0.68) & (values[large] < 1.21)).all()
         in_16_bits = newton_schulz(matrix.float(), dtype=torch.bfloat16)
         assert in_16_bits.dtype == torch.float32
         assert float((in_16_bits - found).norm() / found.norm()) < 0.03
+    for x in (0.0, 1e-25, 1e-30, 1e30):  # the squared norm underflows or overflows
+        assert (newton_schulz(torch.full((4, 3), x)).abs() < 1e-2).all()
     assert not newton_schulz(torch.zeros(4, 3)).any()
 
 
