@@ -74,7 +74,7 @@ class Together(NamedTuple):
     update: Callable[[Tree, Tree, Tree], Tree]
 
 
-def together(lr: Any = 0.01, **options: Any) -> Together:
+def together(lr: Any = 0.01, names: Any = tuple(LIFTS), **options: Any) -> Together:
     options = {"rank": 3, "select": ALL, **options}
 
     def one(name: str) -> Any:
@@ -82,7 +82,7 @@ def together(lr: Any = 0.01, **options: Any) -> Together:
             return osd_jax.osd_muon(lr, momentum=0.8, lift=LIFTS[name], **options)
         return osd_jax.osd_adamw(lr, b2=0.99, lift=LIFTS[name], **options)
 
-    txs = {name: one(name) for name in LIFTS}
+    txs = {name: one(name) for name in names}
 
     @jax.jit
     def update(grads: Tree, states: Tree, params: Tree) -> Tree:
@@ -97,7 +97,8 @@ def steps_of(
 ) -> tuple[Tree, Tree]:
     """The parameters by lift and the states after some steps; `params` by lift, if states are."""
     if states is None:
-        params, states = dict.fromkeys(LIFTS, params), txs.init(params)
+        states = txs.init(params)
+        params = dict.fromkeys(states, params)
     for g in grads:
         updates, states = txs.update(g, states, params)
         params = optax.apply_updates(params, updates)
@@ -376,6 +377,31 @@ def test_muon_of_full_rank_is_optaxs() -> None:
         chex.assert_trees_all_close(*ends, rtol=0, atol=1e-6)
 
 
+def test_muon_trains_the_rest_by_adamw_at_its_own_rate() -> None:
+    """As Optax's AdamW does, with its mask; a projected matrix keeps one moment in the subspace."""
+    params: Tree = {"mlp": draw(0)["w"], "norm": draw(1, (12,))["w"], "embed": draw(2)["w"]}
+    mask = {"mlp": False, "norm": False, "embed": True}
+    ours = osd_jax.osd_muon(
+        0.02, rank=3, full_rank_learning_rate=0.005, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1,
+        mask=mask, basis=osd_jax.svd(3),
+    )  # fmt: skip
+    theirs = optax.adamw(0.005, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1, mask=mask)
+    plain = osd_jax.osd_muon(0.02, rank=3, basis=osd_jax.svd(3))
+    ends = []
+    for tx in (ours, theirs, plain):
+        weights, state, update = params, tx.init(params), jax.jit(tx.update)
+        for step in range(5):
+            grads = {"mlp": draw(step)["w"], "norm": draw(step, (12,))["w"], "embed": draw(9)["w"]}
+            updates, state = update(grads, state, weights)
+            weights = optax.apply_updates(weights, updates)
+        ends.append(weights)
+    for name in ("norm", "embed"):
+        np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(ends[0]["mlp"], ends[2]["mlp"])  # not in the mask
+    (own,) = subspace_states(plain.init(params))
+    assert jax.tree.map(jnp.shape, own.inner.trace) == {**own.inner.trace, "mlp": (3, 12)}
+
+
 # Parts.
 
 
@@ -593,7 +619,8 @@ def test_a_mesh_gives_the_steps_of_one_device(kind: AxisType) -> None:
     }
     numbers = osd_jax.SubspaceDimensionNumbers(-2, -1)
     pca = osd_jax.online_pca(optax.adam(0.01))
-    txs = together(basis=pca, rank=4, dimension_numbers=numbers)
+    of_each_kind = ("norm_ratio", "column_ema", "gradient_only", "residual_sign", "muon")
+    txs = together(names=of_each_kind, basis=pca, rank=4, dimension_numbers=numbers)
     with jax.enable_x64(True):
         tree = lambda seed: {n: draw(seed, x, jnp.float64)["w"] for n, x in shapes.items()}
         grads = [tree(seed) for seed in range(3)]
@@ -603,7 +630,7 @@ def test_a_mesh_gives_the_steps_of_one_device(kind: AxisType) -> None:
         }
         with jax.set_mesh(mesh):
             found, states = steps_of(txs, [put(g) for g in grads], put(tree(9)))
-        for name in LIFTS:
+        for name in of_each_kind:
             chex.assert_trees_all_close(
                 *map(jax.device_get, (found[name], wanted[name])), rtol=1e-9
             )
@@ -634,6 +661,25 @@ def test_a_run_resumes_bit_for_bit() -> None:
     found, _ = steps_of(txs, grads[3:], *jax.tree.map(jnp.asarray, saved))
     chex.assert_trees_all_equal(found, wanted)
     assert all(np.any(found[name]["w"] != half[name]["w"]) for name in LIFTS)
+
+
+@pytest.mark.parametrize("name", ["norm_ratio", "column_ema"])
+def test_a_run_with_moments_in_8_bits_resumes_bit_for_bit(name: str) -> None:
+    tx = osd_jax.osd_adamw8bit(0.01, rank=16, lift=LIFTS[name], select=ALL, basis=osd_jax.svd(3))
+    params = draw(9, (64, 256))
+    state, update, ends = tx.init(params), jax.jit(tx.update), []
+    assert any(x.dtype == jnp.uint8 for x in jax.tree.leaves(state))
+    for step in range(6):
+        updates, state = update(draw(step, (64, 256)), state, params)
+        params = optax.apply_updates(params, updates)
+        if step == 2:
+            saved = jax.tree.map(np.array, (params, state))
+    ends.append(params)
+    params, state = jax.tree.map(jnp.asarray, saved)
+    for step in range(3, 6):
+        updates, state = update(draw(step, (64, 256)), state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(params, *ends)
 
 
 def test_numbers_of_muon_in_the_state_by_inject_hyperparams() -> None:
