@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from osd_jax.lift import Lift, scaled
-from osd_jax.numerics import check_number, check_static
+from osd_jax.numerics import check_number, check_object, check_static
 from osd_jax.optimizers import (
     WeightRule,
     adafactor_rule,
@@ -36,6 +36,7 @@ from osd_jax.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
 from osd_jax.rules import scale_by_adam_of_age
 from osd_jax.selection import LinearSelection, Select
 from osd_jax.subspace import DimensionNumbers, Side, SubspaceTransformation
+from osd_jax.transport import Transport
 from osd_jax.transport import transport_moments as follow_basis
 
 ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
@@ -131,19 +132,13 @@ def osd_adamw(
     """
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
+    shared = Shared(
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
+    )
     return _composed(
         adamw_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
-        weight_decay,
-        mask,
-        basis,
-        lift,
+        shared,
         _following(transport_moments, b1, b2),
-        rank=rank,
-        side=side,
-        select=select,
-        dimension_numbers=dimension_numbers,
-        basis_dtype=basis_dtype,
-        seed=seed,
     )
 
 
@@ -200,19 +195,13 @@ def osd_adamw8bit(
     """
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
+    shared = Shared(
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
+    )
     return _composed(
         adam8bit_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
-        weight_decay,
-        mask,
-        basis,
-        lift,
+        shared,
         _following(transport_moments, b1, b2),
-        rank=rank,
-        side=side,
-        select=select,
-        dimension_numbers=dimension_numbers,
-        basis_dtype=basis_dtype,
-        seed=seed,
     )
 
 
@@ -270,19 +259,13 @@ def osd_lion(
     """
     check_rates(learning_rate, weight_decay, rank)
     check_betas(b1=b1, b2=b2)
+    shared = Shared(
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
+    )
     return _composed(
         lion_rule(learning_rate, b1, b2, sign="lifted" if lift is None else "subspace"),
-        weight_decay,
-        mask,
-        basis,
-        lift,
+        shared,
         _following(transport_moments, b1, b2),
-        rank=rank,
-        side=side,
-        select=select,
-        dimension_numbers=dimension_numbers,
-        basis_dtype=basis_dtype,
-        seed=seed,
     )
 
 
@@ -341,19 +324,13 @@ def osd_adafactor(
             "transport_moments is True, and Adafactor's factored second moment cannot follow P: "
             "use another optimizer, or leave it out"
         )
+    shared = Shared(
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
+    )
     return _composed(
         adafactor_rule(learning_rate, b1, linear=is_linear(lift)),
-        weight_decay,
-        mask,
-        basis,
-        lift,
+        shared,
         None,
-        rank=rank,
-        side=side,
-        select=select,
-        dimension_numbers=dimension_numbers,
-        basis_dtype=basis_dtype,
-        seed=seed,
     )
 
 
@@ -453,6 +430,9 @@ def osd_muon(
             "muon_scale: leave them out, or give them to orthogonalized(...)"
         )
     by_us = orthogonalized(add_gradient(), **options)
+    shared = Shared(
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
+    )
     return _composed(
         muon_rule(
             learning_rate,
@@ -463,60 +443,57 @@ def osd_muon(
             nesterov=nesterov,
             adam=(b1, b2, eps),
         ),
-        weight_decay,
-        mask,
-        basis,
-        lift,
+        shared,
         _following(transport_moments, b1, b2),
-        rank=rank,
-        side=side,
-        select=select,
-        dimension_numbers=dimension_numbers,
-        basis_dtype=basis_dtype,
-        seed=seed,
     )
 
 
+class Shared(NamedTuple):
+    """What every optimizer here takes; see `osd_adamw`."""
+
+    rank: int
+    weight_decay: Any
+    mask: Mask
+    basis: BasisRule | None
+    lift: Lift | None
+    side: Side
+    select: Select | None
+    dimension_numbers: DimensionNumbers
+    basis_dtype: Any
+    seed: int
+
+
 def _composed(
-    rule: WeightRule,
-    weight_decay: Any,
-    mask: Mask,
-    basis: BasisRule | None,
-    lift: Lift | None,
-    transport: Any,
-    *,
-    select: Select | None,
-    dimension_numbers: DimensionNumbers,
-    **subspace: Any,
+    rule: WeightRule, shared: Shared, transport: Transport | None
 ) -> SubspaceTransformation:
-    for name, value, kind, example in (
-        ("basis", basis, BasisRule, "online_pca(optax.adam(5e-3))"),
-        ("lift", lift, Lift, "scaled(0.25)"),
-    ):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(
-                f"{name} is {value!r}: expected None or a {kind.__name__}, such as "
-                f"osd_jax.{example}"
-            )
+    if shared.basis is not None:
+        check_object("basis", shared.basis, BasisRule, "online_pca(optax.adam(5e-3))", "None or a")
+    if shared.lift is not None:
+        check_object("lift", shared.lift, Lift, "scaled(0.25)", "None or a")
+    select, numbers = shared.select, shared.dimension_numbers
     if select is not None and not callable(select):
         raise ValueError(
             f"select is {select!r}: expected None or a function (path, parameter) -> bool"
         )
-    if dimension_numbers is None and isinstance(select, LinearSelection):
-        dimension_numbers = select.dimension_numbers
+    if numbers is None and isinstance(select, LinearSelection):
+        numbers = select.dimension_numbers
+    by_adam = optax.chain(scale_by_adam_of_age(), optax.scale(-5e-3))
     return composed(
         rule,
-        basis or online_pca(optax.chain(scale_by_adam_of_age(), optax.scale(-5e-3))),
-        lift=lift or rule.lift or scaled(1.0),
-        decay=functools.partial(decaying, weight_decay, mask),
+        shared.basis or online_pca(by_adam),
+        rank=shared.rank,
+        lift=shared.lift or rule.lift or scaled(1.0),
+        decay=functools.partial(decaying, shared.weight_decay, shared.mask),
+        side=shared.side,
         select=select,
-        dimension_numbers=dimension_numbers,
+        dimension_numbers=numbers,
+        seed=shared.seed,
+        basis_dtype=shared.basis_dtype,
         transport=transport,
-        **subspace,
     )
 
 
-def _following(transport_moments: Any, b1: Any, b2: Any) -> Any:
+def _following(transport_moments: Any, b1: Any, b2: Any) -> Transport | None:
     if not isinstance(transport_moments, bool):
         raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
     return follow_basis(b1, b2) if transport_moments else None

@@ -182,6 +182,14 @@ def check_static(name: str, value: Any, static_args: tuple[str, ...] | None = No
         )
 
 
+def check_object(name: str, value: Any, kind: type, example: str, expected: str = "a") -> None:
+    """Raises ValueError unless a rule that is given as an object is of its kind."""
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{name} is {value!r}: expected {expected} {kind.__name__}, such as osd_jax.{example}"
+        )
+
+
 def check_period(every: int) -> None:
     """Raises ValueError unless `every` is a whole number of steps, at least 1."""
     check_static("every", every)

@@ -25,6 +25,22 @@ from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, takes_shapes
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
 
 
+def _next_moments(
+    updates: optax.Updates, state: optax.ScaleByAdamState, b1: float, b2: float
+) -> optax.ScaleByAdamState:
+    """Adam's moments and count after a gradient."""
+    mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+    return optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu)
+
+
+def _adam_correction(count: jax.Array, b1: float, b2: float) -> jax.Array:
+    """`sqrt(1 - b2^t) / (1 - b1^t)` after t = `count` steps."""
+    # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32, against 1e-3.
+    correction = lambda b: -jnp.expm1(count * jnp.log(b))
+    return jnp.sqrt(correction(b2)) / correction(b1)
+
+
 def scale_by_adam_uncorrected_eps(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
@@ -39,16 +55,12 @@ def scale_by_adam_uncorrected_eps(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        count = optax.safe_increment(state.count)
-        # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32, against 1e-3.
-        correction = lambda b: -jnp.expm1(count * jnp.log(b))
-        factor = jnp.sqrt(correction(b2)) / correction(b1)
+        state = _next_moments(updates, state, b1, b2)
+        factor = _adam_correction(state.count, b1, b2)
         updates = jax.tree.map(
-            lambda m, v: m / (jnp.sqrt(v) + eps) * factor.astype(m.dtype), mu, nu
+            lambda m, v: m / (jnp.sqrt(v) + eps) * factor.astype(m.dtype), state.mu, state.nu
         )
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        return updates, state
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
@@ -66,24 +78,15 @@ def scale_by_raw_adam(
         updates: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        count = optax.safe_increment(state.count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        state = _next_moments(updates, state, b1, b2)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
 
     return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def correct_adam_bias(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
     """Times `sqrt(1 - b2^t) / (1 - b1^t)` at step t, from 1."""
-
-    def factor(count: jax.Array) -> jax.Array:
-        # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32, against 1e-3.
-        correction = lambda b: -jnp.expm1((count + 1) * jnp.log(b))
-        return jnp.sqrt(correction(b2)) / correction(b1)
-
-    return optax.scale_by_schedule(factor)
+    return optax.scale_by_schedule(lambda count: _adam_correction(count + 1, b1, b2))
 
 
 def scale_by_adam_of_age(
@@ -106,17 +109,14 @@ def scale_by_adam_of_age(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params, extra_args
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        count = optax.safe_increment(state.count)
+        state = _next_moments(updates, state, b1, b2)
 
         def direction(m: jax.Array, v: jax.Array, age: jax.Array) -> jax.Array:
             short = lambda b: (1 - b**age).astype(m.dtype)[..., None, None]
             return m / short(b1) / (jnp.sqrt(v / short(b2)) + eps)
 
-        steps = jax.tree.map(lambda _: count, mu) if age is None else age
-        updates = jax.tree.map(direction, mu, nu, steps)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        steps = jax.tree.map(lambda _: state.count, state.mu) if age is None else age
+        return jax.tree.map(direction, state.mu, state.nu, steps), state
 
     init = optax.scale_by_adam(b1, b2, eps).init
     return optax.GradientTransformationExtraArgs(init, update)

@@ -33,6 +33,7 @@ from osd_jax.numerics import (
     accumulator_dtype,
     any_of,
     as_it_lies,
+    check_object,
     check_static,
     contract,
     float32_or_more,
@@ -410,12 +411,9 @@ def scale_by_subspace(
     check_static("rank", rank)
     check_rank(rank)
     check_basis_dtype(basis_dtype)
-    for name, value, kind in (("projector", projector, BasisRule), ("lift", lift, Lift)):
-        if not isinstance(value, kind) and not (name == "lift" and value is None):
-            raise ValueError(
-                f"{name} is {value!r}: expected a {kind.__name__}, such as "
-                f"osd_jax.{'svd(200)' if kind is BasisRule else 'scaled(0.25)'}"
-            )
+    check_object("projector", projector, BasisRule, "svd(200)")
+    if lift is not None:
+        check_object("lift", lift, Lift, "scaled(0.25)")
     if transport is not None and not callable(transport):
         raise ValueError(
             f"transport is {transport!r}: expected None or osd_jax.transport_moments(...)"

@@ -70,7 +70,7 @@ from osd_torch.subspace import (
 __all__ = [
     "FULL_RANK_OPTIMIZERS", "PROJ_TYPES", "SUBSPACE_OPTIMIZERS", "FullRankAdam",
     "OnlineSubspaceDescent", "PublishedOptimizer", "SubspaceAdafactor", "SubspaceAdamW",
-    "SubspaceAdamW8bit", "SubspaceLion", "make_optimizer",
+    "SubspaceAdamW8bit", "SubspaceLion", "SubspaceMuon", "make_optimizer",
 ]  # fmt: skip
 
 LionSign = Literal["lifted", "subspace"]
@@ -107,8 +107,12 @@ BASIS_OPTIONS = (
     "proj_type", "update_proj_gap", "update_proj_every", "penalty", "projector_weight_decay",
     "move_projector",
 )  # fmt: skip
+# The options of Muon's orthogonalization.
+MUON_DEFAULTS: dict[str, Any] = {
+    "ns_steps": 5, "ns_coefficients": MUON_COEFFICIENTS, "ns_dtype": None, "muon_scale": "adamw",
+}  # fmt: skip
 # What torch's schedulers put into groups.
-SCHEDULERS_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # What a group keeps of the learning rates that it saw; see `seen_rates`.
 SEEN = "seen_lr"
 
@@ -513,7 +517,8 @@ class SubspaceAdafactor(PublishedOptimizer):
             check_beta("beta1", group["beta1"])
         check_number("eps", group["eps"])
         check_number("clip_threshold", group["clip_threshold"])
-        check_number("the negative of decay_rate", -group["decay_rate"])
+        if not group["decay_rate"] <= 0:
+            raise ValueError(f"decay_rate is {group['decay_rate']!r}: expected a number up to 0")
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
@@ -562,14 +567,10 @@ class SubspaceAdamW8bit(PublishedOptimizer):
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
-        self.check_min_size(group)
-        super().check_group(group)
-
-    def check_min_size(self, group: Group) -> None:
-        """Raises ValueError unless `min_8bit_size` is a whole number of at least 0."""
         size = group["min_8bit_size"]
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(f"min_8bit_size is {size!r}: expected a whole number of at least 0")
+        super().check_group(group)
 
     def rule(self, group: Group) -> Adam8bit:
         """Adam with moments in 8 bits."""
@@ -658,6 +659,13 @@ class SubspaceMuon(PublishedOptimizer):
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
         check_beta("momentum", group["momentum"])
+        if group["lift"] is not None:
+            for name, default in MUON_DEFAULTS.items():
+                if group[name] != default:
+                    raise ValueError(
+                        f"{name} is {group[name]!r}, and lift is given, which does not read it: "
+                        "leave it out, or give it to orthogonalized(...)"
+                    )
         self.lift(group)
         super().check_group(group)
 
@@ -669,8 +677,8 @@ class SubspaceMuon(PublishedOptimizer):
 
     def lift(self, group: Group) -> Lift:
         """The gradient and the momentum, orthogonalized."""
-        names = ("ns_steps", "ns_coefficients", "ns_dtype", "muon_scale")
-        return group["lift"] or _muon_lift(*(group[name] for name in names))
+        steps, coefficients, dtype, scale = (group[name] for name in MUON_DEFAULTS)
+        return group["lift"] or _muon_lift(steps, tuple(coefficients), dtype, scale)
 
 
 class OnlineSubspaceDescent(PublishedOptimizer):
@@ -915,19 +923,7 @@ def make_optimizer(
     if optimizer in FULL_RANK_OPTIMIZERS:
         return _full_rank(optimizer, split_by_decay([{"params": trained}], no_decay), common)
 
-    kinds = Kinds(name for name, _ in named_parameters)
-    chosen = select or kinds.selects
-    projected = [(name, param) for name, param in trained if chosen(name, param)]
-    others = [(name, param) for name, param in trained if not chosen(name, param)]
-    if others and not projected:
-        warnings.warn(
-            f"none of the {len(others)} parameters is projected ({others[0][0]!r} first): every "
-            "one is trained at full rank. select= says which to project",
-            stacklevel=2,
-        )
-    by_us = select is None or isinstance(select, LinearSelection)
-    names = {name for name, _ in projected}
-    say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
+    projected, others = divided(named_parameters, trained, select, rank)
     options = {
         "rank": rank,
         "update_proj_gap": update_proj_gap,
@@ -1013,6 +1009,38 @@ def split_by_decay(groups: Sequence[Group], no_decay: Select | None) -> list[Gro
     return found
 
 
+def divided(
+    named: Iterable[tuple[str, Tensor]],
+    given: Sequence[tuple[str, Tensor]],
+    select: Select | None,
+    rank: int,
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """(projected, others) of (name, parameter) pairs; says what was chosen and what was left.
+
+    Args:
+        named: All of the model.
+        given: Those to divide.
+        select: (name, parameter) -> whether it is projected. None: by name and shape.
+        rank: Of the projected ones.
+    """
+    kinds = Kinds(name for name, _ in named)
+    chosen = select or kinds.selects
+    is_chosen = [bool(chosen(*pair)) for pair in given]
+    projected = [pair for pair, yes in zip(given, is_chosen, strict=True) if yes]
+    others = [pair for pair, yes in zip(given, is_chosen, strict=True) if not yes]
+    if others and not projected:
+        warnings.warn(
+            f"none of the {len(others)} parameters is projected ({others[0][0]!r} first): every "
+            "one is trained at full rank. select= says which to project",
+            stacklevel=3,
+        )
+    by_us = select is None or isinstance(select, LinearSelection)
+    trained = [pair for pair in given if pair[1].requires_grad]
+    names = {name for name, _ in projected}
+    say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
+    return projected, others
+
+
 def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[Group]:
     """Parameters or (name, parameter) pairs as groups: the projected ones, and all others.
 
@@ -1031,23 +1059,18 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
             "rank is given, and params are groups: put rank, basis, lift and side into the groups "
             "that are to be projected"
         )
-    pairs: list[Any] = given
-    has_names = all(isinstance(item, tuple) for item in given)
-    if has_names:
-        kinds = Kinds(name for name, _ in pairs)
-        chosen = select or kinds.selects
+    parts: tuple[list[Any], list[Any]]
+    if all(isinstance(item, tuple) for item in given):
+        pairs: Any = given
+        parts = divided(pairs, pairs, select, rank)
     else:
-        pairs = [("", param) for param in given]
         chosen = select or (lambda name, param: param.ndim == 2)
-    projected = [pair for pair in pairs if chosen(*pair)]
-    others = [pair for pair in pairs if not chosen(*pair)]
-    if has_names:
-        by_us = select is None or isinstance(select, LinearSelection)
-        names = {name for name, _ in projected}
-        trained = [pair for pair in pairs if pair[1].requires_grad]
-        say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
-    bare = lambda pairs: pairs if has_names else [param for _, param in pairs]
-    groups = [{"params": bare(projected), "rank": rank}, {"params": bare(others)}]
+        tensors: Any = given
+        parts = (
+            [param for param in tensors if chosen("", param)],
+            [param for param in tensors if not chosen("", param)],
+        )
+    groups: list[Group] = [{"params": parts[0], "rank": rank}, {"params": parts[1]}]
     return [group for group in groups if group["params"]]
 
 
@@ -1057,29 +1080,26 @@ def _full_rank(
     is_narrow = any(
         param.dtype == torch.bfloat16 for group in groups for _, param in group["params"]
     )
-    params: Any = groups if len(groups) > 1 else groups[0]["params"] if groups else []
-    if len(groups) == 1 and "weight_decay" in groups[0]:
-        params = groups
+    groups = [group for group in groups if group["params"]]
     match optimizer:
         case "adam" if is_narrow:
             decay = common.pop("weight_decay")
-            for group in groups:
-                group["l2"] = group.pop("weight_decay", decay)
-            return FullRankAdam(groups, **common)
+            l2 = [{"l2": group.pop("weight_decay", decay), **group} for group in groups]
+            return FullRankAdam(l2, **common)
         case "adamw" if is_narrow:
-            return FullRankAdam(params, **common)
+            return FullRankAdam(groups, **common)
         case "adam":
-            return TorchAdam(params, **common)
+            return TorchAdam(groups, **common)
         case "adamw":
-            return TorchAdamW(params, **common)
+            return TorchAdamW(groups, **common)
         case "sgd":
-            return TorchSGD(params, **common)
+            return TorchSGD(groups, **common)
         case "adam8bit":
-            return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(params, **common))
+            return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(groups, **common))
         case "lion":
-            return SubspaceLion(params, **common)
+            return SubspaceLion(groups, **common)
         case "adafactor":
-            return SubspaceAdafactor(params, **common)
+            return SubspaceAdafactor(groups, **common)
     raise AssertionError(optimizer)
 
 
@@ -1185,7 +1205,7 @@ def check_seed(seed: int) -> None:
 
 def check_spelling(group: Group, known: Iterable[str]) -> None:
     """Raises ValueError for a key of a group that is not known, and close to one that is."""
-    for key in group.keys() - set(known) - set(SCHEDULERS_KEYS):
+    for key in group.keys() - set(known) - set(SCHEDULER_KEYS):
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
         if near:
             raise ValueError(f"a parameter group has the key {key!r}: did you mean {near[0]!r}?")

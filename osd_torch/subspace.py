@@ -122,9 +122,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     A step in which any gradient holds a value that is not finite changes nothing and is counted;
     see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
-    taken before that is known, P may have been set anew, and moments that follow it have followed;
-    it is set again at the next update. Where each
-    parameter is stepped inside the backward pass, each is a step: see `osd_torch.layerwise`.)
+    taken before that is known, P may have been set, and moments that follow it have followed; it is
+    set again at the next update. Where each parameter is stepped inside the backward pass, each is
+    a step: see `osd_torch.layerwise`.)
 
     Attributes:
         held: The sketches that the next step applies, by parameter. Transient: `state_dict` does
@@ -249,20 +249,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def state_of(self, group: Group, param: Tensor) -> dict[str, Tensor]:
         """The state of a parameter; before its first step, what `init_state` makes.
 
-        It is made again where the model has moved to another device or dtype since then.
+        It is made again where the model has moved to another device or dtype since then, or an
+        option of the group has changed.
         """
         state = self.state[param]
         if not state or (int(state["step"]) == 0 and not self._fits(group, param)):
+            state.clear()
             state.update(self.init_state(group, param))
         return state
 
     def _fits(self, group: Group, param: Tensor) -> bool:
-        """Whether a parameter's state is of its present device and dtype."""
-        kinds = state_kinds(self, group, param)
-        return all(
-            (x.shape, x.dtype) == kinds[name] and (name in ON_HOST or x.device == param.device)
-            for name, x in self.state[param].items()
-        )
+        """Whether a parameter's state is of its present device, dtype and options."""
+        state, kinds = self.state[param], state_kinds(self, group, param)
+        is_here = (x.device == param.device for name, x in state.items() if name not in ON_HOST)
+        return {name: (x.shape, x.dtype) for name, x in state.items()} == kinds and all(is_here)
 
     def init_state(self, group: Group, like: Tensor) -> dict[str, Tensor]:
         """A parameter's state before its first step: zeros, and no P.
@@ -565,9 +565,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         rate = rate if lift.linear else rate * lr
         own = of_prefix(state, LIFT_PREFIX)
         lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own, side))
+        check_lift_state(lift, lifted.state, own)
         alpha, beta = self.coefficients(group, rate * lifted.scale)
         add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta)
-        check_lift_state(lift, lifted.state, own)
         for name, value in lifted.state.items():
             own[name].copy_(value)
         state["step"] += 1
@@ -884,7 +884,8 @@ def update_of(basis: Basis, lifted: Lifted) -> Tensor:
     if lifted.low_rank is None:
         if lifted.rest is None:
             raise ValueError("a lift returned neither a direction nor a rest: expected one of them")
-        update = lifted.rest
+        # `then` may write into its argument, and the rest may be the gradient.
+        update = lifted.rest if lifted.then is None else lifted.rest.clone()
     else:
         update = lift(basis, lifted.low_rank)
         if lifted.rest is not None:

@@ -609,6 +609,28 @@ def test_state_follows_what_changes_before_the_first_step(change: str) -> None:
     assert basis.shape == (16, 4 if change == "dtype" else 2)
 
 
+def test_state_follows_a_projection_that_changes_before_the_first_step() -> None:
+    net = model()
+    optimizer = osd_torch.make_optimizer(
+        net.named_parameters(), "galore_adamw", "continuous", lr=LR, rank=RANK, select=ALL
+    )
+    optimizer.param_groups[0]["proj_type"] = "std"
+    net["mlp"].grad = gradient_of(0, "mlp")
+    optimizer.step()
+    assert set(optimizer.state[net["mlp"]]) == {"step", "set_at", "basis", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_function_of_the_gradient_itself_leaves_it_alone() -> None:
+    net = model()
+    lift = GREEDY._replace(
+        apply=lambda direction, seen: Lifted(None, rest=seen.gradient, then=Tensor.sign_)
+    )
+    optimizer = toys(net, lift=lift)
+    net["mlp"].grad = gradient_of(0, "mlp")
+    optimizer.step()
+    assert torch.equal(net["mlp"].grad, gradient_of(0, "mlp"))
+
+
 # The classes with objects.
 
 
