@@ -342,7 +342,7 @@ def osd_muon(
     nesterov: bool = False,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask = None,
-    full_rank_learning_rate: ScalarOrSchedule | None = None,
+    full_lr: ScalarOrSchedule | None = None,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -376,7 +376,7 @@ def osd_muon(
       nesterov: Nesterov's momentum.
       weight_decay: Decoupled, times the learning rate, before the update.
       mask: What has weight decay, as in `osd_adamw`.
-      full_rank_learning_rate: Of what is not projected. None: `learning_rate`.
+      full_lr: Of what is not projected. None: `learning_rate`.
       b1: AdamW's, of what is not projected.
       b2: Likewise.
       eps: Likewise; added to the root of the second moment after the bias correction.
@@ -407,16 +407,16 @@ def osd_muon(
     Example:
       >>> import jax.numpy as jnp, osd_jax
       >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}, "norm": jnp.ones(16)}
-      >>> tx = osd_jax.osd_muon(0.02, rank=4, momentum=0.8, full_rank_learning_rate=0.01)
+      >>> tx = osd_jax.osd_muon(0.02, rank=4, momentum=0.8, full_lr=0.01)
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> osd_jax.projectors(state)["mlp/kernel"].shape
       (16, 4)
     """
-    full_lr = learning_rate if full_rank_learning_rate is None else full_rank_learning_rate
+    full_lr = learning_rate if full_lr is None else full_lr
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     if not callable(full_lr):
-        check_number("full_rank_learning_rate", full_lr)
+        check_number("full_lr", full_lr)
     check_betas(momentum=momentum, b1=b1, b2=b2)
     options: dict[str, Any] = {
         "steps": ns_steps,

@@ -145,7 +145,7 @@ class FactoredSecondMomentState(NamedTuple):
     v_col: optax.Updates
 
     def transported(self, changes: Any) -> Any:
-        """Refuses `transport_moments`, as no one can tell what the factors become."""
+        """Refuses `transport_moments`: the factors do not say what they are in another basis."""
         refuse_factored(type(self).__name__)
 
 

@@ -126,7 +126,7 @@ class _SubspaceFields(NamedTuple):
 
 
 class SubspaceState(_SubspaceFields):
-    """State of `scale_by_subspace`. A pytree, of which `side` is part of the structure.
+    """State of `scale_by_subspace`. A pytree; `side` is part of its structure.
 
     Attributes:
       count: int32 scalar, the steps taken: one for the whole tree, so that a refresh of P is one

@@ -150,7 +150,7 @@ class PublishedOptimizer(SubspaceOptimizer):
     """A subspace optimizer whose groups have their rules as objects, or by the release's names.
 
     A group with `rank` takes the keys of `Subspace`, and in place of `basis`, `lift` and `side`
-    these, of which `galore_torch` has the first three:
+    these, the first three as in `galore_torch`:
 
         update_proj_gap         steps between refreshes for the SVD kinds and `random`; for online
                                 PCA, P's step size is 1 / update_proj_gap times lr / peak lr (200)

@@ -2,8 +2,8 @@
 
 Whole weights (DDP). Every process holds all weights and all state. DDP averages the gradients; or
 nothing does, and `optimizer.reduce = mean_over_processes()` averages sketches in their place:
-R first, then A = G R^T with the averaged R, which is exact. The squared norm of an average is not
-to be had from its parts, and an estimate stands in (`sketch.as_in_subspace`). It scales the
+R first, then A = G R^T with the averaged R, which is exact. The squared norm of an average cannot
+be computed from its parts, and an estimate stands in (`sketch.as_in_subspace`). It scales the
 gradient of P: SGD notices, and a rule that is free of scale only where the estimate is off by
 another factor from one step to the next.
 

@@ -99,7 +99,7 @@ class Sketch(NamedTuple):
         self._each(scale)
 
     def part(self, share: float) -> Sketch:
-        """What this sketch of one part adds to that of a sum of which M is a `share`.
+        """What this sketch of one part, a `share` of a sum, adds to the sum's sketch.
 
         R's add up to the sum's. Of each statistic, the mean over the parts stands in, where each
         part is scaled up to a whole gradient by its share.

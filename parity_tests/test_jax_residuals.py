@@ -329,7 +329,7 @@ def test_with_a_schedule_the_rest_of_the_model_agrees_too(case: str) -> None:
         list(params.items()), lr=0.5, rank=3, select=selected, basis=RULES["online"][1], **full
     )
     with jax.enable_x64(True):
-        own = {"full_rank_learning_rate": lambda count: 0.005 * (1 + count)} if full else {}
+        own = {"full_lr": lambda count: 0.005 * (1 + count)} if full else {}
         tx = of_jax(
             lambda count: 0.01 * (1 + count), rank=3, select=selected, basis=RULES["online"][0],
             **own,
@@ -382,7 +382,7 @@ def test_muon_trains_the_rest_by_adamw_at_its_own_rate() -> None:
     params: Tree = {"mlp": draw(0)["w"], "norm": draw(1, (12,))["w"], "embed": draw(2)["w"]}
     mask = {"mlp": False, "norm": False, "embed": True}
     ours = osd_jax.osd_muon(
-        0.02, rank=3, full_rank_learning_rate=0.005, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1,
+        0.02, rank=3, full_lr=0.005, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1,
         mask=mask, basis=osd_jax.svd(3),
     )  # fmt: skip
     theirs = optax.adamw(0.005, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.1, mask=mask)
@@ -751,7 +751,7 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         "basis": osd_jax.online_pca(optax.adam(0.01), init="qr"),
     }  # fmt: skip
     tx = (
-        osd_jax.osd_muon(1e-3, full_rank_learning_rate=3e-3, **options)
+        osd_jax.osd_muon(1e-3, full_lr=3e-3, **options)
         if name == "muon"
         else osd_jax.osd_adamw(1e-3, lift=LIFTS[name], **options)
     )
@@ -791,8 +791,8 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         ),
         (lambda: osd_jax.osd_muon(0.1, rank=2, momentum=1.0), "momentum is 1.0: expected a number"),
         (
-            lambda: osd_jax.osd_muon(0.1, rank=2, full_rank_learning_rate=-1.0),
-            "full_rank_learning_rate is -1.0",
+            lambda: osd_jax.osd_muon(0.1, rank=2, full_lr=-1.0),
+            "full_lr is -1.0",
         ),
     ],
 )
