@@ -19,7 +19,7 @@ class Optimizer(NamedTuple):
     """What an optimizer's name stands for.
 
     Attributes:
-        rule: Of the weights: "adam", "adamw", "lion", "adafactor", "adam8bit" or "sgd".
+        rule: Of the weights: "adam", "adamw", "lion", "adafactor", "adam8bit", "sgd" or "muon".
         is_projected: Whether selected matrices are trained in a subspace, all else at full rank.
     """
 
@@ -32,12 +32,14 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "galore_lion": Optimizer("lion", is_projected=True),
     "galore_adafactor": Optimizer("adafactor", is_projected=True),
     "galore_adamw8bit": Optimizer("adam8bit", is_projected=True),
+    "osd_muon": Optimizer("muon", is_projected=True),
     "adam": Optimizer("adam"),
     "adamw": Optimizer("adamw"),
     "lion": Optimizer("lion"),
     "adafactor": Optimizer("adafactor"),
     "adam8bit": Optimizer("adam8bit"),
     "sgd": Optimizer("sgd"),
+    "muon": Optimizer("muon"),
 }
 
 
@@ -47,13 +49,14 @@ class Projection(NamedTuple):
     Attributes:
         side: The side of a weight (output, input) that P projects; "shorter" is input where both
             are equal.
-        basis: The basis rule: "svd" or "random" every `update_proj_gap` steps, or "online_pca".
-        rule: Of P's step, of online PCA.
+        basis: The basis rule: "svd", "random" or "gaussian" every `update_proj_gap` steps, or
+            "online_pca" or "oja", where P moves.
+        rule: Of P's step, where it moves.
         weight_decay: Of P, in the release.
     """
 
     side: Side
-    basis: Literal["svd", "random", "online_pca"]
+    basis: Literal["svd", "random", "gaussian", "online_pca", "oja"]
     rule: str = ""
     weight_decay: float = 0.0
 
@@ -65,17 +68,48 @@ PROJECTIONS: dict[str, Projection] = {
     "right": Projection("input", "svd"),
     "full": Projection("both", "svd"),
     "random": Projection("shorter", "random"),
+    "gaussian": Projection("shorter", "gaussian"),
     "continuous": Projection("shorter", "online_pca", "adam", weight_decay=0.01),
     "continuous_adam8bit": Projection("shorter", "online_pca", "adam8bit"),
     "continuous_lion": Projection("shorter", "online_pca", "lion"),
     "continuous_adafactor": Projection("shorter", "online_pca", "adafactor"),
     "continuous_sgd": Projection("shorter", "online_pca", "sgd"),
+    "oja": Projection("shorter", "oja", "sgd"),
 }
 
 SUBSPACE_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if x.is_projected)
 FULL_RANK_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if not x.is_projected)
 PROJ_TYPES = tuple(PROJECTIONS)
 LION_SIGNS = ("lifted", "subspace")
+MUON_SCALES = ("adamw", "muon", "none")
+MOMENTUM = 0.95  # Muon's, where none is given
+SECOND_MOMENTS = ("full", "row")
+FIRST_MOMENTS = ("full", "8bit")
+
+
+class Residual(NamedTuple):
+    """What a `residual` stands for: a lift that adds what P does not reach.
+
+    Attributes:
+        scale: Default of `residual_scale`; None: it does not read one.
+        reads_scale: Whether it reads `scale`, the factor on the lifted update.
+        limits: Whether it has a growth limiter.
+    """
+
+    scale: float | None = None
+    reads_scale: bool = True
+    limits: bool = False
+
+
+RESIDUALS: dict[str, Residual] = {
+    "none": Residual(),
+    "norm_ratio": Residual(limits=True),
+    "norm_ratio_released": Residual(limits=True),
+    "column_ema": Residual(0.4, reads_scale=False),
+    "gradient_only": Residual(limits=True),
+    "gradient_only_matrix": Residual(limits=True),
+    "sign": Residual(1.0),
+}
 MOVE_PROJECTOR = ("after", "before")
 
 
@@ -92,8 +126,9 @@ class Reader(NamedTuple):
 
 
 def is_online(optimizer: str, proj_type: str) -> bool:
-    """Whether P moves by online PCA."""
-    return OPTIMIZERS[optimizer].is_projected and PROJECTIONS[proj_type].basis == "online_pca"
+    """Whether P moves with the gradients, by online PCA or Oja's rule."""
+    moves = PROJECTIONS[proj_type].basis in ("online_pca", "oja")
+    return OPTIMIZERS[optimizer].is_projected and moves
 
 
 def _rule_is(*rules: str) -> Callable[[str, str], bool]:
@@ -101,24 +136,54 @@ def _rule_is(*rules: str) -> Callable[[str, str], bool]:
 
 
 _MOMENTS = Reader(
-    "galore_adamw, galore_adamw8bit or galore_lion (not Adafactor: its second moment is factored)",
-    lambda optimizer, _: optimizer in ("galore_adamw", "galore_lion", "galore_adamw8bit"),
+    "a subspace optimizer other than galore_adafactor, whose second moment is factored,",
+    lambda optimizer, _: OPTIMIZERS[optimizer].is_projected and optimizer != "galore_adafactor",
 )
-_ONLINE = Reader("online PCA (a galore_* optimizer with a continuous* proj_type)", is_online)
+_ONLINE = Reader("online PCA (a subspace optimizer with a continuous* proj_type) or oja", is_online)
+_PCA = Reader(
+    "online PCA (a subspace optimizer with a continuous* proj_type)",
+    lambda optimizer, proj_type: is_online(optimizer, proj_type) and proj_type != "oja",
+)
+_OWN_STEP = Reader(
+    "an optimizer of this project (sgd and adam8bit are torch's and bitsandbytes' own in PyTorch)",
+    lambda optimizer, _: optimizer not in ("sgd", "adam8bit"),
+)
 _LION = Reader("galore_lion", lambda optimizer, _: optimizer == "galore_lion")
 _ADAM = ("adam", "adamw", "adam8bit")
+_MUON = Reader("osd_muon or muon", _rule_is("muon"))
+# An optimizer at full rank takes what describes a subspace without reading it, as it takes a rank.
+_SCALED = Reader("a galore_* optimizer", lambda optimizer, _: optimizer != "osd_muon")
+_RESIDUAL = Reader(
+    "a galore_* optimizer, with one side projected (not full),",
+    lambda optimizer, proj_type: optimizer.startswith("galore_") and proj_type != "full",
+)
+_ROWS = Reader("galore_adamw, osd_muon, muon, adam or adamw", _rule_is("adam", "adamw", "muon"))
 
 # Options that some optimizers do not read, with their default and their readers.
 OPTIONS: dict[str, tuple[Any, Reader]] = {
-    "beta1": (None, Reader("Adam, Lion or Adafactor", _rule_is(*_ADAM, "lion", "adafactor"))),
-    "beta2": (None, Reader("Adam or Lion", _rule_is(*_ADAM, "lion"))),
-    "eps": (None, Reader("Adam", _rule_is(*_ADAM))),
+    "beta1": (
+        None,
+        Reader("Adam, Lion, Adafactor or Muon", _rule_is(*_ADAM, "lion", "adafactor", "muon")),
+    ),
+    "beta2": (None, Reader("Adam, Lion or Muon", _rule_is(*_ADAM, "lion", "muon"))),
+    "eps": (None, Reader("Adam or Muon", _rule_is(*_ADAM, "muon"))),
+    "momentum": (None, _MUON),
+    "nesterov": (False, _MUON),
+    "muon_scale": ("adamw", _MUON),
+    "ns_dtype": (None, _MUON),
+    "scale": (1.0, _SCALED),
+    "residual": ("none", _RESIDUAL),
+    "residual_scale": (None, _RESIDUAL),
+    "growth_limiter": (True, _RESIDUAL),
+    "second_moment": ("full", _ROWS),
+    "first_moment": ("full", _ROWS),
     "lion_sign": ("lifted", _LION),
     "transport_moments": (False, _MOMENTS),
+    "stochastic_rounding": (False, _OWN_STEP),
     "update_proj_every": (1, _ONLINE),
-    "penalty": (0.0, _ONLINE),
+    "penalty": (0.0, _PCA),
     "projector_lr_multiple": (None, _ONLINE),
-    "projector_weight_decay": (None, _ONLINE),
+    "projector_weight_decay": (None, _PCA),
     "peak_lr": (None, _ONLINE),
     "move_projector": ("after", _ONLINE),
     "projector_init": ("svd", _ONLINE),
@@ -135,6 +200,64 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: expected True or False")
+
+
+def check_muon(muon_scale: str, nesterov: bool, momentum: Any) -> None:
+    """Raises ValueError for options of Muon out of range, or that a momentum of 0 ignores.
+
+    Args:
+        muon_scale: A published name.
+        nesterov: Whether momentum is Nesterov's.
+        momentum: Its decay; one that is no plain number, such as a traced one, passes.
+    """
+    check_choice("muon_scale", muon_scale, MUON_SCALES)
+    check_flag("nesterov", nesterov)
+    if nesterov and isinstance(momentum, numbers.Number) and momentum == 0:
+        raise ValueError(
+            "nesterov is True: a momentum of 0 keeps no moment, so that it is not read; leave it "
+            "out, or give a momentum above 0"
+        )
+
+
+def check_residual(
+    residual: str,
+    residual_scale: float | None,
+    growth_limiter: bool,
+    scale: float,
+    scale_name: str = "scale",
+) -> None:
+    """Raises ValueError for an option that the residual's rule would silently ignore."""
+    check_choice("residual", residual, tuple(RESIDUALS))
+    check_flag("growth_limiter", growth_limiter)
+    rule = RESIDUALS[residual]
+    given = (
+        ("residual_scale", residual_scale, None, rule.scale is not None),
+        ("growth_limiter", growth_limiter, True, rule.limits),
+        (scale_name, scale, 1.0, rule.reads_scale),
+    )
+    for name, value, default, is_read in given:
+        is_plain = value is None or isinstance(value, (bool, numbers.Number))
+        if not is_read and is_plain and value != default:
+            raise ValueError(
+                f"{name} is {value!r}: residual {residual!r} does not read it; leave it out"
+            )
+
+
+def check_moments(second_moment: str, first_moment: str) -> None:
+    """Raises ValueError for unknown forms of the moments of embedding and head."""
+    check_choice("second_moment", second_moment, SECOND_MOMENTS)
+    check_choice("first_moment", first_moment, FIRST_MOMENTS)
+    if first_moment != "full" and second_moment != "row":
+        raise ValueError(
+            f"first_moment is {first_moment!r}: only second_moment 'row' reads it; leave it "
+            "out, or give both"
+        )
 
 
 def check_read(optimizer: str, proj_type: str, options: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from osd_jax.blockwise import quantize_state
 from osd_jax.layerwise import make_layerwise_train_step
 from osd_jax.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_jax.optimizers import make_optimizer, skipped_steps
-from osd_jax.projectors import BasisRule, Clock, gaussian, online_pca, random, svd
+from osd_jax.projectors import BasisRule, Clock, gaussian, oja, online_pca, random, svd
 from osd_jax.residuals import (
     add_gradient,
     column_ema,
@@ -19,6 +19,7 @@ from osd_jax.residuals import (
     orthogonalized,
     residual_sign,
 )
+from osd_jax.rules import scale_by_adam_of_rows
 from osd_jax.selection import select_linear
 from osd_jax.sketch import (
     COLUMN_ENERGIES,
@@ -62,6 +63,7 @@ __all__ = [
     "make_layerwise_train_step",
     "make_optimizer",
     "norm_ratio",
+    "oja",
     "online_pca",
     "orthogonalized",
     "osd_adafactor",
@@ -73,6 +75,7 @@ __all__ = [
     "quantize_state",
     "random",
     "residual_sign",
+    "scale_by_adam_of_rows",
     "scale_by_subspace",
     "scaled",
     "select_linear",

@@ -153,7 +153,10 @@ def accumulate_sketches(
             return updates, optax.tree.zeros_like(held), inner
 
         def wait(held: Held, inner: optax.OptState) -> Any:
-            return optax.tree.zeros_like(grads), held, inner
+            # In the updates' dtypes, which are not the gradients' where weights are rounded by
+            # chance.
+            like = jax.eval_shape(step, held, inner)[0]
+            return jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), grads, like), held, inner
 
         is_last = state.mini_step == every_k - 1
         updates, held, inner = jax.lax.cond(is_last, step, wait, held, inner)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from osd_jax.blockwise import Rounding
 from osd_jax.lift import Lift, scaled
 from osd_jax.numerics import check_number, check_object, check_static
 from osd_jax.optimizers import (
@@ -25,19 +26,28 @@ from osd_jax.optimizers import (
     adafactor_rule,
     adam8bit_rule,
     adamw_rule,
+    apart,
     check_betas,
     composed,
     decaying,
+    descending,
     lion_rule,
     muon_rule,
+    scale_by_momentum,
 )
 from osd_jax.projectors import BasisRule, online_pca
 from osd_jax.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
-from osd_jax.rules import scale_by_adam_of_age
+from osd_jax.rules import scale_by_adam_of_age, scale_by_adam_of_rows
 from osd_jax.selection import LinearSelection, Select
-from osd_jax.subspace import DimensionNumbers, Side, SubspaceTransformation
+from osd_jax.subspace import (
+    DimensionNumbers,
+    Side,
+    SubspaceTransformation,
+    check_basis_dtype,
+)
 from osd_jax.transport import Transport
 from osd_jax.transport import transport_moments as follow_basis
+from osd_names import check_flag, check_moments, check_muon
 
 ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -52,12 +62,15 @@ STATIC_ARGUMENTS = (
     "select",
     "dimension_numbers",
     "transport_moments",
+    "stochastic_rounding",
     "basis_dtype",
     "seed",
 )
 MUON_STATIC_ARGUMENTS = (
     *STATIC_ARGUMENTS,
     "nesterov",
+    "second_moment",
+    "first_moment",
     "ns_steps",
     "ns_coefficients",
     "ns_dtype",
@@ -72,6 +85,8 @@ def osd_adamw(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
+    second_moment: str = "full",
+    first_moment: str = "full",
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask = None,
     basis: BasisRule | None = None,
@@ -80,6 +95,7 @@ def osd_adamw(
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -93,6 +109,9 @@ def osd_adamw(
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
+      second_moment: Of matrices that are not projected: "full", or "row", one number for each entry
+        of the longer axis; see `scale_by_adam_of_rows`.
+      first_moment: Of these with "row": "full", or "8bit".
       weight_decay: Decoupled, times the learning rate, after the update.
       mask: A tree of bool like the parameters, or a function from them to one: what has weight
         decay. None: all.
@@ -106,8 +125,10 @@ def osd_adamw(
         knows, or else 2-D arrays are (input, output).
       transport_moments: Whether moments follow P where it changes; see
         `osd_jax.transport_moments`.
+      stochastic_rounding: Whether weights in bfloat16 are rounded up or down by chance, so that the
+        mean is the weight in float32; see `make_optimizer`.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
-      seed: Of rules that draw.
+      seed: Of rules that draw, and of stochastic rounding.
 
     Returns:
       An Optax transformation as `make_optimizer` returns it: `update` needs `params`, and a step
@@ -133,10 +154,17 @@ def osd_adamw(
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
     shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
-    )
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
+        stochastic_rounding, basis_dtype, seed,
+    )  # fmt: skip
+    rule = adamw_rule(learning_rate, b1, b2, eps, linear=is_linear(lift))
+    check_moments(second_moment, first_moment)
+    if second_moment == "row":
+        by_rows = scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
+        others = adamw_rule(learning_rate)._replace(low_rank=descending(by_rows, learning_rate))
+        rule = apart(rule, others, functools.partial(decaying, weight_decay, mask))
     return _composed(
-        adamw_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
+        rule,
         shared,
         _following(transport_moments, b1, b2),
     )
@@ -157,6 +185,7 @@ def osd_adamw8bit(
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -176,6 +205,7 @@ def osd_adamw8bit(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether moments follow P where it changes.
+      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -196,8 +226,9 @@ def osd_adamw8bit(
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
     shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
-    )
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
+        stochastic_rounding, basis_dtype, seed,
+    )  # fmt: skip
     return _composed(
         adam8bit_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
         shared,
@@ -219,6 +250,7 @@ def osd_lion(
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -240,6 +272,7 @@ def osd_lion(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether the moment follows P where it changes.
+      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -260,8 +293,9 @@ def osd_lion(
     check_rates(learning_rate, weight_decay, rank)
     check_betas(b1=b1, b2=b2)
     shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
-    )
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
+        stochastic_rounding, basis_dtype, seed,
+    )  # fmt: skip
     return _composed(
         lion_rule(learning_rate, b1, b2, sign="lifted" if lift is None else "subspace"),
         shared,
@@ -282,6 +316,7 @@ def osd_adafactor(
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -299,6 +334,7 @@ def osd_adafactor(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Refused: a factored second moment cannot follow P.
+      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -325,8 +361,9 @@ def osd_adafactor(
             "use another optimizer, or leave it out"
         )
     shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
-    )
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
+        stochastic_rounding, basis_dtype, seed,
+    )  # fmt: skip
     return _composed(
         adafactor_rule(learning_rate, b1, linear=is_linear(lift)),
         shared,
@@ -346,6 +383,8 @@ def osd_muon(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    second_moment: str = "full",
+    first_moment: str = "full",
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     ns_dtype: jax.typing.DTypeLike | None = None,
@@ -356,6 +395,7 @@ def osd_muon(
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
@@ -380,6 +420,9 @@ def osd_muon(
       b1: AdamW's, of what is not projected.
       b2: Likewise.
       eps: Likewise; added to the root of the second moment after the bias correction.
+      second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
+        longer axis; see `scale_by_adam_of_rows`.
+      first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
       ns_steps: Steps of Newton-Schulz.
       ns_coefficients: Its polynomial.
       ns_dtype: That it runs in; None: float32 or float64.
@@ -391,6 +434,7 @@ def osd_muon(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether the momentum follows P where it changes.
+      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -418,6 +462,8 @@ def osd_muon(
     if not callable(full_lr):
         check_number("full_lr", full_lr)
     check_betas(momentum=momentum, b1=b1, b2=b2)
+    check_muon(muon_scale, nesterov, momentum)
+    check_basis_dtype(ns_dtype, "ns_dtype")
     options: dict[str, Any] = {
         "steps": ns_steps,
         "coefficients": ns_coefficients,
@@ -431,20 +477,20 @@ def osd_muon(
         )
     by_us = orthogonalized(add_gradient(), **options)
     shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers, basis_dtype, seed
-    )
+        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
+        stochastic_rounding, basis_dtype, seed,
+    )  # fmt: skip
     return _composed(
         muon_rule(
             learning_rate,
             full_lr,
             functools.partial(decaying, weight_decay, mask),
             by_us,
-            momentum=momentum,
-            nesterov=nesterov,
-            adam=(b1, b2, eps),
+            trace=scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit"),
+            adam=_adam_of_others(b1, b2, eps, second_moment, first_moment),
         ),
         shared,
-        _following(transport_moments, b1, b2),
+        _following(transport_moments, b1, b2, rounding="nearest"),
     )
 
 
@@ -459,6 +505,7 @@ class Shared(NamedTuple):
     side: Side
     select: Select | None
     dimension_numbers: DimensionNumbers
+    stochastic_rounding: bool
     basis_dtype: Any
     seed: int
 
@@ -470,6 +517,7 @@ def _composed(
         check_object("basis", shared.basis, BasisRule, "online_pca(optax.adam(5e-3))", "None or a")
     if shared.lift is not None:
         check_object("lift", shared.lift, Lift, "scaled(0.25)", "None or a")
+    check_flag("stochastic_rounding", shared.stochastic_rounding)
     select, numbers = shared.select, shared.dimension_numbers
     if select is not None and not callable(select):
         raise ValueError(
@@ -490,13 +538,25 @@ def _composed(
         seed=shared.seed,
         basis_dtype=shared.basis_dtype,
         transport=transport,
+        stochastic_rounding=shared.stochastic_rounding,
     )
 
 
-def _following(transport_moments: Any, b1: Any, b2: Any) -> Transport | None:
-    if not isinstance(transport_moments, bool):
-        raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
-    return follow_basis(b1, b2) if transport_moments else None
+def _following(
+    transport_moments: Any, b1: Any, b2: Any, rounding: Rounding = "table"
+) -> Transport | None:
+    check_flag("transport_moments", transport_moments)
+    return follow_basis(b1, b2, rounding=rounding) if transport_moments else None
+
+
+def _adam_of_others(
+    b1: Any, b2: Any, eps: Any, second_moment: str, first_moment: str
+) -> optax.GradientTransformation:
+    """Adam for what is not projected."""
+    check_moments(second_moment, first_moment)
+    if second_moment == "full":
+        return optax.scale_by_adam(b1, b2, eps)
+    return scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
 
 
 def is_linear(lift: Any) -> bool:

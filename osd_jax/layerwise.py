@@ -245,6 +245,9 @@ def make_layerwise_train_step(
     Same losses and weights as `osd_jax.train.make_train_step` with `remat`: to rounding with one
     micro-batch, clipped or not; with several, as that step with `accumulate="sketches"`.
 
+    The optimizer gets the layer's index as the extra argument `layer`, by which stochastic rounding
+    draws the bits of the plain step.
+
     Where the step does not wait, a gradient that is not finite skips its own parameter of a layer,
     as those of earlier layers mostly will be too, while later layers have moved. Where it waits,
     or where the loss is not finite, all are skipped. Either way it is one skipped step.
@@ -327,9 +330,12 @@ def make_layerwise_train_step(
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch, not clipped: each layer moves within the backward pass."""
         optimizer = _LayerOptimizer(tx, state.params, state.opt_state)
+        update = optax.with_extra_args_support(tx).update
 
-        def step(part: optax.Params, grads: optax.Params, part_state: optax.OptState) -> Any:
-            updates, part_state = tx.update(grads, part_state, part)
+        def step(
+            part: optax.Params, grads: optax.Params, part_state: optax.OptState, **extra_args: Any
+        ) -> Any:
+            updates, part_state = update(grads, part_state, part, **extra_args)
             return optax.apply_updates(part, updates), part_state
 
         def visit(layers: _Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
@@ -340,7 +346,7 @@ def make_layerwise_train_step(
                 part = unflatten_dict({key: _take(layers.weights[key], index)})
                 g = unflatten_dict({key: g})
                 found |= measured(measure, g, old)
-                part, new = step(part, g, old)
+                part, new = step(part, g, old, layer=index)
                 layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, (squares, found)
 
@@ -417,7 +423,7 @@ def make_layerwise_train_step(
                 old = optimizer.state(layers, index, key)
                 part = unflatten_dict({key: _take(stacked, index)})
                 held = unflatten_dict({key: scaled(_take(layers.held[key], index), factor)})
-                updates, new = parts.apply(held, old, part)
+                updates, new = parts.apply(held, old, part, layer=index)
                 part = optax.apply_updates(part, updates)
                 layers = _moved(optimizer.store(layers, index, old, new), index, part)
             return layers, None

@@ -22,6 +22,59 @@ def float32_or_more(array: jax.Array) -> jax.Array:
     return array.astype(accumulator_dtype(array.dtype))
 
 
+# A float32 in bits: all but its sign; an infinity, above which are NaNs; what makes a NaN quiet, in
+# the upper half, which is a bfloat16.
+MAGNITUDE, INFINITY, QUIET = 0x7FFFFFFF, 0x7F800000, 0x0040
+
+
+def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """Rounds float32 to bfloat16, up or down, so that the mean over the bits is x itself.
+
+    A bfloat16 is the upper half of a float32. Adding the bits to the lower half carries into the
+    upper one with the probability that the lower half is of its range. So a number that bfloat16
+    holds stays as it is, subnormal ones too. Infinities and NaN stay what they are, and a finite
+    number beyond the largest bfloat16 becomes that one.
+
+    Args:
+      x: float32.
+      bits: Of x's shape, whole numbers in [0, 65536), each equally probable; see `random_bits`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.full(4, 1 + 2**-9)  # bfloat16 holds 1 and 1 + 2**-7
+      >>> round_stochastically(x, jnp.array([0, 2**14, 3 * 2**14 - 1, 3 * 2**14])).tolist()
+      [1.0, 1.0, 1.0, 1.0078125]
+    """
+    word = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = word + bits.astype(jnp.uint32)
+    is_kept = ((word & INFINITY) == INFINITY) | ((rounded & INFINITY) == INFINITY)
+    half = jnp.where(is_kept, word, rounded) >> 16
+    half = jnp.where((word & MAGNITUDE) > INFINITY, half | QUIET, half)
+    return jax.lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16)
+
+
+def random_bits(
+    key: jax.Array, shape: tuple[int, ...], first: jax.typing.ArrayLike = 0
+) -> jax.Array:
+    """16 random bits for each number of an array, uint16, drawn for each index of its first axis.
+
+    Args:
+      key: Of `jax.random`.
+      shape: Of the array.
+      first: Index of the array's first slice, where it is a part of a longer one.
+
+    Example:
+      >>> import jax
+      >>> bits = random_bits(jax.random.key(0), (4, 3))
+      >>> bool((random_bits(jax.random.key(0), (2, 3), first=1) == bits[1:3]).all())
+      True
+    """
+    if not shape:
+        return jax.random.bits(key, dtype=jnp.uint16)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(shape[0]))
+    return jax.vmap(lambda key: jax.random.bits(key, shape[1:], jnp.uint16))(keys)
+
+
 def squared_norm(matrix: jax.Array) -> jax.Array:
     """||M||_F^2: (..., p, q) -> (...,), in float32 or float64."""
     return jnp.sum(jnp.square(float32_or_more(matrix)), axis=(-2, -1))
@@ -30,6 +83,17 @@ def squared_norm(matrix: jax.Array) -> jax.Array:
 def has_direction(squared_norm: jax.Array) -> jax.Array:
     """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
     return (squared_norm >= jnp.finfo(squared_norm.dtype).tiny) & jnp.isfinite(squared_norm)
+
+
+def bias_correction(count: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
+    """`1 - b^t`, by which a moving average is short of a mean after t = `count` steps.
+
+    In float32, b2 itself and b2^t round to a step of 6e-8, against 1 - b2 = 1e-3. So it is
+    `-expm1(t log b)`, with the logarithm of a plain number taken in double precision.
+    """
+    if isinstance(b, jax.Array):
+        return -jnp.expm1(count * jnp.log(b))
+    return -jnp.expm1(count * (math.log(b) if b else -math.inf))  # type: ignore[arg-type]
 
 
 def any_of(tree: Any) -> jax.Array:

@@ -19,8 +19,18 @@ import optax
 
 from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
 from osd_jax.lift import Lift, scaled, sign_after_lift
-from osd_jax.numerics import check_number, check_static, known_zero
-from osd_jax.projectors import PROJECTOR_INITS, BasisRule, online_pca, random, svd
+from osd_jax.numerics import accumulator_dtype, check_number, check_static, known_zero
+from osd_jax.projectors import PROJECTOR_INITS, BasisRule, gaussian, oja, online_pca, random, svd
+from osd_jax.residuals import (
+    add_gradient,
+    column_ema,
+    gradient_only,
+    norm_ratio,
+    orthogonalize,
+    orthogonalized,
+    residual_sign,
+)
+from osd_jax.rounding import round_updates
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
@@ -32,6 +42,7 @@ from osd_jax.rules import (
     on_matrices,
     scale_by_adafactor,
     scale_by_adam_of_age,
+    scale_by_adam_of_rows,
     scale_by_adam_uncorrected_eps,
     scale_by_factored_second_moment,
     scale_by_raw_adam,
@@ -68,14 +79,20 @@ from osd_jax.trees import (
 from osd_names import (
     FULL_RANK_OPTIMIZERS,
     LION_SIGNS,
+    MOMENTUM,
     MOVE_PROJECTOR,
     OPTIMIZERS,
     PROJ_TYPES,
     PROJECTIONS,
+    RESIDUALS,
     SUBSPACE_OPTIMIZERS,
     check_choice,
+    check_flag,
+    check_moments,
+    check_muon,
     check_names,
     check_read,
+    check_residual,
 )
 
 __all__ = [
@@ -90,6 +107,7 @@ STATIC_ARGUMENTS = (
     "update_proj_gap",
     "update_proj_every",
     "no_decay",
+    "ns_dtype",
     "select",
     "dimension_numbers",
     "basis_dtype",
@@ -102,6 +120,7 @@ def make_optimizer(
     proj_type: str = "std",
     *,
     learning_rate: jax.typing.ArrayLike,
+    full_lr: jax.typing.ArrayLike | None = None,
     schedule: Schedule | None = None,
     rank: int = 128,
     update_proj_gap: int = 200,
@@ -112,6 +131,15 @@ def make_optimizer(
     beta1: float | None = None,
     beta2: float | None = None,
     eps: float | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+    muon_scale: str = "adamw",
+    ns_dtype: jax.typing.DTypeLike | None = None,
+    residual: str = "none",
+    residual_scale: float | None = None,
+    growth_limiter: bool = True,
+    second_moment: str = "full",
+    first_moment: str = "full",
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     seed: int = 0,
@@ -124,6 +152,7 @@ def make_optimizer(
     projector_init: str = "svd",
     slice_size: int | None = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
 ) -> SubspaceTransformation:
     """Builds an optimizer by its published name.
 
@@ -133,12 +162,16 @@ def make_optimizer(
 
     Args:
       optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
-        parameters in a subspace, all else by the same rule at full rank; or `adam`, `adamw`,
-        `lion`, `adafactor`, `adam8bit` or `sgd`: everything at full rank.
+        parameters in a subspace, all else by the same rule at full rank; `osd_muon`: momentum in a
+        subspace, the whole gradient, their sum orthogonalized, all else by AdamW (see the function
+        `osd_muon`); or `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`: everything at
+        full rank; `muon`: selected parameters by Muon, all else by AdamW.
       proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD every
-        `update_proj_gap` steps), `random` (drawn as often), or online PCA by AdamW (`continuous`),
-        `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`, `continuous_sgd`.
+        `update_proj_gap` steps), `random` or `gaussian` (drawn as often), or online PCA by AdamW
+        (`continuous`), `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`,
+        `continuous_sgd`; or `oja`, a step of Oja's rule and a QR.
       learning_rate: The peak.
+      full_lr: That of parameters that are not selected. None: `learning_rate`.
       schedule: (step, from 0) -> factor on the learning rate and on P's step size. None: 1.
       rank: Columns of P; at most min(m, n) are used.
       update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA, P's
@@ -154,13 +187,27 @@ def make_optimizer(
         first moment for Adafactor.
       beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
       eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
+      momentum: Muon's. None: 0.95; 0: no moment is kept.
+      nesterov: Whether it is Nesterov's.
+      muon_scale: Of Muon's update, with which AdamW's rates carry over ("adamw"), or "muon" or
+        "none"; see `orthogonalized`.
+      ns_dtype: That Newton-Schulz runs in. None: float32 (float64 for float64 parameters).
+      residual: What of a gradient outside the subspace reaches the weights: `none`; Fira's
+        `norm_ratio`, or as its code computes it `norm_ratio_released`; Alice's `column_ema`;
+        APOLLO's `gradient_only` (with `gaussian`), or Mini's `gradient_only_matrix`; FRUGAL's
+        `sign`. See `osd_jax.residuals`. Lion's own sign is then taken in the subspace.
+      residual_scale: Its weight, of `column_ema` (None: 0.4) and `sign` (1).
+      growth_limiter: Whether it grows by at most 1 % a step, of `norm_ratio` and `gradient_only`.
+      second_moment: Of Adam, for matrices that are not selected: "full", or "row", one number for
+        each entry of the longer axis, so that an embedding has one for each word.
+      first_moment: With "row": "full", or "8bit"; then Muon's momentum is in 8 bits too.
       select: (path, parameter) -> whether it is projected, such as `select_linear(model)`. None:
         the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in their
         path, but no embeddings, tables, heads and routers. The log (`osd_jax`) says what was chosen
         and what was left.
       dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those that `select_linear`
         knows, or else 2-D arrays are (input, output).
-      seed: Of `random`.
+      seed: Of `random`, and of stochastic rounding.
       penalty: Weight of the orthogonality penalty in P's loss.
       projector_lr_multiple: P's step size as a multiple of W's, in place of `1 / update_proj_gap`.
       projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
@@ -174,6 +221,12 @@ def make_optimizer(
         sharded. None: all of them.
       transport_moments: Whether moments in the subspace follow P where it changes, as LDAdam's do
         (`osd_jax.transport_moments`); not with `galore_adafactor`.
+      stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down by
+        chance, so that the mean is the float32 value: updates that are smaller than a weight's
+        spacing are not lost. The random bits follow from the seed, the parameter's name and the
+        step, so that a resumed run repeats them. The updates of such weights are float32, for
+        `optax.apply_updates` to add and cast as they are (see `osd_jax.rounding`). Without effect
+        on float32 and float64. Not with `sgd` and `adam8bit`.
 
     Returns:
       An Optax transformation whose updates are added to the parameters. It needs `params` in
@@ -205,6 +258,7 @@ def make_optimizer(
         ("update_proj_gap", update_proj_gap),
         ("update_proj_every", update_proj_every),
         ("no_decay", no_decay),
+        ("ns_dtype", ns_dtype),
         ("select", select),
         ("dimension_numbers", dimension_numbers),
         ("basis_dtype", basis_dtype),
@@ -239,6 +293,8 @@ def make_optimizer(
             "schedule's factor on it goes to schedule="
         )
     check_number("learning_rate", learning_rate)
+    if full_lr is not None:
+        check_number("full_lr", full_lr)
     check_number("scale", scale)
     check_number("weight_decay", weight_decay)
     check_number("penalty", penalty)
@@ -248,11 +304,13 @@ def make_optimizer(
         check_number("projector_weight_decay", projector_weight_decay)
     given = {k: x for k, x in (("beta1", beta1), ("beta2", beta2)) if x is not None}
     check_betas("None or a number in [0, 1)", **given)
+    if momentum is not None:
+        check_betas(momentum=momentum)
     if eps is not None:
         check_number("eps", eps)
     check_basis_dtype(basis_dtype)
-    if not isinstance(transport_moments, bool):
-        raise ValueError(f"transport_moments is {transport_moments!r}: expected True or False")
+    check_flag("transport_moments", transport_moments)
+    check_flag("stochastic_rounding", stochastic_rounding)
     check_read(
         optimizer,
         proj_type,
@@ -260,8 +318,19 @@ def make_optimizer(
             "beta1": beta1,
             "beta2": beta2,
             "eps": eps,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "muon_scale": muon_scale,
+            "ns_dtype": None if ns_dtype is None else str(ns_dtype),
+            "scale": scale,
+            "residual": residual,
+            "residual_scale": residual_scale,
+            "growth_limiter": growth_limiter,
+            "second_moment": second_moment,
+            "first_moment": first_moment,
             "lion_sign": lion_sign,
             "transport_moments": transport_moments,
+            "stochastic_rounding": stochastic_rounding,
             "update_proj_every": update_proj_every,
             "penalty": penalty,
             "projector_lr_multiple": projector_lr_multiple,
@@ -271,28 +340,75 @@ def make_optimizer(
         },
     )
 
+    momentum = MOMENTUM if momentum is None else momentum
+    check_muon(muon_scale, nesterov, momentum)
+    check_basis_dtype(ns_dtype, "ns_dtype")
+    check_residual(residual, residual_scale, growth_limiter, scale)
+    if residual_scale is not None:
+        check_number("residual_scale", residual_scale)
+    check_moments(second_moment, first_moment)
+
     if dimension_numbers is None and isinstance(select, LinearSelection):
         dimension_numbers = select.dimension_numbers
     factor = schedule or (lambda count: 1.0)
-    lr = lambda count: learning_rate * factor(count)
+    at_rate = lambda peak: lambda count: peak * factor(count)
+    lr = at_rate(learning_rate)
     kind, is_projected = OPTIMIZERS[optimizer]
     mask = None if no_decay is None else _chosen(lambda name, x: not no_decay(name, x))
     decay = functools.partial(decaying, weight_decay, mask)
     betas = _betas(kind, beta1, beta2)
+    own_eps = 1e-6 if optimizer == "galore_adamw" else 1e-8
+    adam = (*betas, own_eps if eps is None else eps)
+    by_rows = functools.partial(scale_by_adam_of_rows, *adam, first_8bit=first_moment == "8bit")
+    newton_schulz: dict[str, Any] = {"dtype": ns_dtype, "scale": muon_scale}
+    trace = scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit")
+    # What is not selected, at a rate of its own.
+    others_lr = lr if full_lr is None else at_rate(full_lr)
 
     if not is_projected:
-        eps = 1e-8 if eps is None else eps
-        tx = _full_rank(kind, lr, decay, betas, beta1, eps, dimension_numbers, slice_size)
-        return in_parts(guarded(in_float32(tx)), None)
+        rounding_seed = seed if stochastic_rounding else None
+        full_rank = functools.partial(
+            _full_rank,
+            decay=decay, adam=adam, beta1=beta1, dimension_numbers=dimension_numbers,
+            slice_size=slice_size,
+        )  # fmt: skip
+        if kind == "muon":
+            selected = _full_rank_muon(lr, decay, trace, dimension_numbers, newton_schulz)
+            tx = full_rank("adamw", others_lr, by_rows if second_moment == "row" else None)
+            tx = _by_selection(selected, tx, select, dimension_numbers)
+        elif full_lr is None and second_moment == "full":
+            tx = full_rank(kind, lr)
+        else:
+            others = full_rank(kind, others_lr, by_rows if second_moment == "row" else None)
+            tx = _by_selection(full_rank(kind, lr), others, select, dimension_numbers)
+        return in_parts(guarded(in_float32(tx), rounding_seed=rounding_seed), None)
 
-    if kind == "adamw":
-        rule = adamw_rule(lr, *betas, 1e-6 if eps is None else eps)
-    elif kind == "adam8bit":
-        rule = adam8bit_rule(lr, *betas, 1e-8 if eps is None else eps, slice_size=slice_size)
-    elif kind == "lion":
-        rule = lion_rule(lr, *betas, sign=lion_sign)
+    own_scale = RESIDUALS[residual].scale if residual_scale is None else residual_scale
+    lift = RESIDUAL_LIFTS[residual](scale, own_scale, growth_limiter)
+    linear = lift is None or lift.linear
+
+    def rule_at(lr: Any, linear: bool) -> WeightRule:
+        if kind == "adamw":
+            return adamw_rule(lr, *adam, linear=linear)
+        if kind == "adam8bit":
+            return adam8bit_rule(lr, *adam, slice_size=slice_size, linear=linear)
+        if kind == "lion":
+            return lion_rule(lr, *betas, sign="subspace" if lift else lion_sign)
+        return adafactor_rule(lr, beta1, linear=linear)
+
+    if kind == "muon":
+        rule = muon_rule(
+            lr, others_lr, decay, orthogonalized(add_gradient(), **newton_schulz),
+            trace=trace,
+            adam=by_rows() if second_moment == "row" else optax.scale_by_adam(*adam),
+        )  # fmt: skip
+    elif full_lr is None and second_moment == "full":
+        rule = rule_at(lr, linear)
     else:
-        rule = adafactor_rule(lr, beta1)
+        others_rule = rule_at(others_lr, True)
+        if second_moment == "row":
+            others_rule = WeightRule(descending(by_rows(), others_lr), _decay_after(others_lr))
+        rule = apart(rule_at(lr, linear), others_rule, decay)
 
     def projector_step_size(count: Any) -> Any:
         step = update_proj_every * (count + 1)  # of W, where OptimizerP has taken `count` steps
@@ -300,6 +416,7 @@ def make_optimizer(
             return factor(step) / update_proj_gap
         return projector_lr_multiple * lr(step)
 
+    rounding: Any = "nearest" if kind == "muon" else "table"
     projector = _projector(
         proj_type,
         gap=update_proj_gap,
@@ -314,14 +431,15 @@ def make_optimizer(
         rule,
         projector,
         rank=rank,
-        lift=rule.lift or scaled(scale),
+        lift=lift or rule.lift or scaled(scale),
         decay=decay,
         side=PROJECTIONS[proj_type].side,
         select=select,
         dimension_numbers=dimension_numbers,
         seed=seed,
         basis_dtype=basis_dtype,
-        transport=follow_basis(*betas) if transport_moments else None,
+        transport=follow_basis(*betas, rounding=rounding) if transport_moments else None,
+        stochastic_rounding=stochastic_rounding,
     )
 
 
@@ -368,6 +486,7 @@ def composed(
     seed: int,
     basis_dtype: jax.typing.DTypeLike | None,
     transport: Transport | None,
+    stochastic_rounding: bool,
 ) -> SubspaceTransformation:
     """A rule of W in a subspace for what is selected, and at full rank for all else."""
     subspace = scale_by_subspace(
@@ -386,12 +505,16 @@ def composed(
     full_rank = rule.full_rank or rule.low_rank
     if rule.reads_matrices:
         full_rank = on_matrices(full_rank, dimension_numbers)
-    else:
+    if rule.after_full_rank:  # outside of what folds parameters to matrices: masks see their shapes
+        full_rank = rule.after_full_rank(full_rank)
+    if rule.after_full_rank or not rule.reads_matrices:
         full_rank = in_float32(full_rank)
     projected = rule.after_lift(subspace) if rule.after_lift else subspace
     transforms = {"subspace": projected, "full": full_rank}
     tx = optax.chain(optax.partition(transforms, labels), rule.finish(decay))
-    return in_parts(guarded(tx, _announcer(select, dimension_numbers, rank)), subspace)
+    announce = _announcer(select, dimension_numbers, rank)
+    rounding_seed = seed if stochastic_rounding else None
+    return in_parts(guarded(tx, announce, rounding_seed=rounding_seed), subspace)
 
 
 class WeightRule(NamedTuple):
@@ -406,6 +529,7 @@ class WeightRule(NamedTuple):
       full_rank: Of parameters that are not projected. None: `low_rank`.
       after_lift: (the subspace's transformation) -> it with what follows it there alone. None:
         nothing.
+      after_full_rank: The same for `full_rank`.
     """
 
     low_rank: optax.GradientTransformation
@@ -414,9 +538,11 @@ class WeightRule(NamedTuple):
     lift: Lift | None = None
     full_rank: optax.GradientTransformation | None = None
     after_lift: AfterLift | None = None
+    after_full_rank: AfterLift | None = None
 
 
-def _descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
+def descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
+    """A rule with its learning rate."""
     # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
     return optax.chain(tx, optax.scale_by_learning_rate(lr))
 
@@ -434,10 +560,27 @@ def adamw_rule(
     """
     if linear:
         tx = scale_by_adam_uncorrected_eps(b1, b2, eps)
-        return WeightRule(_descending(tx, lr), _decay_after(lr))
+        return WeightRule(descending(tx, lr), _decay_after(lr))
     correct, descend = correct_adam_bias(b1, b2), optax.scale_by_learning_rate(lr)
     finish = lambda decay: optax.chain(correct, descend, _decay_after(lr)(decay))
     return WeightRule(scale_by_raw_adam(b1, b2, eps), finish)
+
+
+def apart(own: WeightRule, others: WeightRule, decay: Decay) -> WeightRule:
+    """A rule whose other half, for what is not projected, is another rule's.
+
+    Args:
+      own: Of what is projected.
+      others: Of all else.
+      decay: What decays.
+    """
+    after_lift = own.after_lift or (lambda subspace: subspace)
+    return own._replace(
+        finish=lambda decay: optax.identity(),
+        full_rank=others.full_rank or others.low_rank,
+        after_full_rank=lambda rest: optax.chain(rest, others.finish(decay)),
+        after_lift=lambda subspace: optax.chain(after_lift(subspace), own.finish(decay)),
+    )
 
 
 def adam8bit_rule(
@@ -452,7 +595,7 @@ def adam8bit_rule(
     """AdamW with 8-bit moments; with a lift that is not linear, the learning rate follows it."""
     tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
     if linear:
-        return WeightRule(_descending(tx, lr), _decay_after(lr), reads_matrices=True)
+        return WeightRule(descending(tx, lr), _decay_after(lr), reads_matrices=True)
     descend = optax.scale_by_learning_rate(lr)
     finish = lambda decay: optax.chain(descend, _decay_after(lr)(decay))
     return WeightRule(tx, finish, reads_matrices=True)
@@ -493,7 +636,13 @@ def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> Weight
 
 
 def muon_rule(
-    lr: Any, full_lr: Any, decay: Decay, lift: Lift, *, momentum: Any, nesterov: bool, adam: Any
+    lr: Any,
+    full_lr: Any,
+    decay: Decay,
+    lift: Lift,
+    *,
+    trace: optax.GradientTransformation,
+    adam: optax.GradientTransformation,
 ) -> WeightRule:
     """Momentum in the subspace, AdamW elsewhere at a rate of its own; weight decay before both.
 
@@ -502,18 +651,52 @@ def muon_rule(
       full_lr: That of all else.
       decay: What decays.
       lift: Such as an orthogonalized one.
-      momentum: Decay of the momentum.
-      nesterov: Whether it is Nesterov's.
-      adam: b1, b2 and eps.
+      trace: The momentum; see `scale_by_momentum`.
+      adam: The rule of all else.
     """
-    decayed = lambda tx, lr: optax.chain(_descending(tx, lr), decay(decay_before_update, lr))
+    decayed = lambda tx, lr: optax.chain(descending(tx, lr), decay(decay_before_update, lr))
     return WeightRule(
-        optax.trace(momentum, nesterov),
+        trace,
         lambda decay: optax.identity(),
         lift=lift,
-        full_rank=decayed(optax.scale_by_adam(*adam), full_lr),
+        full_rank=decayed(adam, full_lr),
         after_lift=lambda subspace: decayed(subspace, lr),
     )
+
+
+def scale_by_momentum(
+    momentum: Any, nesterov: bool, *, in_8bit: bool = False
+) -> optax.GradientTransformation:
+    """`optax.trace`, without a moment where the momentum is 0, or with one in 8 bits."""
+    if known_zero(momentum):
+        return optax.identity()
+    trace = optax.trace(momentum, nesterov)
+    return in_float32(quantize_state(trace, rounding="nearest")) if in_8bit else trace
+
+
+def _full_rank_muon(
+    lr: Any,
+    decay: Decay,
+    trace: optax.GradientTransformation,
+    dimension_numbers: DimensionNumbers,
+    options: dict[str, Any],
+) -> optax.GradientTransformation:
+    """Muon: momentum, orthogonalized; weight decay before the update."""
+    by_us = lambda x: orthogonalize(x, "input", **options)
+    orthogonal = optax.stateless(lambda updates, params: jax.tree.map(by_us, updates))
+    tx = on_matrices(optax.chain(trace, orthogonal), dimension_numbers)
+    return optax.chain(descending(tx, lr), decay(decay_before_update, lr))
+
+
+def _by_selection(
+    selected: optax.GradientTransformation,
+    others: optax.GradientTransformation,
+    select: Select | None,
+    dimension_numbers: DimensionNumbers,
+) -> optax.GradientTransformation:
+    """One transformation for the parameters that are selected, another for all else."""
+    labels = _labels(select, dimension_numbers)
+    return optax.partition({"subspace": selected, "full": others}, labels)
 
 
 def _in_8bit(
@@ -526,27 +709,42 @@ def _in_8bit(
 def _full_rank(
     kind: str,
     lr: Schedule,
+    by_rows: Callable[[], optax.GradientTransformation] | None = None,
+    *,
     decay: Decay,
-    betas: tuple[Any, Any],
+    adam: tuple[Any, Any, Any],
     beta1: Any,
-    eps: Any,
     dimension_numbers: DimensionNumbers,
     slice_size: int | None,
 ) -> optax.GradientTransformation:
+    """A rule at full rank.
+
+    Args:
+      kind: As in `osd_names.Optimizer`.
+      lr: Learning rate.
+      by_rows: Makes what stands in for Adam.
+      decay: What decays.
+      adam: b1, b2 and eps.
+      beta1: Adafactor's.
+      dimension_numbers: Matrix axes.
+      slice_size: See `make_optimizer`.
+    """
     descend = optax.scale_by_learning_rate(lr)
     l2 = decay(_l2, lr)
     match kind:
         case "adam":  # torch.optim.Adam: L2 on the gradient
-            return optax.chain(l2, optax.scale_by_adam(*betas, eps), descend)
+            return optax.chain(l2, by_rows() if by_rows else optax.scale_by_adam(*adam), descend)
         case "adamw":  # torch.optim.AdamW: decoupled, before the update
-            return optax.chain(optax.scale_by_adam(*betas, eps), l2, descend)
+            return optax.chain(by_rows() if by_rows else optax.scale_by_adam(*adam), l2, descend)
         case "lion":
-            return optax.chain(optax.scale_by_lion(*betas), descend, decay(decay_after_update, lr))
+            return optax.chain(
+                optax.scale_by_lion(*adam[:2]), descend, decay(decay_after_update, lr)
+            )
         case "adafactor":
             rule = on_matrices(scale_by_adafactor(lr, beta1), dimension_numbers)
             return optax.chain(rule, optax.scale(-1.0), decay(decay_before_update, lr))
         case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
-            tx = _in_8bit(optax.scale_by_adam(*betas, eps), slice_size)
+            tx = _in_8bit(optax.scale_by_adam(*adam), slice_size)
             return optax.chain(on_matrices(tx, dimension_numbers), l2, descend)
         case "sgd":
             return optax.chain(l2, descend)
@@ -570,6 +768,22 @@ PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+# The rules that set P every so many steps, by their names there.
+REFRESHED: dict[str, Callable[[int], BasisRule]] = {
+    "svd": svd, "random": random, "gaussian": gaussian
+}  # fmt: skip
+# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
+RESIDUAL_LIFTS: dict[str, Callable[[Any, Any, bool], Lift | None]] = {
+    "none": lambda a, own, limiter: None,
+    "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
+    "norm_ratio_released": lambda a, own, limiter: norm_ratio(a, limiter=limiter, release=True),
+    "column_ema": lambda a, own, limiter: column_ema(own),
+    "gradient_only": lambda a, own, limiter: gradient_only(a, limiter=limiter),
+    "gradient_only_matrix": lambda a, own, limiter: gradient_only(a, per="matrix", limiter=limiter),
+    "sign": lambda a, own, limiter: residual_sign(own, a),
+}
+
+
 def _projector(
     proj_type: str,
     *,
@@ -583,14 +797,16 @@ def _projector(
 ) -> BasisRule:
     """The rule for P that a published name stands for."""
     named = PROJECTIONS[proj_type]
-    if named.basis != "online_pca":
-        return random(gap) if named.basis == "random" else svd(gap)
+    if named.basis in REFRESHED:
+        return REFRESHED[named.basis](gap)
     decay = named.weight_decay if weight_decay is None else weight_decay
     optimizer = optax.chain(
         PROJECTOR_RULES[named.rule](),
         optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(step_size),
     )
+    if named.basis == "oja":
+        return oja(optimizer, init=init, order=order, every=every)
     return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)
 
 
@@ -683,6 +899,8 @@ def _announcer(
 def guarded(
     tx: optax.GradientTransformation,
     announce: Callable[[optax.Params, optax.OptState], None] = lambda params, state: None,
+    *,
+    rounding_seed: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
 
@@ -692,6 +910,8 @@ def guarded(
     Args:
       tx: The optimizer.
       announce: Tells what is projected, from the parameters and the state.
+      rounding_seed: Rounds weights in bfloat16 stochastically, by float32 updates
+        (`round_updates`). None: updates are rounded, and weights where they are added, to nearest.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -705,7 +925,15 @@ def guarded(
       >>> int(osd_jax.skipped_steps(state)[0])
       1
     """
-    tx = optax.with_extra_args_support(tx)
+    rounds = rounding_seed is not None
+    tx = optax.with_extra_args_support(
+        optax.chain(tx, round_updates(rounding_seed)) if rounds else tx
+    )
+
+    def dtype_of(grad: Any, param: Any) -> Any:
+        """Of a parameter's update."""
+        is_rounded = rounds and param.dtype == jnp.bfloat16
+        return accumulator_dtype(grad.dtype) if is_rounded else grad.dtype
 
     @takes_shapes
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
@@ -726,13 +954,16 @@ def guarded(
     ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
         def step(grads: optax.Updates, inner: optax.OptState) -> Any:
             updates, inner = tx.update(as_leaves(like, grads), inner, params, **extra_args)
-            return jax.tree.map(lambda u, like: u.astype(like.dtype), updates, like), inner
+            return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), inner
 
         def skip(grads: optax.Updates, inner: optax.OptState) -> Any:
-            return jax.tree.map(lambda like: jnp.zeros_like(like, like.dtype), like), inner
+            return jax.tree.map(jnp.zeros_like, like, dtypes), inner
 
         # As `optax.apply_if_finite`, but for how finite gradients are told, which takes less time.
         like, grads = grads, bare(grads)
+        leaves, structure = jax.tree.flatten(like)
+        weights = jax.tree.leaves(params) if rounds and params is not None else leaves
+        dtypes = jax.tree.unflatten(structure, map(dtype_of, leaves, weights))
         finite = all_finite(grads)
         updates, inner = jax.lax.cond(finite, step, skip, grads, state.inner_state)
         one_more = optax.safe_increment

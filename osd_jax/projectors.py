@@ -104,6 +104,8 @@ class BasisRule(NamedTuple):
       two_sided: Whether the rule serves side="both".
       order: Whether P moves "after" W's step, or "before" it, which costs one more product with the
         gradient: then `needs.gradient` is "always".
+      retract: (one P (p, r), float32 or float64) -> P after a step of its optimizer, such as
+        `orthonormalized`. None: as the optimizer leaves it.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -120,6 +122,7 @@ class BasisRule(NamedTuple):
     optimizer: optax.GradientTransformation | None = None
     two_sided: bool = False
     order: Order = "after"
+    retract: Callable[[jax.Array], jax.Array] | None = None
 
 
 def check_rule(rule: BasisRule) -> None:
@@ -212,6 +215,52 @@ def online_pca(
         optimizer=optimizer,
         order=order,
     )
+
+
+def oja(
+    optimizer: optax.GradientTransformation,
+    *,
+    init: str = "svd",
+    order: Order = "after",
+    every: int = 1,
+) -> BasisRule:
+    """Oja's rule: P follows the gradients by `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
+
+    The columns stay orthonormal, in their order and with their signs. With a large step size a step
+    is one of subspace iteration. A QR of (p, r) a move, one matrix at a time, and two of the five
+    products that `online_pca` takes for P.
+
+    Source: Oja (1992), Principal components, minor components, and linear neural networks.
+
+    Args:
+      optimizer: Of P, given `-A / ||G||_F^2`, such as `optax.sgd(1.0)`: its learning rate is eta.
+      init: See `online_pca`.
+      order: See `online_pca`.
+      every: See `online_pca`.
+
+    Raises:
+      ValueError: as `online_pca`.
+
+    Example:
+      >>> import optax, osd_jax
+      >>> tx = osd_jax.osd_adamw(1e-2, rank=4, basis=osd_jax.oja(optax.sgd(0.5)))
+    """
+    rule = online_pca(optimizer, init=init, order=order, every=every)
+    return rule._replace(gradient=oja_gradient, retract=orthonormalized)
+
+
+def oja_gradient(basis: jax.Array, sketch: Sketch) -> jax.Array:
+    """`-A / s`, (..., p, r); zero where the squared norm s is zero or overflows."""
+    a, s = sketch.statistics[CORRELATION.name], sketch.statistics[SQUARED_NORM.name]
+    usable = has_direction(s)
+    factor = -1 / jnp.where(usable, s, 1)
+    return factor[..., None, None] * jnp.where(usable[..., None, None], a, 0)
+
+
+def orthonormalized(basis: jax.Array) -> jax.Array:
+    """The Q of P's QR decomposition, (p, r), with the signs that make R's diagonal positive."""
+    q, r = jnp.linalg.qr(basis)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
 
 
 def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) -> jax.Array:

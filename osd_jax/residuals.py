@@ -38,6 +38,7 @@ from osd_jax.numerics import (
     whole_columns,
 )
 from osd_jax.sketch import COLUMN_ENERGIES, Needs, Statistic, TwoSided
+from osd_names import MUON_SCALES, check_choice
 
 EPS = 1e-8
 GROWTH = 1.01  # the most by which a residual's norm grows in a step
@@ -248,7 +249,7 @@ def _gradient_only(
     ratio = columns / (of_low_rank + EPS)
     energies = seen.sketch.statistics[COLUMN_ENERGIES.name] if limiter else ratio
     ratio, state = _limited(seen, ratio, energies, limiter)
-    return Lifted(None, _scaled(seen, ratio), scale=math.sqrt(scale), state=state)
+    return Lifted(None, _scaled(seen, ratio), scale=scale**0.5, state=state)
 
 
 def residual_sign(weight: float = 1.0, scale: float = 1.0) -> Lift:
@@ -311,7 +312,6 @@ def _scaled(seen: Seen, ratio: jax.Array) -> jax.Array:
 # Newton-Schulz
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-SCALES = ("adamw", "muon", "none")
 
 
 def orthogonalized(
@@ -342,11 +342,11 @@ def orthogonalized(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps is {steps!r}: expected a whole number of at least 1")
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}: expected one of {', '.join(SCALES)}")
+    check_choice("scale", scale, MUON_SCALES)
     if len(coefficients) != 3:
         raise ValueError(f"coefficients are {coefficients!r}: expected three numbers")
-    if dtype is not None and dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+    known = map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64))
+    if dtype is not None and jnp.dtype(dtype) not in known:
         raise ValueError(f"dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
     options = (steps, tuple(coefficients), dtype, scale)
     return inner._replace(
@@ -362,10 +362,39 @@ def _orthogonalized(inner: Lift, options: Any, direction: jax.Array, seen: Seen)
 
     def then(update: jax.Array) -> jax.Array:
         matrix = update if lifted.then is None else lifted.then(update)
-        found = newton_schulz(matrix, steps=steps, coefficients=coefficients, dtype=dtype)
-        return found * muon_scale(matrix.shape, seen.side, scale)
+        return orthogonalize(
+            matrix, seen.side, steps=steps, coefficients=coefficients, dtype=dtype, scale=scale
+        )
 
     return lifted._replace(then=then)
+
+
+def orthogonalize(
+    update: jax.Array,
+    side: str,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+    dtype: jax.typing.DTypeLike | None = None,
+    scale: str = "adamw",
+) -> jax.Array:
+    """`newton_schulz` of matrices times their `scale`.
+
+    Args:
+      update: (..., p, q), where p is the `side` of the weight, "output" or "input".
+      side: See above.
+      steps: See `orthogonalized`, as all that follow.
+      coefficients: Likewise.
+      dtype: Likewise.
+      scale: Likewise.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> orthogonalize(jnp.ones((4, 3)), "input").shape
+      (4, 3)
+    """
+    found = newton_schulz(update, steps=steps, coefficients=coefficients, dtype=dtype)
+    return found * muon_scale(update.shape, side, scale)
 
 
 def muon_scale(shape: tuple[int, ...], side: str, scale: str) -> float:
@@ -374,7 +403,7 @@ def muon_scale(shape: tuple[int, ...], side: str, scale: str) -> float:
     Args:
       shape: Of M, (..., p, q).
       side: That p is; see `Seen`.
-      scale: One of `SCALES`.
+      scale: One of `osd_names.MUON_SCALES`.
     """
     n_out, n_in = shape[-2:] if side == "output" else shape[:-3:-1]
     return {

@@ -670,9 +670,13 @@ def scale_by_subspace(
         def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
             norm = sketch.statistics.get(SQUARED_NORM.name)
             moves &= has_direction(squared_norm(sketch.low_rank) if norm is None else norm)
-            pick = lambda old, basis, step: jnp.where(
-                moves[..., None, None], (basis + step).astype(old.dtype), old
-            )
+
+            def pick(old: jax.Array, basis: jax.Array, step: jax.Array) -> jax.Array:
+                new = basis + step
+                if projector.retract is not None:
+                    new = like_sharding(each_matrix(moves, projector.retract, new), new)
+                return jnp.where(moves[..., None, None], new.astype(old.dtype), old)
+
             return jax.tree.map(pick, old, basis, step)
 
         each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
@@ -1044,10 +1048,10 @@ def check_dtype(name: str, array: jax.Array) -> None:
         )
 
 
-def check_basis_dtype(dtype: jax.typing.DTypeLike | None) -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have."""
+def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dtype") -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"basis_dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
+        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
 
 
 class Diagnostics(NamedTuple):

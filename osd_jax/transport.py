@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.blockwise import BLOCK_SIZE, Quantized, Rounding, dequantize, quantize
-from osd_jax.numerics import contract, float32_or_more
+from osd_jax.numerics import bias_correction, contract, float32_or_more
 from osd_jax.sketch import Basis, TwoSided
 from osd_jax.trees import by_path, path_name, path_of
 
@@ -102,11 +102,11 @@ _OF_FIRST_MOMENTS = {
 
 
 def refuse_factored(name: str) -> None:
-    """Raises ValueError for Adafactor's second moment, whose state has this name."""
+    """Raises ValueError for a second moment of rows or columns, whose state has this name."""
     raise ValueError(
-        f"transport_moments meets Adafactor's {name}: means of a second moment's rows and columns "
-        "do not say what it is in a new basis; use a rule with whole moments, such as Adam's, or "
-        "leave transport_moments out"
+        f"transport_moments meets {name}: means of a second moment's rows or columns do not say "
+        "what it is in a new basis; use a rule with whole moments, such as Adam's, or leave "
+        "transport_moments out"
     )
 
 
@@ -187,9 +187,7 @@ def transport_moments(
             has_stepped = state.count > 0
 
             def correction(b: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
-                # 1 - b^t as -expm1(t log b): b2^t rounds to a step of 6e-8 in float32.
-                found = -jnp.expm1(state.count * jnp.log(b)).astype(dtype)
-                return jnp.where(has_stepped, found, 1)
+                return jnp.where(has_stepped, bias_correction(state.count, b).astype(dtype), 1)
 
             def second(change: Change, m: Any, v: Any) -> Any:
                 wide_m, wide_v = read(m, signed=True), read(v, signed=False)
@@ -208,7 +206,7 @@ def transport_moments(
             if (field := _OF_FIRST_MOMENTS.get(type(node))) is not None:
                 return node._replace(**{field: each_moment(first, getattr(node, field))})
             if isinstance(node, optax.FactoredState):
-                refuse_factored(type(node).__name__)
+                refuse_factored(f"Adafactor's {type(node).__name__}")
             if isinstance(node, Quantized) or (
                 node.ndim and jnp.issubdtype(node.dtype, jnp.floating)
             ):

@@ -15,7 +15,7 @@ from osd_torch.optimizers import (
     SubspaceMuon,
     make_optimizer,
 )
-from osd_torch.projectors import BasisRule, Clock, gaussian, online_pca, random, svd
+from osd_torch.projectors import BasisRule, Clock, gaussian, oja, online_pca, random, svd
 from osd_torch.residuals import (
     add_gradient,
     column_ema,
@@ -68,6 +68,7 @@ __all__ = [
     "make_optimizer",
     "mean_over_processes",
     "norm_ratio",
+    "oja",
     "online_pca",
     "orthogonalized",
     "projectors",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import numbers
+import zlib
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,56 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def float32_or_more(tensor: Tensor) -> Tensor:
     """The tensor in its accumulator's dtype."""
     return tensor.to(accumulator_dtype(tensor.dtype))
+
+
+# A float32 in bits: all but its sign; an infinity, above which are NaNs; what makes a NaN quiet, in
+# the upper half, which is a bfloat16.
+MAGNITUDE, INFINITY, QUIET = 0x7FFFFFFF, 0x7F800000, 0x0040
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Rounds float32 to bfloat16, up or down, so that the mean over the bits is x itself.
+
+    A bfloat16 is the upper half of a float32. Adding the bits to the lower half carries into the
+    upper one with the probability that the lower half is of its range. So a number that bfloat16
+    holds stays as it is, subnormal ones too. Infinities and NaN stay what they are, and a finite
+    number beyond the largest bfloat16 becomes that one.
+
+    Args:
+        x: float32.
+        bits: Of x's shape, int32 in [0, 65536), each equally probable; see `random_bits`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.full((4,), 1 + 2**-9)  # bfloat16 holds 1 and 1 + 2**-7
+        >>> round_stochastically(x, torch.tensor([0, 2**14, 3 * 2**14 - 1, 3 * 2**14])).tolist()
+        [1.0, 1.0, 1.0, 1.0078125]
+    """
+    word = x.view(torch.int32)
+    rounded = word + bits
+    is_kept = ((word & INFINITY) == INFINITY) | ((rounded & INFINITY) == INFINITY)
+    half = torch.where(is_kept, word, rounded) >> 16
+    half = torch.where((word & MAGNITUDE) > INFINITY, half | QUIET, half)
+    return half.to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(like: Tensor, key: str) -> Tensor:
+    """16 random bits for each number of a plain tensor, int32, drawn on its device.
+
+    Args:
+        like: Of the shape and device.
+        key: Names the draw: the same bits for the same key, whatever was drawn before, on devices
+            of the same kind.
+
+    Example:
+        >>> import torch
+        >>> first, again = (random_bits(torch.ones(9), "0/mlp/7") for _ in range(2))
+        >>> torch.equal(first, again)
+        True
+    """
+    generator = torch.Generator(like.device).manual_seed(zlib.crc32(key.encode()))
+    bits = torch.empty(like.shape, dtype=torch.int32, device=like.device)
+    return bits.random_(0, 1 << 16, generator=generator)
 
 
 def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:

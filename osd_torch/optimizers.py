@@ -12,7 +12,7 @@ import difflib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -22,31 +22,48 @@ from torch.optim.optimizer import ParamsT, StateDict
 from osd_names import (
     FULL_RANK_OPTIMIZERS,
     LION_SIGNS,
+    MOMENTUM,
     MOVE_PROJECTOR,
     OPTIMIZERS,
     PROJ_TYPES,
     PROJECTIONS,
+    RESIDUALS,
     SIDES,
     SUBSPACE_OPTIMIZERS,
     Side,
     check_choice,
+    check_flag,
+    check_moments,
+    check_muon,
     check_names,
     check_read,
+    check_residual,
 )
-from osd_torch.blockwise import Adam8bit, import_bitsandbytes
+from osd_torch.blockwise import Adam8bit, Trace8bit, import_bitsandbytes
 from osd_torch.lift import Lift, scaled, sign_after_lift
 from osd_torch.projectors import (
     BasisRule,
     Order,
     check_period,
     check_rule,
+    gaussian,
     name_of_rule,
+    oja,
     online_pca,
     random,
     svd,
 )
-from osd_torch.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
-from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule, Trace
+from osd_torch.residuals import (
+    MUON_COEFFICIENTS,
+    add_gradient,
+    column_ema,
+    gradient_only,
+    norm_ratio,
+    orthogonalize,
+    orthogonalized,
+    residual_sign,
+)
+from osd_torch.rules import SGD, Adafactor, Adam, AdamOfRows, Lion, Rule, Trace
 from osd_torch.selection import (
     Kinds,
     LinearSelection,
@@ -64,6 +81,7 @@ from osd_torch.subspace import (
     check_rank,
     count_if_not_finite,
     log,
+    named_parameters,
     resolve_side,
 )
 
@@ -84,6 +102,20 @@ PROJECTOR_RULES: dict[str, Rule] = {
     "adafactor": Adafactor(),
     "sgd": SGD(),
 }
+# The rules that set P every so many steps, by their names there.
+REFRESHED: dict[str, Callable[[int], BasisRule]] = {
+    "svd": svd, "random": random, "gaussian": gaussian
+}  # fmt: skip
+# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
+RESIDUAL_LIFTS: dict[str, Callable[[float, float, bool], Lift | None]] = {
+    "none": lambda a, own, limiter: None,
+    "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
+    "norm_ratio_released": lambda a, own, limiter: norm_ratio(a, limiter=limiter, release=True),
+    "column_ema": lambda a, own, limiter: column_ema(own),
+    "gradient_only": lambda a, own, limiter: gradient_only(a, limiter=limiter),
+    "gradient_only_matrix": lambda a, own, limiter: gradient_only(a, per="matrix", limiter=limiter),
+    "sign": lambda a, own, limiter: residual_sign(own, a),
+}
 SUBSPACE_DEFAULTS: dict[str, Any] = {
     "rank": None,
     "update_proj_gap": 200,
@@ -97,6 +129,7 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "move_projector": "after",
     "basis_dtype": None,
     "transport_moments": False,
+    "stochastic_rounding": False,
     "seed": 0,
     "basis": None,
     "lift": None,
@@ -111,6 +144,8 @@ BASIS_OPTIONS = (
 MUON_DEFAULTS: dict[str, Any] = {
     "ns_steps": 5, "ns_coefficients": MUON_COEFFICIENTS, "ns_dtype": None, "muon_scale": "adamw",
 }  # fmt: skip
+# The forms of the moments of matrices that are not projected.
+MOMENT_DEFAULTS: dict[str, Any] = {"second_moment": "full", "first_moment": "full"}
 # What torch's schedulers put into groups.
 SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # What a group keeps of the learning rates that it saw; see `seen_rates`.
@@ -132,8 +167,10 @@ class Subspace(TypedDict, total=False):
         side: The side of a matrix that P projects: "input", "output", "shorter" (ties: input),
             "longer" (ties: output) or "both". None: "shorter", or that of `proj_type`.
         transport_moments: Carry the moments of R over whenever P changes.
+        stochastic_rounding: Round weights in bfloat16 up or down by chance, so that the mean is
+            the weight in float32; see `make_optimizer`.
         basis_dtype: Of P. None: float32, float64 for float64 parameters.
-        seed: Of rules that draw.
+        seed: Of rules that draw, and of stochastic rounding.
     """
 
     rank: int | None
@@ -142,6 +179,7 @@ class Subspace(TypedDict, total=False):
     lift: Lift | None
     side: Side | None
     transport_moments: bool
+    stochastic_rounding: bool
     basis_dtype: torch.dtype | None
     seed: int
 
@@ -293,8 +331,10 @@ def _basis_rule(
 ) -> BasisRule:
     """The rule for P that `BASIS_OPTIONS` describe."""
     named = PROJECTIONS[proj_type]
-    if named.basis != "online_pca":
-        return random(gap) if named.basis == "random" else svd(gap)
+    if named.basis in REFRESHED:
+        return REFRESHED[named.basis](gap)
+    if named.basis == "oja":
+        return oja(PROJECTOR_RULES[named.rule], order=order, every=every)
     decay = named.weight_decay if weight_decay is None else weight_decay
     rule = PROJECTOR_RULES[named.rule]
     return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
@@ -371,6 +411,9 @@ class SubspaceAdamW(PublishedOptimizer):
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, times lr.
+        second_moment: Of matrices that are not projected: "full", or "row", one number for each
+            entry of the longer axis; see `osd_torch.rules.AdamOfRows`.
+        first_moment: Of these with "row": "full", or "8bit".
         **subspace: See `Subspace`.
 
     Raises:
@@ -398,19 +441,33 @@ class SubspaceAdamW(PublishedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        second_moment: str = "full",
+        first_moment: str = "full",
         **subspace: Unpack[Subspace],
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(second_moment=second_moment, first_moment=first_moment)
         super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
+        check_moments(group["second_moment"], group["first_moment"])
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
         """Adam with the release's eps."""
+        if group["rank"] is None and group["second_moment"] == "row":
+            return full_rank_adam(group)
         return Adam(tuple(group["betas"]), group["eps"], eps_first=True)
+
+
+def full_rank_adam(group: Group) -> Rule:
+    """Adam with the group's options, for parameters that are not projected."""
+    betas, eps = tuple(group["betas"]), group["eps"]
+    if group["second_moment"] == "full":
+        return Adam(betas, eps)
+    return AdamOfRows(betas, eps, group["first_moment"] == "8bit")
 
 
 class SubspaceLion(PublishedOptimizer):
@@ -583,7 +640,8 @@ class SubspaceMuon(PublishedOptimizer):
     For a projected matrix, with R = P^T M: `m <- b m + R`, and
     `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
     momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a `scale`. With P of
-    full rank this is Muon. What is not projected is trained by AdamW.
+    full rank this is Muon. What is not projected is trained by AdamW, or in groups with
+    `use_muon=True` by Muon itself. With a momentum of 0 no moment is kept.
 
     The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
     P's optimizer keeps.
@@ -601,6 +659,9 @@ class SubspaceMuon(PublishedOptimizer):
             it is `lr`.
         betas: AdamW's, of what is not projected.
         eps: Likewise.
+        second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
+            longer axis; see `osd_torch.rules.AdamOfRows`.
+        first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
         ns_steps: Steps of Newton-Schulz.
         ns_coefficients: Its polynomial.
         ns_dtype: That it runs in; None: float32 or float64.
@@ -633,6 +694,8 @@ class SubspaceMuon(PublishedOptimizer):
         full_lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        second_moment: str = "full",
+        first_moment: str = "full",
         ns_steps: int = 5,
         ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
         ns_dtype: torch.dtype | None = None,
@@ -641,8 +704,9 @@ class SubspaceMuon(PublishedOptimizer):
     ) -> None:
         defaults: dict[str, Any] = dict(
             lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, betas=betas,
-            eps=eps, ns_steps=ns_steps, ns_coefficients=tuple(ns_coefficients), ns_dtype=ns_dtype,
-            muon_scale=muon_scale,
+            eps=eps, second_moment=second_moment, first_moment=first_moment, ns_steps=ns_steps,
+            ns_coefficients=tuple(ns_coefficients), ns_dtype=ns_dtype, muon_scale=muon_scale,
+            use_muon=False,
         )  # fmt: skip
         if full_lr is not None:
             check_number("full_lr", full_lr)
@@ -651,7 +715,8 @@ class SubspaceMuon(PublishedOptimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group of parameters; see `PublishedOptimizer`."""
         full_lr = self.defaults["full_lr"]
-        if full_lr is not None and param_group.get("rank") is None:
+        by_adam = param_group.get("rank") is None and not param_group.get("use_muon")
+        if full_lr is not None and by_adam:
             param_group = {"lr": full_lr, **param_group}
         super().add_param_group(param_group)
 
@@ -659,6 +724,12 @@ class SubspaceMuon(PublishedOptimizer):
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
         check_beta("momentum", group["momentum"])
+        check_muon(group["muon_scale"], group["nesterov"], group["momentum"])
+        check_basis_dtype(group["ns_dtype"], "ns_dtype")
+        if group["use_muon"]:
+            check_use_muon(group)
+        by_adam = group["rank"] is None and not group["use_muon"]
+        check_moments(group["second_moment"] if by_adam else "row", group["first_moment"])
         if group["lift"] is not None:
             for name, default in MUON_DEFAULTS.items():
                 if group[name] != default:
@@ -671,14 +742,43 @@ class SubspaceMuon(PublishedOptimizer):
 
     def rule(self, group: Group) -> Rule:
         """Momentum, or Adam at full rank."""
-        if group["rank"] is None:
-            return Adam(tuple(group["betas"]), group["eps"])
-        return Trace(group["momentum"], group["nesterov"])
+        if group["rank"] is None and not group["use_muon"]:
+            return full_rank_adam(group)
+        if not group["momentum"]:
+            return SGD()
+        kind = Trace8bit if group["first_moment"] == "8bit" else Trace
+        return kind(group["momentum"], group["nesterov"])
 
     def lift(self, group: Group) -> Lift:
         """The gradient and the momentum, orthogonalized."""
         steps, coefficients, dtype, scale = (group[name] for name in MUON_DEFAULTS)
         return group["lift"] or _muon_lift(steps, tuple(coefficients), dtype, scale)
+
+    def full_rank_direction(self, group: Group, direction: Tensor) -> Tensor:
+        """Orthogonalized, in a group with `use_muon`."""
+        if not group["use_muon"]:
+            return direction
+        steps, coefficients, dtype, scale = (group[name] for name in MUON_DEFAULTS)
+        return orthogonalize(
+            direction, "output", steps=steps, coefficients=coefficients, dtype=dtype, scale=scale
+        )
+
+
+def check_use_muon(group: Group) -> None:
+    """Raises ValueError for a group that Muon cannot train at full rank."""
+    if not isinstance(group["use_muon"], bool):
+        raise ValueError(f"use_muon is {group['use_muon']!r}: expected True or False")
+    if group["rank"] is not None:
+        raise ValueError(
+            f"use_muon is True, and rank is {group['rank']!r}: a group with a rank is trained by "
+            "Muon in a subspace; leave one of them out"
+        )
+    for name, param in named_parameters(group):
+        if param.ndim != 2:
+            raise ValueError(
+                f"parameter '{name}' has shape {tuple(param.shape)}, which is not a matrix: put it "
+                "into a group without use_muon"
+            )
 
 
 class OnlineSubspaceDescent(PublishedOptimizer):
@@ -736,9 +836,10 @@ class OnlineSubspaceDescent(PublishedOptimizer):
 
 
 class FullRankAdam(PublishedOptimizer):
-    """`adam` and `adamw` for bfloat16 parameters: as in `torch.optim`, but float32 moments.
+    """`adam` and `adamw` for bfloat16 parameters, and with other moments than `torch.optim`'s.
 
-    There the moments would be bfloat16, in which `0.999 * v` rounds to v and never decays.
+    Moments are float32. There they would be bfloat16, in which `0.999 * v` rounds to v and never
+    decays.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups without rank.
@@ -747,6 +848,11 @@ class FullRankAdam(PublishedOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, times lr, before the update.
         l2: Weight decay that is added to the gradient.
+        second_moment: Of matrices: "full", or "row", one number for each entry of the longer axis;
+            see `osd_torch.rules.AdamOfRows`.
+        first_moment: Of these with "row": "full", or "8bit".
+        stochastic_rounding: Round weights up or down by chance; see `make_optimizer`.
+        seed: Of that.
 
     Raises:
         ValueError: as for `SubspaceAdamW`.
@@ -762,19 +868,25 @@ class FullRankAdam(PublishedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         l2: float = 0.0,
+        second_moment: str = "full",
+        first_moment: str = "full",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l2=l2)
-        super().__init__(params, defaults)
+        defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        defaults |= dict(l2=l2, second_moment=second_moment, first_moment=first_moment)
+        super().__init__(params, defaults, stochastic_rounding=stochastic_rounding, seed=seed)
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option out of range, naming it and the choices."""
         check_betas(group)
         check_number("weight_decay", group["l2"])
+        check_moments(group["second_moment"], group["first_moment"])
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
         """Adam."""
-        return Adam(tuple(group["betas"]), group["eps"])
+        return full_rank_adam(group)
 
     def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
         """The gradient with its L2 term."""
@@ -788,6 +900,7 @@ def make_optimizer(
     proj_type: str = "std",
     *,
     lr: float | Tensor,
+    full_lr: float | Tensor | None = None,
     rank: int = 128,
     update_proj_gap: int = 200,
     update_proj_every: int = 1,
@@ -797,6 +910,15 @@ def make_optimizer(
     beta1: float | None = None,
     beta2: float | None = None,
     eps: float | None = None,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    muon_scale: str = "adamw",
+    ns_dtype: torch.dtype | None = None,
+    residual: str = "none",
+    residual_scale: float | None = None,
+    growth_limiter: bool = True,
+    second_moment: str = "full",
+    first_moment: str = "full",
     select: Select | None = None,
     seed: int = 0,
     penalty: float = 0.0,
@@ -807,6 +929,7 @@ def make_optimizer(
     move_projector: MoveProjector = "after",
     basis_dtype: torch.dtype | None = None,
     transport_moments: bool = False,
+    stochastic_rounding: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds an optimizer by its published name.
 
@@ -817,13 +940,16 @@ def make_optimizer(
     Args:
         named_parameters: Such as `model.named_parameters()`.
         optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
-            parameters in a subspace, all else by the same rule at full rank; or `adam`, `adamw`,
-            `lion`, `adafactor`, `adam8bit` or `sgd`: everything at full rank.
+            parameters in a subspace, all else by the same rule at full rank; `osd_muon`: momentum
+            in a subspace, the whole gradient, their sum orthogonalized, all else by AdamW (see
+            `SubspaceMuon`); or `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`:
+            everything at full rank; `muon`: selected parameters by Muon, all else by AdamW.
         proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD
-            every `update_proj_gap` steps), `random` (drawn as often), or online PCA by AdamW
-            (`continuous`), `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`,
-            `continuous_sgd`.
+            every `update_proj_gap` steps), `random` or `gaussian` (drawn as often), or online PCA
+            by AdamW (`continuous`), `continuous_adam8bit`, `continuous_lion`,
+            `continuous_adafactor`, `continuous_sgd`; or `oja`, a step of Oja's rule and a QR.
         lr: Learning rate, a number or a tensor; the peak, if a scheduler changes it.
+        full_lr: That of parameters that are not selected. None: `lr`.
         rank: Columns of P; at most min(m, n) are used.
         update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA,
             P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
@@ -839,11 +965,25 @@ def make_optimizer(
             first moment for Adafactor.
         beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
         eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
+        momentum: Muon's. None: 0.95; 0: no moment is kept.
+        nesterov: Whether it is Nesterov's.
+        muon_scale: Of Muon's update, with which AdamW's rates carry over ("adamw"), or "muon" or
+            "none"; see `orthogonalized`.
+        ns_dtype: That Newton-Schulz runs in. None: float32 (float64 for float64 parameters).
+        residual: What of a gradient outside the subspace reaches the weights: `none`; Fira's
+            `norm_ratio`, or as its code computes it `norm_ratio_released`; Alice's `column_ema`;
+            APOLLO's `gradient_only` (with `gaussian`), or Mini's `gradient_only_matrix`; FRUGAL's
+            `sign`. See `osd_torch.residuals`. Lion's own sign is then taken in the subspace.
+        residual_scale: Its weight, of `column_ema` (None: 0.4) and `sign` (1).
+        growth_limiter: Whether it grows by at most 1 % a step, of `norm_ratio` and `gradient_only`.
+        second_moment: Of Adam, for matrices that are not selected: "full", or "row", one number for
+            each entry of the longer axis, so that an embedding has one for each word.
+        first_moment: With "row": "full", or "8bit"; then Muon's momentum is in 8 bits too.
         select: (name, parameter) -> whether it is projected, such as `select_linear(model)`. None:
             the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in
             their name, but no embeddings, tables, heads and routers. The log (`osd_torch`) says
             what was chosen and what was left.
-        seed: Of `random`.
+        seed: Of `random`, and of stochastic rounding.
         penalty: Weight of the orthogonality penalty in P's loss.
         projector_lr_multiple: P's step size as a multiple of lr, in place of `1 / update_proj_gap`.
         projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
@@ -854,6 +994,12 @@ def make_optimizer(
         basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
         transport_moments: Carry the moments of R over whenever P changes (arXiv 2410.16103), in
             place of reading them as moments of the new R.
+        stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down by
+            chance, so that the mean is the float32 value: updates that are smaller than a weight's
+            spacing are not lost. The random bits follow from the seed, the parameter's name and its
+            step, so that a resumed run and every process repeat them; each part of a sharded
+            parameter has bits of its own. Without effect on float32 and float64. Not with `sgd` and
+            `adam8bit`.
 
     Returns:
         A `torch.optim.Optimizer`. A step with any non-finite gradient changes nothing and is
@@ -882,11 +1028,14 @@ def make_optimizer(
     check_period(update_proj_every, "update_proj_every")
     check_seed(seed)
     check_number("lr", lr)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+    if full_lr is not None:
+        check_number("full_lr", full_lr)
+    for name, beta in (("beta1", beta1), ("beta2", beta2), ("momentum", momentum)):
         if beta is not None:
             check_beta(name, beta)
     if eps is not None:
         check_number("eps", eps)
+    check_flag("stochastic_rounding", stochastic_rounding)
     for name, function in (("select", select), ("no_decay", no_decay)):
         if function is not None and not callable(function):
             raise ValueError(
@@ -899,8 +1048,19 @@ def make_optimizer(
             "beta1": beta1,
             "beta2": beta2,
             "eps": eps,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "muon_scale": muon_scale,
+            "ns_dtype": None if ns_dtype is None else str(ns_dtype),
+            "scale": scale,
+            "residual": residual,
+            "residual_scale": residual_scale,
+            "growth_limiter": growth_limiter,
+            "second_moment": second_moment,
+            "first_moment": first_moment,
             "lion_sign": lion_sign,
             "transport_moments": transport_moments,
+            "stochastic_rounding": stochastic_rounding,
             "update_proj_every": update_proj_every,
             "penalty": penalty,
             "projector_lr_multiple": projector_lr_multiple,
@@ -909,6 +1069,13 @@ def make_optimizer(
             "move_projector": move_projector,
         },
     )
+    momentum = MOMENTUM if momentum is None else momentum
+    check_muon(muon_scale, nesterov, momentum)
+    check_basis_dtype(ns_dtype, "ns_dtype")
+    check_residual(residual, residual_scale, growth_limiter, scale)
+    if residual_scale is not None:
+        check_number("residual_scale", residual_scale)
+    check_moments(second_moment, first_moment)
     named_parameters = list(named_parameters)
     trained = trained_parameters(named_parameters)
     common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
@@ -920,15 +1087,33 @@ def make_optimizer(
             "optimizer is 'adam8bit', which is bitsandbytes' own and takes whole parameters, and "
             "these are DTensors: choose galore_adamw8bit or adamw, or do not shard the model"
         )
+    rounding = {"stochastic_rounding": True, "seed": seed} if stochastic_rounding else {}
+    muon = {
+        "momentum": momentum, "nesterov": nesterov, "muon_scale": muon_scale, "ns_dtype": ns_dtype,
+    }  # fmt: skip
+    if OPTIMIZERS[optimizer].rule == "muon":
+        common |= {**muon, "second_moment": second_moment, "first_moment": first_moment}
+    apart: dict[str, Any] = {} if full_lr is None else {"lr": full_lr}
+    if second_moment != "full":
+        apart |= {"second_moment": second_moment, "first_moment": first_moment}
     if optimizer in FULL_RANK_OPTIMIZERS:
-        return _full_rank(optimizer, split_by_decay([{"params": trained}], no_decay), common)
+        given: list[Group] = [{"params": trained}]
+        if apart or optimizer == "muon":
+            selected, others = split_by_selection(named_parameters, trained, select)
+            given = [{"params": selected}, {"params": others, **apart}]
+            given[0] |= {"use_muon": True} if optimizer == "muon" else {}
+        return _full_rank(optimizer, split_by_decay(given, no_decay), common, rounding)
+    common |= rounding
 
     projected, others = divided(named_parameters, trained, select, rank)
+    own_scale = RESIDUALS[residual].scale if residual_scale is None else residual_scale
+    lift = RESIDUAL_LIFTS[residual](scale, own_scale or 0.0, growth_limiter)
     options = {
         "rank": rank,
         "update_proj_gap": update_proj_gap,
         "update_proj_every": update_proj_every,
-        "scale": scale,
+        "scale": scale if lift is None else 1.0,
+        "lift": lift,
         "proj_type": proj_type,
         "penalty": penalty,
         "projector_lr_multiple": projector_lr_multiple,
@@ -939,7 +1124,7 @@ def make_optimizer(
         "transport_moments": transport_moments,
         "seed": seed,
     }
-    groups: list[Group] = [{"params": projected, **options}, {"params": others}]
+    groups: list[Group] = [{"params": projected, **options}, {"params": others, **apart}]
     groups = split_by_decay([group for group in groups if group["params"]], no_decay)
     match optimizer:
         case "galore_adamw":
@@ -950,6 +1135,8 @@ def make_optimizer(
             return SubspaceAdafactor(groups, **common)
         case "galore_adamw8bit":
             return SubspaceAdamW8bit(groups, **common)
+        case "osd_muon":
+            return SubspaceMuon(groups, **common)
     raise AssertionError(optimizer)
 
 
@@ -1023,11 +1210,8 @@ def divided(
         select: (name, parameter) -> whether it is projected. None: by name and shape.
         rank: Of the projected ones.
     """
-    kinds = Kinds(name for name, _ in named)
-    chosen = select or kinds.selects
-    is_chosen = [bool(chosen(*pair)) for pair in given]
-    projected = [pair for pair, yes in zip(given, is_chosen, strict=True) if yes]
-    others = [pair for pair, yes in zip(given, is_chosen, strict=True) if not yes]
+    named = list(named)
+    projected, others = split_by_selection(named, given, select)
     if others and not projected:
         warnings.warn(
             f"none of the {len(others)} parameters is projected ({others[0][0]!r} first): every "
@@ -1036,9 +1220,23 @@ def divided(
         )
     by_us = select is None or isinstance(select, LinearSelection)
     trained = [pair for pair in given if pair[1].requires_grad]
-    names = {name for name, _ in projected}
+    names, kinds = {name for name, _ in projected}, Kinds(name for name, _ in named)
     say_what_is_projected(trained, names, kinds=kinds, rank=rank, chosen_here=by_us)
     return projected, others
+
+
+def split_by_selection(
+    named: Iterable[tuple[str, Tensor]],
+    given: Sequence[tuple[str, Tensor]],
+    select: Select | None,
+) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """(selected, others) of (name, parameter) pairs; see `divided`."""
+    chosen = select or Kinds(name for name, _ in named).selects
+    is_chosen = [bool(chosen(*pair)) for pair in given]
+    return (
+        [pair for pair, yes in zip(given, is_chosen, strict=True) if yes],
+        [pair for pair, yes in zip(given, is_chosen, strict=True) if not yes],
+    )
 
 
 def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[Group]:
@@ -1075,19 +1273,21 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
 
 
 def _full_rank(
-    optimizer: str, groups: list[Group], common: dict[str, Any]
+    optimizer: str, groups: list[Group], common: dict[str, Any], rounding: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    is_narrow = any(
-        param.dtype == torch.bfloat16 for group in groups for _, param in group["params"]
-    )
+    """`rounding` is for bfloat16, which other libraries' classes do not round stochastically."""
+    is_own = any(param.dtype == torch.bfloat16 for group in groups for _, param in group["params"])
     groups = [group for group in groups if group["params"]]
+    is_own = is_own or any("second_moment" in group for group in groups)
     match optimizer:
-        case "adam" if is_narrow:
+        case "muon":
+            return SubspaceMuon(groups, **common, **rounding)
+        case "adam" if is_own:
             decay = common.pop("weight_decay")
             l2 = [{"l2": group.pop("weight_decay", decay), **group} for group in groups]
-            return FullRankAdam(l2, **common)
-        case "adamw" if is_narrow:
-            return FullRankAdam(groups, **common)
+            return FullRankAdam(l2, **common, **rounding)
+        case "adamw" if is_own:
+            return FullRankAdam(groups, **common, **rounding)
         case "adam":
             return TorchAdam(groups, **common)
         case "adamw":
@@ -1097,9 +1297,9 @@ def _full_rank(
         case "adam8bit":
             return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(groups, **common))
         case "lion":
-            return SubspaceLion(groups, **common)
+            return SubspaceLion(groups, **common, **rounding)
         case "adafactor":
-            return SubspaceAdafactor(groups, **common)
+            return SubspaceAdafactor(groups, **common, **rounding)
     raise AssertionError(optimizer)
 
 
@@ -1179,10 +1379,8 @@ def check_objects(group: Group) -> None:
                     f"{option} is {group[option]!r}, and {name} is given, which does not read it: "
                     f"leave it out, or give it to {name_of_rule(group[name])}"
                 )
-    if not isinstance(group["transport_moments"], bool):
-        raise ValueError(
-            f"transport_moments is {group['transport_moments']!r}: expected True or False"
-        )
+    for name in ("transport_moments", "stochastic_rounding"):
+        check_flag(name, group[name])
     if group["side"] is not None:
         check_choice("side", group["side"], SIDES)
     if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:

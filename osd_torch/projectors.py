@@ -18,8 +18,8 @@ from torch import Tensor
 
 from osd_names import MOVE_PROJECTOR, check_choice
 from osd_torch.numerics import accumulator_dtype, check_number, float32_or_more, has_direction
-from osd_torch.rules import Adam, Rule, State
-from osd_torch.sharding import local, parted_like, squared_norm, whole
+from osd_torch.rules import SGD, Adam, Rule, State
+from osd_torch.sharding import distributed_as, local, parted_like, squared_norm, whole
 from osd_torch.sketch import (
     CORRELATION,
     SQUARED_NORM,
@@ -36,7 +36,7 @@ Order = Literal["after", "before"]
 Each = Callable[..., Any]  # (function, *arrays) -> what the function gives
 FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
 StepSize = float | Callable[[float], float]
-_ADAM = Adam()
+_ADAM, _SGD = Adam(), SGD()
 
 
 class Clock(NamedTuple):
@@ -84,6 +84,8 @@ class BasisRule(NamedTuple):
         step_size: Of P: a number, or a function of lr.
         name: For messages, and for a saved state to say what it was trained with. None given: that
             of `fresh`.
+        retract: (P (p, r), float32 or float64, whole) -> P after a step of its optimizer, such as
+            `orthonormalized`. None: as the optimizer leaves it.
 
     Example:
         >>> import torch, osd_torch
@@ -108,6 +110,8 @@ class BasisRule(NamedTuple):
     order: Order = "after"
     step_size: StepSize = 0.005
     name: str = ""
+    # Fields that are younger come last: a pickle holds a tuple's fields by their places.
+    retract: Callable[[Tensor], Tensor] | None = None
 
     def init(self, basis: Basis, side: str) -> dict[str, Tensor]:
         """The state of P's optimizer before its first step."""
@@ -139,6 +143,9 @@ class BasisRule(NamedTuple):
         moves = has_direction(float(square), gradient.dtype)
         if moves:
             self.optimizer.step_(to_matrix(basis, side), *now, self.weight_decay)
+            if self.retract is not None:
+                moved = self.retract(float32_or_more(whole(basis))).to(basis.dtype)
+                local(basis).copy_(local(distributed_as(moved, basis)))
         else:
             self.optimizer.step(*now)  # its moments alone
         return moves
@@ -255,6 +262,52 @@ def online_pca(
         name=f"online_pca({optimizer!r}, penalty={penalty}, weight_decay={weight_decay}, "
         f"order={order!r}, every={every})",
     )
+
+
+def oja(
+    optimizer: Rule = _SGD, *, step_size: StepSize = 1.0, order: Order = "after", every: int = 1
+) -> BasisRule:
+    """Oja's rule: P follows the gradients by `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
+
+    The columns stay orthonormal, in their order and with their signs. With a large step size a step
+    is one of subspace iteration. A QR of (p, r) a move, and two of the five products that
+    `online_pca` takes for P.
+
+    Source: Oja (1992), Principal components, minor components, and linear neural networks.
+
+    Args:
+        optimizer: The rule of P's step, given `-A / ||G||_F^2`.
+        step_size: eta: a number, or a function of lr.
+        order: See `online_pca`.
+        every: See `online_pca`.
+
+    Raises:
+        ValueError: as `online_pca`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(8, 6)
+        >>> optimizer = osd_torch.SubspaceAdamW(
+        ...     layer.parameters(), lr=1e-2, rank=2, basis=osd_torch.oja(step_size=0.5))
+    """
+    rule = online_pca(optimizer, step_size=step_size, order=order, every=every)
+    return rule._replace(
+        gradient=oja_gradient,
+        retract=orthonormalized,
+        name=f"oja({optimizer!r}, order={order!r}, every={every})",
+    )
+
+
+def oja_gradient(basis: Tensor, sketch: Sketch) -> Tensor:
+    """`-A / s`, (p, r); zero where the squared norm s is zero or overflows."""
+    a, s = sketch.statistics["correlation"], float(sketch.statistics["squared_norm"])
+    return a / -s if has_direction(s, a.dtype) else torch.zeros_like(a)
+
+
+def orthonormalized(basis: Tensor) -> Tensor:
+    """The Q of P's QR decomposition, (p, r), with the signs that make R's diagonal positive."""
+    q, r = torch.linalg.qr(basis)
+    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 
 
 def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> Tensor:

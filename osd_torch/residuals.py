@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osd_names import MUON_SCALES, check_choice
 from osd_torch.lift import Lift, Lifted, Seen, lift
 from osd_torch.numerics import accumulator_dtype, check_number
 from osd_torch.projectors import to_matrix
@@ -290,7 +291,6 @@ def _wide(seen: Seen) -> Tensor:
 # Newton-Schulz
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-SCALES = ("adamw", "muon", "none")
 
 
 def orthogonalized(
@@ -322,8 +322,7 @@ def orthogonalized(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps is {steps!r}: expected a whole number of at least 1")
-    if scale not in SCALES:
-        raise ValueError(f"scale is {scale!r}: expected one of {', '.join(SCALES)}")
+    check_choice("scale", scale, MUON_SCALES)
     if len(coefficients) != 3:
         raise ValueError(f"coefficients are {coefficients!r}: expected three numbers")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
@@ -341,12 +340,40 @@ def _orthogonalized(inner: Lift, options: Any, direction: Tensor, seen: Seen) ->
 
     def then(update: Tensor) -> Tensor:
         update = update if lifted.then is None else lifted.then(update)
-        matrix = whole(update)
-        found = newton_schulz(matrix, steps=steps, coefficients=coefficients, dtype=dtype)
-        factor = muon_scale(to_matrix(matrix, seen.side), scale)
-        return distributed_as(found.mul_(factor), update)
+        return orthogonalize(
+            update, seen.side, steps=steps, coefficients=coefficients, dtype=dtype, scale=scale
+        )
 
     return lifted._replace(then=then)
+
+
+def orthogonalize(
+    update: Tensor,
+    side: str,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
+    dtype: torch.dtype | None = None,
+    scale: str = "adamw",
+) -> Tensor:
+    """`newton_schulz` of a matrix times its `scale`; a sharded one is gathered, and shared out.
+
+    Args:
+        update: (p, q), where p is the `side` of the weight, "output" or "input".
+        side: See above.
+        steps: See `orthogonalized`, as all that follow.
+        coefficients: Likewise.
+        dtype: Likewise.
+        scale: Likewise.
+
+    Example:
+        >>> import torch
+        >>> orthogonalize(torch.ones(4, 3), "output").shape
+        torch.Size([4, 3])
+    """
+    matrix = whole(update)
+    found = newton_schulz(matrix, steps=steps, coefficients=coefficients, dtype=dtype)
+    return distributed_as(found.mul_(muon_scale(to_matrix(matrix, side), scale)), update)
 
 
 def muon_scale(matrix: Tensor, scale: str) -> float:

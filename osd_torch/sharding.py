@@ -185,6 +185,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def part_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which part of a DTensor this process holds: its place in each mesh dimension that shards it.
+
+    The same on processes that hold the same part; empty for what each process holds whole.
+    """
+    if not isinstance(tensor, DTensor):
+        return ()
+    places = tensor.device_mesh.get_coordinate() or ()  # none on a process outside the mesh
+    pairs = zip(places, tensor.placements, strict=False)
+    return tuple(place for place, placement in pairs if not placement.is_replicate())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor gathered on every process; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -39,6 +39,8 @@ from osd_torch.numerics import (
     accumulator_dtype,
     check_number,
     has_direction,
+    random_bits,
+    round_stochastically,
     without_autocast,
 )
 from osd_torch.projectors import (
@@ -60,6 +62,7 @@ from osd_torch.sharding import (
     local,
     means_of,
     on_host,
+    part_of,
     placed_like,
     shape_of,
     squared_norm,
@@ -86,14 +89,16 @@ PREFIX, LIFT_PREFIX = "projector_", "lift_"
 # Options of the rules of W: by these the groups of one optimizer differ from another's.
 RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
-    "rule",
+    "rule", "momentum",
 )  # fmt: skip
 # Options that are younger than some saved states, and what those were trained with.
 LATER_OPTIONS = {
-    "update_proj_every": 1, "transport_moments": False, "basis": None, "lift": None, "side": None,
+    "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
+    "basis": None, "lift": None, "side": None,
+    "second_moment": "full", "first_moment": "full", "use_muon": False,
 }  # fmt: skip
 # Of these, where a state was saved without them, the optimizer's own are kept.
-OWN_OPTIONS = ("transport_moments",)
+OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
 OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by their names
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
 # State that lies on the CPU, where reading it costs no synchronisation.
@@ -156,6 +161,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Restores a copy, a loaded state or a pickle of an earlier version; nothing is held."""
         super().__setstate__(state)
         self.held = {}
+        if "rank" in self.defaults:  # for groups that are added to a pickle
+            self.defaults = {**LATER_OPTIONS, **self.defaults}
         for group in self.param_groups:
             for name, value in LATER_OPTIONS.items():
                 if name in self.defaults or "rank" in group:
@@ -508,7 +515,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if not has_direction(float(square), square.dtype):
             return
         side, step, old = self.side(group, param), int(state["step"]), basis_of(state)
-        key = f"{group['seed']}/{name_of(self, param)}/{step}"
+        key = f"{group['seed']}/{unwrapped(name_of(self, param))}/{step}"
         rule = self.basis_rule(group)
         basis = rule.fresh(to_matrix(gradient, side), old, side, key, on_whole_matrix)
         check_fresh(basis, old, name_of(self, param))
@@ -567,7 +574,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own, side))
         check_lift_state(lift, lifted.state, own)
         alpha, beta = self.coefficients(group, rate * lifted.scale)
-        add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta)
+        key = self.rounding_key(group, param, step)
+        add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta, key)
         for name, value in lifted.state.items():
             own[name].copy_(value)
         state["step"] += 1
@@ -598,13 +606,30 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """One step of a parameter that is not projected, in place."""
         gradient = self.full_rank_gradient(group, param)
         state, rule = self.state_of(group, param), self.rule(group)
+        key = self.rounding_key(group, param, int(state["step"]))
         state["step"] += 1
         direction, rate = rule.step(gradient, state, int(state["step"]), float(group["lr"]))
-        add_(param, direction, *self.coefficients(group, rate))
+        direction = self.full_rank_direction(group, direction)
+        add_(param, direction, *self.coefficients(group, rate), key)
+
+    def full_rank_direction(self, group: Group, direction: Tensor) -> Tensor:
+        """What is made of the rule's direction for a parameter that is not projected."""
+        return direction
 
     def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
         """What the rule gets of a parameter that is not projected, in float32 or float64."""
         return _gradient(param).to(accumulator_dtype(param.dtype))
+
+    def rounding_key(self, group: Group, param: Tensor, step: int) -> str | None:
+        """Names the random bits that round a weight at a step, from 0; None: it rounds to nearest.
+
+        So a resumed run repeats the bits, and so does every process that holds the same part of the
+        weight. Parts of a sharded weight have bits of their own.
+        """
+        if not group.get("stochastic_rounding") or param.dtype != torch.bfloat16:
+            return None
+        name, part = unwrapped(name_of(self, param)), part_of(param)
+        return f"stochastic_rounding/{group['seed']}/{name}/{step}/{','.join(map(str, part))}"
 
     def coefficients(self, group: Group, rate: float) -> tuple[float, float]:
         """(alpha, beta) of `W <- beta * W + alpha * D`, a step with decoupled weight decay."""
@@ -632,7 +657,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         saved = state_dict["param_groups"]
         own = [{k: g[k] for k in OWN_OPTIONS if k in g} for g in self.param_groups]
         own += [{}] * (len(saved) - len(own))
-        groups = [{**LATER_OPTIONS, **mine, **g} for mine, g in zip(own, saved, strict=False)]
+        later = {k: x for k, x in LATER_OPTIONS.items() if k in self.defaults}
+        groups = [{**later, **mine, **g} for mine, g in zip(own, saved, strict=False)]
         groups = with_objects(self, groups)
         state_dict = {**state_dict, "param_groups": groups}
         states = {index: completed(state) for index, state in state_dict["state"].items()}
@@ -861,15 +887,23 @@ def change_of(old: Basis, new: Basis, side: Side) -> Change:
     return Change(change, None) if side == "output" else Change(None, change)
 
 
-def add_lifted_(weight: Tensor, basis: Basis, lifted: Lifted, alpha: float, beta: float) -> None:
+def add_lifted_(
+    weight: Tensor,
+    basis: Basis,
+    lifted: Lifted,
+    alpha: float,
+    beta: float,
+    rounding_key: str | None = None,
+) -> None:
     """W <- beta W + alpha * then(P D + rest) in place, rounded once.
 
-    The plain lift takes no temporary of W's size. The exception is a weight in bfloat16 on a CPU,
-    whose products in bfloat16 are slow.
+    The plain lift takes no temporary of W's size. The exceptions are a weight that is rounded
+    stochastically, and one in bfloat16 on a CPU, whose products in bfloat16 are slow.
     """
     direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
-    if direction is None or not is_plain or weight.dtype == torch.bfloat16 and not weight.is_cuda:
-        add_(weight, update_of(basis, lifted), alpha, beta)
+    is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
+    if direction is None or not is_plain or is_narrow or rounding_key is not None:
+        add_(weight, update_of(basis, lifted), alpha, beta, rounding_key)
         return
     if isinstance(basis, TwoSided):
         left, right = product(basis.output, direction), basis.input.mT
@@ -893,13 +927,28 @@ def update_of(basis: Basis, lifted: Lifted) -> Tensor:
     return update if lifted.then is None else lifted.then(update)
 
 
-def add_(weight: Tensor, direction: Tensor, alpha: float, beta: float) -> None:
-    """W <- beta W + alpha D in place, computed in D's dtype and rounded once."""
+def add_(
+    weight: Tensor, direction: Tensor, alpha: float, beta: float, rounding_key: str | None = None
+) -> None:
+    """W <- beta W + alpha D in place, computed in D's dtype and rounded once.
+
+    Args:
+        weight: W.
+        direction: D.
+        alpha: Its factor.
+        beta: W's factor.
+        rounding_key: Rounds a W in bfloat16 stochastically, from float32, by the bits that this
+            names. None: to nearest.
+    """
     weight, direction = local(weight), local(direction)
+    if rounding_key is not None:
+        direction = direction.to(torch.float32)
     result = weight.to(direction.dtype)  # W itself where the dtypes agree
     if beta != 1:
         result.mul_(beta)
     result.add_(direction, alpha=alpha)
+    if rounding_key is not None:
+        result = round_stochastically(result, random_bits(result, rounding_key))
     if result is not weight:
         weight.copy_(result)
 
@@ -1109,10 +1158,10 @@ def check_placement(name: str, param: Tensor) -> None:
         )
 
 
-def check_basis_dtype(dtype: torch.dtype | None) -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have."""
+def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"basis_dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
+        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
 
 
 def _gradient(param: Tensor) -> Tensor:

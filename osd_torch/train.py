@@ -105,7 +105,6 @@ def make_train_step(
     model: LlamaForCausalLM,
     optimizer: torch.optim.Optimizer,
     *,
-    lr: float,
     schedule: Callable[[int], float],
     micro_batches: int = 1,
     grad_clipping: float = 0.0,
@@ -116,8 +115,8 @@ def make_train_step(
 
     Args:
         model: The LLaMA, whole or sharded by `fully_shard_llama`.
-        optimizer: From `make_optimizer`, over the model's parameters.
-        lr: The peak learning rate.
+        optimizer: From `make_optimizer`, over the model's parameters. The peak learning rate of
+            each group is its `lr` when this is called.
         schedule: Its factor at each step that counts, from 0; sets `lr` in the optimizer's groups.
         micro_batches: K, how many share an update.
         grad_clipping: Largest norm; 0 does not clip. See "gradient_norm" for what norm.
@@ -171,14 +170,15 @@ def make_train_step(
         assert isinstance(optimizer, SubspaceOptimizer)
         optimizer.reduce = reduce
 
+    peaks = [float(group["lr"]) for group in optimizer.param_groups]
     if isinstance(optimizer, SubspaceOptimizer):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = lr  # known here, and not to be guessed
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak_lr"] = peak  # known here, and not to be guessed
 
     def train_step(step: int, batch: Batch, measure: bool) -> Metrics:
         factor = schedule(step - skipped_steps(optimizer)[0])
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
         tokens, mask = (torch.from_numpy(batch[name]) for name in ("tokens", "mask"))
         counts = sum_over_processes(mask[..., 1:].sum(dim=(1, 2)))
         count = int(counts.sum())
