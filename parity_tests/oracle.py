@@ -47,6 +47,36 @@ def adam_eps_first(
     return lr * m / (np.sqrt(v) + eps) * np.sqrt(1 - b2**t) / (1 - b1**t)
 
 
+def adam_of_rows(
+    g: Array, s: dict[str, Any], t: int, lr: float, b1: float = 0.9, b2: float = 0.999,
+    eps: float = 1e-8,
+) -> Array:  # fmt: skip
+    """Adam with one second moment for each entry of a matrix' longer axis."""
+    if g.ndim < 2:
+        return adam(g, s, t, lr, b1, b2, eps)
+    across = 0 if g.shape[0] < g.shape[1] else 1
+    m = s["m"] = b1 * s.get("m", 0) + (1 - b1) * g
+    v = s["v"] = b2 * s.get("v", 0) + (1 - b2) * np.mean(g**2, axis=across, keepdims=True)
+    return lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+
+
+def trace(
+    g: Array, s: dict[str, Any], t: int, lr: float, momentum: float = 0.95, nesterov: bool = False
+) -> Array:
+    """Heavy ball, and Nesterov's form of it as Sutskever et al. (2013) write it."""
+    m = s["m"] = momentum * s.get("m", 0) + g
+    return lr * (g + momentum * m if nesterov else m)
+
+
+def newton_schulz(X: Array, coefficients: tuple[float, float, float]) -> Array:
+    """Muon's iteration: 5 steps of a X + b X X^T X + c X X^T X X^T X from X / |X|."""
+    a, b, c = coefficients
+    X = X / np.linalg.norm(X)
+    for _ in range(5):
+        X = a * X + b * (X @ X.T) @ X + c * (X @ X.T) @ (X @ X.T) @ X
+    return X
+
+
 def lion(
     g: Array, s: dict[str, Any], t: int, lr: float, sign: bool = True, b1: float = 0.9,
     b2: float = 0.99,
@@ -154,9 +184,17 @@ class Oracle:
     projector_weight_decay: float | None = None
     lion_sign: str = "lifted"
     move_projector: str = "after"
+    momentum: float = 0.95
+    nesterov: bool = False
+    muon_scale: str = "adamw"
+    residual: str = "none"
+    residual_scale: float | None = None
+    growth_limiter: bool = True
+    second_moment: str = "full"
     bases: dict[str, Array] = field(default_factory=dict)  # by side, "output" and "input"
     state: dict[str, Any] = field(default_factory=dict)
     projector_state: dict[str, Any] = field(default_factory=dict)
+    lift_state: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
 
     def step(self, G: Array, reported: dict[str, Array] | None = None) -> None:
@@ -172,10 +210,14 @@ class Oracle:
         lr = self.lr * self.schedule(t)
         if self.proj_type is None:
             G = G + self.weight_decay * W if self.optimizer in ("adam", "sgd") else G
-            self.weight = self._decayed(W, self.rule()(G, self.state, t + 1, lr), lr)
+            if self.optimizer == "muon":
+                dW = self._orthogonal(self.rule()(G, self.state, t + 1, 1.0), lr)
+            else:
+                dW = self.rule()(G, self.state, t + 1, lr)
+            self.weight = self._decayed(W, dW, lr)
             self.steps += 1
             return
-        continuous = PROJECTIONS[self.proj_type].basis == "online_pca"
+        continuous = PROJECTIONS[self.proj_type].basis in ("online_pca", "oja")
         if t == 0 or (t % self.update_proj_gap == 0 and not continuous):
             self.bases = self._fresh(G, reported)
         if continuous and self.move_projector == "before":
@@ -183,17 +225,78 @@ class Oracle:
         L = self.bases.get("output", np.eye(W.shape[0]))
         Q = self.bases.get("input", np.eye(W.shape[1]))
         R = L.T @ G @ Q
-        dW = self.scale * L @ self.rule()(R, self.state, t + 1, lr) @ Q.T
-        if self.optimizer == "galore_lion" and self.lion_sign == "lifted":
+        if self.optimizer == "osd_muon":
+            D = self.rule()(R, self.state, t + 1, 1.0)
+            dW = self._orthogonal(G + L @ (D - R) @ Q.T, lr)
+        elif self.residual != "none":
+            dW = self._with_residual(G, R, lr)
+        else:
+            dW = self.scale * L @ self.rule()(R, self.state, t + 1, lr) @ Q.T
+        signed = self.lion_sign == "lifted" and self.residual == "none"
+        if self.optimizer == "galore_lion" and signed:
             dW = lr * noted_sign(dW, self.state)
         self.weight = self._decayed(W, dW, lr)
         if continuous and self.move_projector == "after":
             self._move(G)
         self.steps += 1
 
+    def _orthogonal(self, X: Array, lr: float) -> Array:
+        m, n = X.shape
+        scales = {"adamw": 0.2 * max(m, n) ** 0.5, "muon": max(1, m / n) ** 0.5, "none": 1.0}
+        return lr * scales[self.muon_scale] * newton_schulz(X, (3.4445, -4.7750, 2.0315))
+
+    def _with_residual(self, G: Array, R: Array, lr: float) -> Array:
+        """A residual's rule, as it is written, with the residual itself."""
+        ((side, P),) = self.bases.items()
+        M, R = (G, R) if side == "output" else (G.T, R.T)
+        t, a, own = self.steps + 1, self.scale, self.lift_state
+        correction = 1.0
+        if self.optimizer == "galore_adamw":  # these lifts see Adam before its bias correction
+            correction = np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        D = self.rule()(R if side == "output" else R.T, self.state, t, 1.0) / correction
+        D = D if side == "output" else D.T
+        norms = lambda X: np.linalg.norm(X, axis=0)
+        k = norms(D) / (norms(R) + 1e-8)
+        if self.residual == "gradient_only_matrix":
+            k = np.linalg.norm(D) / (np.linalg.norm(R) + 1e-8)
+        if self.residual.startswith("norm_ratio"):
+            released = self.residual == "norm_ratio_released"
+            rest = self._limited((M - (a if released else 1.0) * P @ R) * k)
+            update = a * P @ D + (1.0 if released else a) * rest
+        elif self.residual.startswith("gradient_only"):
+            update = np.sqrt(a) * self._limited(M * k)
+        elif self.residual == "column_ema":
+            own["e"] = 0.9 * own.get("e", 0) + 0.1 * norms(M - P @ R) ** 2
+            root = np.maximum(np.sqrt(own["e"] / (1 - 0.9**t)), 1e-3 * norms(M))
+            reach = (0.4 if self.residual_scale is None else self.residual_scale) * np.sqrt(
+                P.shape[0] - P.shape[1]
+            )
+            update = P @ D + (M - P @ R) * reach / root
+        else:
+            weight = 1.0 if self.residual_scale is None else self.residual_scale
+            update = a * P @ D + weight * np.sign(M - P @ R)
+        return lr * correction * (update if side == "output" else update.T)
+
+    def _limited(self, rest: Array) -> Array:
+        """At most 1 % more than the norm before."""
+        if not self.growth_limiter:
+            return rest
+        norm, kept = np.linalg.norm(rest), self.lift_state.get("norm", 0.0)
+        factor = 1.01 / max(norm / (kept + 1e-8), 1.01) if kept > 0 else 1.0
+        self.lift_state["norm"] = norm * factor
+        return rest * factor
+
     def rule(self) -> Rule:
         """OptimizerW."""
         lifted = self.proj_type is not None and self.lion_sign == "lifted"
+        lifted = lifted and self.residual == "none"
+        by_rows = self.proj_type is None and self.second_moment == "row"
+        if by_rows or (self.proj_type is None and self.optimizer == "osd_muon"):
+            given = {"b1": self.beta1, "b2": self.beta2, "eps": self.eps}
+            given = {name: x for name, x in given.items() if x is not None}
+            if self.optimizer == "galore_adamw":
+                given = {"eps": 1e-6, **given}
+            return partial(adam_of_rows if by_rows else adam, **given)
         given = {"b1": self.beta1, "b2": self.beta2, "eps": self.eps}
         given = {name: x for name, x in given.items() if x is not None}
         return {
@@ -205,17 +308,19 @@ class Oracle:
             "lion": partial(lion, **given),
             "adafactor": partial(adafactor, beta1=self.beta1),
             "sgd": sgd,
+            "muon": partial(trace, momentum=self.momentum, nesterov=self.nesterov),
+            "osd_muon": partial(trace, momentum=self.momentum, nesterov=self.nesterov),
         }[self.optimizer]
 
     def _decayed(self, W: Array, dW: Array, lr: float) -> Array:
         keep = 1 - lr * self.weight_decay
         if self.optimizer in ("adam", "sgd"):  # L2, in the gradient already
             return W - dW
-        before = self.optimizer in ("adamw", "adafactor", "galore_adafactor")
+        before = self.optimizer in ("adamw", "adafactor", "galore_adafactor", "muon", "osd_muon")
         return keep * W - dW if before else keep * (W - dW)
 
     def _fresh(self, G: Array, reported: dict[str, Array] | None) -> dict[str, Array]:
-        if self.proj_type == "random":
+        if self.proj_type in ("random", "gaussian"):
             assert reported is not None
             return reported
         U, _, Vt = np.linalg.svd(G, full_matrices=False)
@@ -240,7 +345,12 @@ class Oracle:
         size = factor / self.update_proj_gap
         if self.projector_lr_multiple is not None:
             size = self.projector_lr_multiple * self.lr * factor
-        gradient = pca_gradient(P, G if side == "output" else G.T, self.penalty)
+        M = G if side == "output" else G.T
+        if named.basis == "oja":
+            Q, R = np.linalg.qr(P + size * M @ (M.T @ P) / np.sum(M**2))
+            self.bases = {side: Q * np.sign(np.diag(R))}
+            return
+        gradient = pca_gradient(P, M, self.penalty)
         number = self.steps // self.update_proj_every
         step = rule(gradient, self.projector_state, number, size)
         self.bases = {side: (1 - size * decay) * P - step}

@@ -26,11 +26,13 @@ ROOT = Path(__file__).parent.parent
 
 TORCH = ("test_torch_golden", "test_torch_sharding", "test_torch_optimizers", "test_torch_llama",
          "test_torch_layerwise", "test_torch_checkpoint", "test_train_torch",
-         "test_torch_in_other_hands")  # fmt: skip
+         "test_torch_in_other_hands", "test_torch_seam", "test_torch_residuals")  # fmt: skip
 JAX = ("test_jax_golden", "test_sharding", "test_jax_compose", "test_jax_layerwise", "test_llama",
        "test_dimension_numbers", "test_checkpoint", "test_train_step", "test_train_jax",
-       "test_train_jax_hosts", "test_jax_set_at", "test_jax_x64")  # fmt: skip
-BOTH = ("test_oracle", "test_jax_torch", "test_blockwise", "test_every_kth_step")
+       "test_train_jax_hosts", "test_jax_set_at", "test_jax_x64", "test_jax_aliases",
+       "test_jax_seam", "test_jax_residuals")  # fmt: skip
+BOTH = ("test_oracle", "test_jax_torch", "test_blockwise", "test_every_kth_step", "test_rows",
+        "test_seam_agrees", "test_stochastic_rounding")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -155,11 +155,12 @@ def run_torch(
     grads = {name: to_torch(x) for name, x in gradients.items()}
     peak = options.pop("lr")
     built = osd_torch.make_optimizer(params.items(), optimizer, proj_type, lr=peak, **options)
+    peaks = [group["lr"] for group in built.param_groups]
     weights: dict[str, list[np.ndarray]] = {name: [] for name in params}
     bases: dict[str, list[Any]] = {}
     for step, ratio in enumerate(lr_ratio):
-        for group in built.param_groups:
-            group |= {"lr": peak * float(ratio), "peak_lr": peak}  # a ratio may exceed 1
+        for group, own in zip(built.param_groups, peaks, strict=True):
+            group |= {"lr": own * float(ratio), "peak_lr": own}  # a ratio may exceed 1
         for name, param in params.items():
             param.grad = grads[name][step]
         built.step()

@@ -242,6 +242,8 @@ def written_out(name: str, P: Any, M: Any, D: Any, kept: dict[str, Any]) -> np.n
     return scale * (inside + rest)
 
 
+# By names test_oracle.py has the same steps, of three shapes, for both libraries.
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", SHAPES)
 @pytest.mark.parametrize("basis", RULES)
 @pytest.mark.parametrize("name", LIFTS)
@@ -771,7 +773,15 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         (lambda: osd_jax.gaussian(0), "the period of P is 0: expected a whole number"),
         (
             lambda: osd_jax.osd_muon(0.1, rank=2, muon_scale="big"),
-            "scale is 'big': expected one of adamw, muon, none",
+            "muon_scale is 'big': expected one of adamw, muon, none",
+        ),
+        (
+            lambda: osd_jax.osd_muon(0.1, rank=2, nesterov="yes"),  # type: ignore[arg-type]
+            "nesterov is 'yes': expected True or False",
+        ),
+        (
+            lambda: osd_jax.osd_muon(0.1, rank=2, nesterov=True, momentum=0.0),
+            "a momentum of 0 keeps no moment",
         ),
         (
             lambda: osd_jax.osd_muon(0.1, rank=2, ns_steps=0),
@@ -783,7 +793,7 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         ),
         (
             lambda: osd_jax.osd_muon(0.1, rank=2, ns_dtype=jnp.float16),
-            "dtype is .*float16.*: expected None, float32",
+            "ns_dtype is .*float16.*: expected None, float32",
         ),
         (
             lambda: osd_jax.osd_muon(0.1, rank=2, lift=osd_jax.add_gradient(), ns_steps=7),

@@ -811,9 +811,13 @@ def test_a_state_that_transport_does_not_know_is_refused_at_init(inner: Any, mes
         (
             "galore_adafactor",
             True,
-            "transport_moments is True: .*not Adafactor: its second moment is factored",
+            "transport_moments is True: .*galore_adafactor, whose second moment is factored",
         ),
-        ("adamw", True, "transport_moments is True: only galore_adamw, .* reads it; leave it out"),
+        (
+            "adamw",
+            True,
+            "transport_moments is True: only a subspace optimizer .* reads it; leave it out",
+        ),
         ("galore_adamw", 1, "transport_moments is 1: expected True or False"),
     ],
 )

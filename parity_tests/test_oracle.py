@@ -13,6 +13,7 @@ from oracle import Oracle, pca_gradient, pca_loss
 from sides import Run, gradients, run_jax, run_torch
 
 import osd_jax
+import osd_names as names
 import osd_torch
 from osd_jax.projectors import online_pca_gradient
 from osd_jax.sketch import make_sketch
@@ -28,11 +29,30 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "lion, sign in subspace": ("galore_lion", {"lion_sign": "subspace"}),
     "adafactor": ("galore_adafactor", {}),
     "adafactor, beta1": ("galore_adafactor", {"beta1": 0.9}),
+    "muon": ("osd_muon", {}),
 }
 PROJ_TYPES = (
-    "std", "reverse_std", "left", "right", "full", "random",
+    "std", "reverse_std", "left", "right", "full", "random", "gaussian",
     "continuous", "continuous_lion", "continuous_adafactor", "continuous_sgd",
+    "oja",
 )  # fmt: skip
+# Every residual with each optimizer that reads it, and what else that reads.
+RESIDUALS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("galore_adamw", {"residual": name}) for name in names.RESIDUALS if name != "none"},
+    "norm_ratio, no limiter": (
+        "galore_adamw", {"residual": "norm_ratio", "growth_limiter": False}
+    ),
+    "column_ema, 0.2": ("galore_adamw", {"residual": "column_ema", "residual_scale": 0.2}),
+    "sign, 0.1": ("galore_adamw", {"residual": "sign", "residual_scale": 0.1}),
+    "norm_ratio, lion": ("galore_lion", {"residual": "norm_ratio"}),
+    "column_ema, adafactor": ("galore_adafactor", {"residual": "column_ema"}),
+}  # fmt: skip
+MUON = {
+    "momentum 0.6": {"momentum": 0.6},
+    "nesterov": {"nesterov": True, "momentum": 0.8},
+    "its own scale": {"muon_scale": "muon"},
+    "no scale": {"muon_scale": "none", "momentum": 0.0},
+}
 FULL_RANK: dict[str, tuple[str, dict[str, Any]]] = {
     **RULES,
     **{f"full-rank {name}": (name, {}) for name in ("adam", "adamw", "lion", "adafactor", "sgd")},
@@ -83,8 +103,10 @@ def compare(
         **options: On top of the release's defaults.
     """
     rng = np.random.default_rng(0)
+    own = options.get("residual", "none")
+    scale = 0.25 if optimizer.startswith("galore") and names.RESIDUALS[own].reads_scale else 1.0
     options = {
-        "lr": 0.01, "rank": 4, "update_proj_gap": 7, "scale": 0.25, "weight_decay": 0.1, **options,
+        "lr": 0.01, "rank": 4, "update_proj_gap": 7, "scale": scale, "weight_decay": 0.1, **options,
     }  # fmt: skip
     start = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     grads = {name: gradients(rng, STEPS, shape) for name, shape in shapes.items()}
@@ -94,7 +116,15 @@ def compare(
 
     for name, weight in start.items():
         kind = proj_type if name in projected else None
-        oracle = Oracle(weight, optimizer, kind, schedule=RATIO.__getitem__, **options)
+        own = {k: x for k, x in options.items() if k not in ("full_lr", "first_moment")}
+        if "mlp" in name:
+            own.pop("second_moment", None)
+        elif "full_lr" in options:
+            own["lr"] = options["full_lr"]
+        if optimizer == "muon" and "mlp" not in name:
+            oracle = Oracle(weight, "adamw", None, schedule=RATIO.__getitem__, **own)
+        else:
+            oracle = Oracle(weight, optimizer, kind, schedule=RATIO.__getitem__, **own)
         for step in range(STEPS):
             bases = {side: P[step] for side, P in ours.bases.get(name, {}).items()}
             oracle.step(grads[name][step], bases)
@@ -120,6 +150,36 @@ def test_full_rank(run: Run, rule: str) -> None:
     """Beside projected parameters, and by the optimizers that project none."""
     optimizer, options = FULL_RANK[rule]
     compare(run, optimizer, None, FULL_RANK_SHAPES, **options)
+
+
+@both_sides
+@pytest.mark.parametrize("proj_type", ["std", "continuous", "gaussian"])
+@pytest.mark.parametrize("rule", RESIDUALS)
+def test_residuals(run: Run, rule: str, proj_type: str) -> None:
+    optimizer, options = RESIDUALS[rule]
+    compare(run, optimizer, proj_type, **options)
+
+
+@both_sides
+@pytest.mark.parametrize("proj_type", ["std", "continuous", None])
+@pytest.mark.parametrize("case", MUON)
+def test_muon(run: Run, case: str, proj_type: str | None) -> None:
+    """In a subspace, and at full rank."""
+    shapes = {**MATRICES, **FULL_RANK_SHAPES}
+    compare(run, "osd_muon" if proj_type else "muon", proj_type, shapes, **MUON[case])
+
+
+APART = {"full_lr": 0.03, "second_moment": "row", "beta2": 0.95}
+
+
+@both_sides
+@pytest.mark.parametrize("option", APART)
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "osd_muon", "muon", "adamw", "adam"])
+def test_what_is_not_projected_has_its_own(run: Run, optimizer: str, option: str) -> None:
+    """Its rate, and the form of its second moment, beside matrices that are projected or not."""
+    shapes = {**MATRICES, **FULL_RANK_SHAPES}
+    proj_type = "continuous" if optimizer in names.SUBSPACE_OPTIMIZERS else None
+    compare(run, optimizer, proj_type, shapes, **{option: APART[option]})
 
 
 BETAS = {

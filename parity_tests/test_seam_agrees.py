@@ -14,6 +14,7 @@ import torch
 import osd_jax
 import osd_torch
 from osd_jax.rules import scale_by_adam_of_age
+from osd_names import OPTIMIZERS
 from osd_torch.rules import Adam
 
 RANK, LR, STEPS = 3, 0.02, 14
@@ -141,3 +142,29 @@ def test_both_libraries_take_the_same_steps(
     for name in SHAPES:
         moved = np.linalg.norm(found[name] - start(name))
         assert np.linalg.norm(found[name] - wanted[name]) <= 1e-9 * moved, name
+
+
+@pytest.mark.parametrize("name", [x for x in OPTIMIZERS if x not in ("adam", "sgd")])
+def test_each_parameter_decays_at_its_own_rate(name: str) -> None:
+    """With zero gradients; `no_decay` sees the parameters as they are, vectors as vectors."""
+    shapes = {"embed": (12, 4), "mlp": (8, 6), "norm": (5,)}
+    rates = {"embed": 0.5 * 0.003, "mlp": 0.5 * 0.01, "norm": 0.0}
+    seen: set[tuple[int, ...]] = set()
+
+    def no_decay(path: str, x: Any) -> bool:
+        seen.add(tuple(x.shape))
+        return bool(x.ndim < 2)
+
+    options: Any = {"full_lr": 0.003, "weight_decay": 0.5, "no_decay": no_decay, "rank": 2}
+    ones = {key: jnp.ones(shape) for key, shape in shapes.items()}
+    tx = osd_jax.make_optimizer(name, learning_rate=0.01, **options)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, ones), tx.init(ones), ones)
+    params = {key: torch.nn.Parameter(torch.ones(shape)) for key, shape in shapes.items()}
+    optimizer = osd_torch.make_optimizer(params.items(), name, lr=0.01, **options)
+    for param in params.values():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for key, rate in rates.items():
+        np.testing.assert_allclose(-updates[key], rate, rtol=1e-5)
+        np.testing.assert_allclose(1 - params[key].detach(), rate, rtol=1e-3)
+    assert seen == set(shapes.values())

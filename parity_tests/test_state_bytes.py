@@ -48,6 +48,8 @@ def rule_bytes(rule: str, a: int, b: int, *, beta1: bool = False) -> int:
             return moment_bytes(a, b, is_8bit=False)
         case "adafactor":
             return 4 * (a + b) + beta1 * moment_bytes(a, b, is_8bit=False)
+        case "muon":
+            return moment_bytes(a, b, is_8bit=False)
         case "sgd":
             return 0
     raise AssertionError(rule)
@@ -68,7 +70,7 @@ def projected_bytes(
     P is p x r and R is r x q, where p is the side that P projects; `full` has two bases and an
     r x r R. The int32 count of the step that set P is one for each matrix.
     """
-    r, rule = min(rank, n_in, n_out), optimizer.removeprefix("galore_")
+    r, rule = min(rank, n_in, n_out), optimizer.removeprefix("galore_").removeprefix("osd_")
     side = PROJECTIONS[proj_type].side
     if side == "both":
         return 4 + basis_bytes * (n_in + n_out) * r + rule_bytes(rule, r, r, beta1=beta1)
@@ -97,7 +99,9 @@ def state_bytes(
         config.vocab_size,
         config.num_hidden_layers,
     )
-    rule = functools.partial(rule_bytes, optimizer.removeprefix("galore_"), beta1=beta1)
+    name = optimizer.removeprefix("galore_").removeprefix("osd_")
+    rule = functools.partial(rule_bytes, name, beta1=beta1)
+    other = functools.partial(rule_bytes, "adamw" if name == "muon" else name, beta1=beta1)
     kernels = [(h, h)] * 4 + [(h, f)] * 2 + [(f, h)]  # query, key, value, output, gate, up, down
     if optimizer in SUBSPACE_OPTIMIZERS:
         kernel = functools.partial(
@@ -105,8 +109,8 @@ def state_bytes(
         )
     else:
         kernel = rule
-    norms = (2 * layers + 1) * rule(1, h)
-    return layers * sum(kernel(a, b) for a, b in kernels) + rule(v, h) + rule(h, v) + norms
+    norms = (2 * layers + 1) * other(1, h)
+    return layers * sum(kernel(a, b) for a, b in kernels) + other(v, h) + other(h, v) + norms
 
 
 @functools.cache

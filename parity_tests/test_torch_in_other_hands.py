@@ -154,7 +154,7 @@ def captured(
     return energies
 
 
-FROM_GRADIENT = [name for name in PROJ_TYPES if name != "random"]
+FROM_GRADIENT = [name for name in PROJ_TYPES if name not in ("random", "gaussian")]
 
 
 @pytest.mark.parametrize("proj_type", FROM_GRADIENT)
@@ -218,7 +218,7 @@ def test_reading_the_state_before_training_harms_nothing(proj_type: str) -> None
     """`torch.distributed.checkpoint` takes a step of zeros to see what the state will be."""
     found = captured(proj_type, before=get_optimizer_state_dict)
     assert all(x > 0 for x in found)
-    if proj_type != "random":  # which draws by the number of the step
+    if proj_type in FROM_GRADIENT:  # the others draw by the number of the step
         always = captured(proj_type)
         assert min(found) > 0.99 * min(always), (found, always)
 
@@ -447,6 +447,9 @@ def test_the_guess_goes_with_the_state() -> None:
 def test_autocast_does_not_reach_the_optimizer(
     name: str, proj_type: str, layerwise: int | None
 ) -> None:
+    if name == "osd_muon" and layerwise == 2:
+        return  # refused: it adds the gradient itself
+
     def run(is_inside: bool) -> list[Tensor]:
         model = Pair()
         optimizer = build(model, name, proj_type)

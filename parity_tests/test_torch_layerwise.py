@@ -39,7 +39,8 @@ PROJECTED = ("mlp_up.weight", "mlp_down.weight", "attn.weight")
 
 
 def build(net: Net, optimizer: str, proj_type: str, **options: Any) -> torch.optim.Optimizer:
-    options = {"lr": PEAK, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, **options}
+    scale = 1.0 if optimizer == "osd_muon" else SCALE
+    options = {"lr": PEAK, "rank": RANK, "update_proj_gap": GAP, "scale": scale, **options}
     return osd_torch.make_optimizer(net.named_parameters(), optimizer, proj_type, **options)
 
 

@@ -255,7 +255,7 @@ def run(micro_batches: int, clip: float = 0.0, **modes: bool) -> tuple[Any, list
         model.named_parameters(), "galore_adamw", "std", lr=0.01, rank=4, update_proj_gap=5
     )
     step = make_train_step(
-        model, optimizer, lr=0.01, schedule=lambda step: (1.0, 0.5)[step],
+        model, optimizer, schedule=lambda step: (1.0, 0.5)[step],
         micro_batches=micro_batches, grad_clipping=clip, **modes,
     )  # fmt: skip
     tokens, mask = batch(rows=6)
@@ -282,7 +282,7 @@ def test_a_micro_batch_without_a_token_to_predict_adds_nothing() -> None:
         model.named_parameters(), "galore_adamw", "continuous", lr=0.01, rank=4
     )
     step = make_train_step(
-        model, optimizer, lr=0.01, schedule=lambda step: 1.0, micro_batches=2, per_layer=True
+        model, optimizer, schedule=lambda step: 1.0, micro_batches=2, per_layer=True
     )
     tokens, mask = (x.numpy() for x in batch(rows=2))
     both = {"tokens": np.stack([tokens, tokens]), "mask": np.stack([mask, mask & False])}
@@ -317,7 +317,7 @@ def test_energy_and_orthonormality_are_what_they_say() -> None:
     optimizer = osd_torch.make_optimizer(
         model.named_parameters(), "galore_adamw", "continuous", lr=0.01, rank=4, update_proj_gap=5
     )
-    step = make_train_step(model, optimizer, lr=0.01, schedule=lambda step: 1.0)
+    step = make_train_step(model, optimizer, schedule=lambda step: 1.0)
     tokens, mask = batch()
     both = {"tokens": tokens[None].numpy(), "mask": mask[None].numpy()}
     step(0, both, False)

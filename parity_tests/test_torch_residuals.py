@@ -272,10 +272,12 @@ def test_muon_trains_the_rest_by_adamw_at_its_own_rate() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"muon_scale": "big"}, "scale is 'big': expected one of adamw, muon, none"),
+        ({"muon_scale": "big"}, "muon_scale is 'big': expected one of adamw, muon, none"),
+        ({"nesterov": "yes"}, "nesterov is 'yes': expected True or False"),
+        ({"nesterov": True, "momentum": 0}, "a momentum of 0 keeps no moment"),
         ({"ns_steps": 0}, "steps is 0: expected a whole number"),
         ({"ns_coefficients": (1.0, 2.0)}, "coefficients are .*: expected three numbers"),
-        ({"ns_dtype": torch.float16}, "dtype is torch.float16: expected None, float32"),
+        ({"ns_dtype": torch.float16}, "ns_dtype is torch.float16: expected None, float32"),
         ({"momentum": 1.0}, "momentum is 1.0: expected a number in"),
         ({"full_lr": -1.0}, "full_lr is -1.0"),
         ({"ns_steps": 3, "lift": osd_torch.scaled()}, "ns_steps is 3, and lift is given"),
