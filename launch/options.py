@@ -25,8 +25,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, get_args, get_type_hints
 
+from osd_names import (
+    FIRST_MOMENTS,
+    MOMENTUM,
+    MUON_SCALES,
+    OPTIONS,
+    PROJ_TYPES,
+    RESIDUALS,
+    SECOND_MOMENTS,
+    SUBSPACE_OPTIMIZERS,
+    check_moments,
+    check_muon,
+    check_residual,
+)
 from osd_names import FULL_RANK_OPTIMIZERS as FULL_RANK
-from osd_names import OPTIONS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 
 PER_LAYER = tuple(f"{name}_per_layer" for name in SUBSPACE_OPTIMIZERS)
 Scheduler = Literal["linear", "cosine", "cosine_restarts"]
@@ -39,13 +51,14 @@ ProjectorInit = Literal["svd", "qr"]
 FIXED = (
     "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset",
     "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size", "no_decay",
+    "residual", "growth_limiter", "second_moment", "first_moment", "stochastic_rounding",
 )  # fmt: skip
 
 GROUPS = {
     "model": "",
     "data": "",
     "optimizer": "",
-    "subspace": "How gradients are projected: used by the galore_* optimizers only.",
+    "subspace": "How gradients are projected: used by the galore_* optimizers and osd_muon only.",
     "paper": "Where paper and published code differ. The defaults are the published code's.",
     "run": "",
     "memory and devices": "JAX trains on all devices that it finds, PyTorch on one a process.",
@@ -204,6 +217,13 @@ class Options:
         help="optimizer of the weights",
     )
     lr: float = _flag("optimizer", 1e-4, above=0, help="peak learning rate")
+    full_lr: float | None = _flag(
+        "optimizer",
+        None,
+        above=0,
+        help="peak learning rate of embedding, head and norms, which are never projected (default: "
+        "lr)",
+    )
     scheduler: Scheduler = _flag(
         "optimizer",
         "cosine",
@@ -263,6 +283,44 @@ class Options:
         above=0,
         help="added to the root of Adam's second moment (default: galore_adamw 1e-6, else 1e-8)",
     )
+    momentum: float | None = _flag(
+        "optimizer",
+        None,
+        low=0,
+        high=0.9999999,
+        help=f"decay of Muon's momentum; 0 keeps none (default: {MOMENTUM})",
+    )
+    nesterov: bool = _flag("optimizer", False, help="Nesterov's form of Muon's momentum")
+    muon_scale: str = _flag(
+        "optimizer",
+        "adamw",
+        choices=MUON_SCALES,
+        type=str.lower,
+        help="factor on Muon's orthogonal update: 0.2 sqrt(max(m, n)), with which AdamW's rates "
+        "carry over (adamw), Muon's own sqrt(max(1, m / n)) (muon), or none",
+    )
+    ns_dtype: str | None = _flag(
+        "optimizer",
+        None,
+        choices=("bfloat16", "float32"),
+        type=_dtype,
+        help="dtype of Muon's Newton-Schulz steps (default: float32)",
+    )
+    second_moment: str = _flag(
+        "optimizer",
+        "full",
+        choices=SECOND_MOMENTS,
+        type=str.lower,
+        help="Adam's second moment of embedding and head: one number for each of theirs, or for "
+        "each word (row)",
+    )
+    first_moment: str = _flag(
+        "optimizer",
+        "full",
+        choices=FIRST_MOMENTS,
+        type=str.lower,
+        help="with --second_moment row: their first moment in float32, or in 8 bits",
+    )
     no_decay: str | None = _flag(
         "optimizer",
         None,
@@ -293,8 +351,29 @@ class Options:
         choices=PROJ_TYPES,
         type=str.lower,
         help="rule that moves the projector: continuous* by online PCA with that optimizer; random "
-        "by chance; the rest by an SVD, of the shorter side (std), the longer, the left, the "
-        "right, or both (full)",
+        "and gaussian by chance; the rest by an SVD, of the shorter side (std), the longer, the "
+        "left, the right, or both (full)",
+    )
+
+    residual: str = _flag(
+        "subspace",
+        "none",
+        choices=tuple(RESIDUALS),
+        type=str.lower,
+        help="what of a gradient outside the subspace reaches the weights: norm_ratio (Fira; "
+        "norm_ratio_released as its code computes it), column_ema (Alice), gradient_only (APOLLO, "
+        "with --proj_type gaussian; gradient_only_matrix is APOLLO-Mini) or sign (FRUGAL)",
+    )
+    residual_scale: float | None = _flag(
+        "subspace",
+        None,
+        low=0,
+        help="weight of the residual, of column_ema (default: 0.4) and sign (default: 1)",
+    )
+    growth_limiter: bool = _flag(
+        "subspace",
+        True,
+        help="norm_ratio and gradient_only: let the residual's norm grow by at most 1%% a step",
     )
 
     penalty: float = _flag(
@@ -325,6 +404,12 @@ class Options:
         False,
         help="carry the moments over to the new projector whenever it changes, in place of reading "
         "them as they are",
+    )
+    stochastic_rounding: bool = _flag(
+        "optimizer",
+        False,
+        help="round weights in bfloat16 up or down by chance, so that updates smaller than a "
+        "weight's spacing add up; without effect on float32",
     )
     move_projector: MoveProjector = _flag(
         "paper",
@@ -546,7 +631,8 @@ class Options:
         return resolved
 
     def _check_sketches(self) -> None:
-        """Refuses a projector that needs the gradient where only its sketch is kept."""
+        """Refuses a rule that needs the gradient where only its sketch is kept."""
+        self._check_gradients_stay()
         waits = self.gradient_accumulation > 1 or self.grad_clipping
         if self.per_layer and waits and self.move_projector == "before":
             cause = "--grad_clipping" if self.grad_clipping else "several micro-batches"
@@ -568,6 +654,29 @@ class Options:
                 "--accumulate_sketches keeps only a sketch; use after"
             )
 
+    def _check_gradients_stay(self) -> None:
+        """Refuses sketches in place of gradients where the lift adds the gradient itself."""
+        rule = f"--residual {self.residual}"
+        if self.base_optimizer == "osd_muon":
+            rule = f"--optimizer {self.optimizer}"
+        elif self.residual == "none":
+            return
+        causes = {
+            "accumulate_sketches": self.accumulate_sketches,
+            "compress_gradients": self.compress_gradients,
+            "per_layer": self.per_layer and (self.gradient_accumulation > 1 or self.grad_clipping),
+        }
+        for name, is_given in causes.items():
+            if is_given:
+                where = ""
+                if name == "per_layer":
+                    where = " with several micro-batches" if not self.grad_clipping else ""
+                    where = where or " with --grad_clipping"
+                raise UsageError(
+                    f"--{name}: {rule} adds a part of the gradient itself, and --{name}{where} "
+                    "keeps a sketch of it only; leave one of them out"
+                )
+
     def _check_combinations(self) -> None:
         """Refuses what the chosen optimizer or schedule would silently ignore."""
         is_projected = self.optimizer not in FULL_RANK
@@ -582,18 +691,32 @@ class Options:
         takers |= {
             "cycle_length": ("--scheduler cosine_restarts", self.scheduler == "cosine_restarts"),
             "min_lr_ratio": ("a cosine --scheduler", self.scheduler != "linear"),
-            "compress_gradients": ("a galore_* optimizer", is_projected),
-            "accumulate_sketches": ("a galore_* optimizer", is_projected),
+            "compress_gradients": ("a galore_* optimizer or osd_muon", is_projected),
+            "accumulate_sketches": ("a galore_* optimizer or osd_muon", is_projected),
         }
         takers["restart_warmup_steps"] = takers["cycle_length"]
-        for name in ("proj_type", "rank", "update_proj_gap", "galore_scale", "basis_dtype"):
+        for name in ("proj_type", "rank", "update_proj_gap", "basis_dtype"):
             takers[name] = takers["compress_gradients"]
+        is_galore = self.optimizer.startswith("galore_")
+        takers["galore_scale"] = ("a galore_* optimizer", is_galore)
         for name, (taker, chosen) in takers.items():
             if not chosen and getattr(self, name) != _FIELDS[name].default:
                 raise UsageError(
                     f"--{name}: only {taker} takes it, and this is --optimizer {self.optimizer} "
                     f"--proj_type {self.proj_type} --scheduler {self.scheduler}; leave it out"
                 )
+        with _about("nesterov"):
+            check_muon(self.muon_scale, self.nesterov, self.momentum)
+        with _about("residual"):
+            check_residual(
+                self.residual,
+                self.residual_scale,
+                self.growth_limiter,
+                self.galore_scale,
+                "galore_scale",
+            )
+        with _about("first_moment"):
+            check_moments(self.second_moment, self.first_moment)
         if self.no_decay is not None and not self.weight_decay:
             raise UsageError("--no_decay: only --weight_decay above 0 reads it; leave it out")
         if self.no_decay is not None and not all(map(str.strip, self.no_decay.split(","))):

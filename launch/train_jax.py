@@ -235,6 +235,7 @@ def make_step(
         select=llama.is_projected,
         dimension_numbers=llama.dimension_numbers,
         basis_dtype=options.basis_dtype,
+        ns_dtype=options.ns_dtype,
         projector_init=options.projector_init,
         slice_size=SLICE_SIZE if options.per_layer else None,
         **training.optimizer_options(options),

@@ -222,6 +222,7 @@ def train(options: Options, device: torch.device) -> int:
             lr=options.lr,
             select=llama.is_projected,
             basis_dtype=getattr(torch, options.basis_dtype),
+            ns_dtype=getattr(torch, options.ns_dtype) if options.ns_dtype else None,
             **training.optimizer_options(options),
         )
 
@@ -229,7 +230,6 @@ def train(options: Options, device: torch.device) -> int:
         train_step = make_train_step(
             model,
             optimizer,
-            lr=options.lr,
             schedule=schedule,
             micro_batches=options.gradient_accumulation,
             grad_clipping=options.grad_clipping,

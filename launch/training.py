@@ -311,6 +311,15 @@ def optimizer_options(options: Options) -> dict[str, Any]:
         "beta1": options.beta1 or None,
         "beta2": options.beta2,
         "eps": options.eps,
+        "full_lr": options.full_lr,
+        "momentum": options.momentum,
+        "nesterov": options.nesterov,
+        "muon_scale": options.muon_scale,
+        "residual": options.residual,
+        "residual_scale": options.residual_scale,
+        "growth_limiter": options.growth_limiter,
+        "second_moment": options.second_moment,
+        "first_moment": options.first_moment,
         "seed": options.seed,
         "penalty": options.penalty,
         "projector_lr_multiple": options.projector_lr_multiple,
@@ -318,6 +327,7 @@ def optimizer_options(options: Options) -> dict[str, Any]:
         "lion_sign": options.lion_sign,
         "move_projector": options.move_projector,
         "transport_moments": options.transport_moments,
+        "stochastic_rounding": options.stochastic_rounding,
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from launch import training
 from launch.options import FIXED, Options, UsageError, count
+from osd_names import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,11 +170,15 @@ def test_cosine_restarts():
         ("--max_train_tokens 1000", ("--max_train_tokens", "1000", "1024 tokens")),
         ("--max_length 1024", ("--max_length", "1024", "512 positions")),
         ("--beta1 0.9 --optimizer sgd", ("--beta1", "Adafactor", "sgd", "leave it out")),
-        ("--beta2 0.9 --optimizer adafactor", ("--beta2", "Adam or Lion", "adafactor")),
+        ("--beta2 0.9 --optimizer adafactor", ("--beta2", "Adam, Lion or Muon", "adafactor")),
         ("--beta2 1", ("--beta2", "1.0", "0.9999999 or less")),
-        ("--eps 1e-8 --optimizer lion", ("--eps", "only Adam takes it", "lion")),
-        ("--transport_moments", ("--transport_moments", "galore_adamw", "leave it out")),
-        ("--transport_moments --optimizer galore_adafactor", ("--transport_moments", "Adafactor")),
+        ("--eps 1e-8 --optimizer lion", ("--eps", "only Adam or Muon takes it", "lion")),
+        ("--transport_moments", ("--transport_moments", "subspace optimizer", "leave it out")),
+        (
+            "--transport_moments --optimizer galore_adafactor",
+            ("--transport_moments", "galore_adafactor"),
+        ),
+        ("--stochastic_rounding --optimizer sgd", ("--stochastic_rounding", "torch's", "leave it")),
         ("--weight_decay 0.1 --no_decay norm,,head", ("--no_decay", "'norm,,head'", "words")),
         ("--no_decay norm", ("--no_decay", "--weight_decay above 0", "leave it out")),
         ("--eps 0", ("--eps", "0.0", "more than 0")),
@@ -313,3 +318,14 @@ def test_a_word_that_no_name_has_is_named():
     with pytest.raises(UsageError, match=r"--no_decay: no parameter has 'layernorm' in its name"):
         training.check_words("norm,layernorm", ["layers/norm", "embedding"])
     assert [training.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"peak_lr", "ns_dtype", "projector_init"}))
+def test_every_flag_of_an_option_reaches_the_optimizer(name: str) -> None:
+    """But those that PyTorch's or JAX' trainer gives in its own types."""
+    flag = "galore_scale" if name == "scale" else name
+    options, value = object.__new__(Options), object()
+    for field in dataclasses.fields(Options):
+        object.__setattr__(options, field.name, field.default)
+    object.__setattr__(options, flag, value)
+    assert training.optimizer_options(options)[name] is value

@@ -406,7 +406,7 @@ def test_bfloat16_moments_are_float32_and_decay(optimizer: str, home: Home) -> N
     opt = osd_torch.make_optimizer(
         net.named_parameters(), optimizer, "continuous", lr=0.01, rank=4
     )  # fmt: skip
-    train_step = make_train_step(net, opt, lr=0.01, schedule=lambda step: 1.0)
+    train_step = make_train_step(net, opt, schedule=lambda step: 1.0)
     draw = np.random.default_rng(0)
     for step in range(30):
         tokens = draw.integers(0, 300, (1, 4, 32), dtype=np.int32) // 2
@@ -663,7 +663,7 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         "JAX's processes": ({"process_id": 0}, r"--process_id: torchrun brings"),
         "nothing to compress": (
             {"compress_gradients": True, "optimizer": "adamw"},
-            r"--compress_gradients: only a galore_\* optimizer takes it",
+            r"--compress_gradients: only a galore_\* optimizer or osd_muon takes it",
         ),
     }
 

@@ -69,6 +69,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "projector_lr_multiple": 5.0,
         "move_projector": "before",
     },
+    "muon": {
+        "optimizer": "osd_muon",
+        "proj_type": "continuous",
+        "full_lr": 0.01,
+        "momentum": 0.8,
+        "second_moment": "row",
+        "first_moment": "8bit",
+        "stochastic_rounding": True,
+        "dtype": "bfloat16",
+    },
+    "fira": {"proj_type": "oja", "residual": "norm_ratio", "transport_moments": True},
     "restarts": {"optimizer": "sgd", "scheduler": "cosine_restarts", "cycle_length": 2},
 }
 
@@ -116,6 +127,8 @@ class Home:
         values |= changes
         if values["optimizer"] in FULL_RANK:
             values |= dict.fromkeys(("proj_type", "rank", "update_proj_gap", "galore_scale"))
+        if not str(values["optimizer"]).startswith("galore"):
+            values["galore_scale"] = None
         flags: list[str] = []
         for key, value in values.items():
             if value is not None:
