@@ -1,0 +1,268 @@
+"""What the runs say: the page, its figures and its pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.compare.methods import BAR, METHODS, Config, Setting
+from launch.compare.state import share_of_bar
+from launch.compare.tune import SECOND_SEED, TRIALS, TUNING_SEED
+from launch.run_log import write_atomic
+
+Run = Mapping[str, Any]
+SEARCHED = (TUNING_SEED, SECOND_SEED)
+# Pairs whose difference the page states: (method, what it is to be better than or near to).
+PAIRS = (
+    ("osd_muon", "adamw"), ("osd_muon_low", "adamw"), ("osd_muon_small", "adamw"),
+    ("osd_muon", "muon"), ("osd_muon_low", "muon"), ("osd_muon", "stateless"),
+    ("osd_muon_low", "stateless"), ("osd_muon", "osd_muon_fixed"), ("osd_muon", "osd_muon_svd"),
+    ("osd", "galore"), ("osd_paper", "galore"),
+)  # fmt: skip
+SIZES = ("60m", "350m", "1b")
+RECOMMENDED = "osd_muon_small"
+
+
+class Summary(NamedTuple):
+    """What is known of a method in a setting.
+
+    Attributes:
+        config: That was confirmed, or is the best so far.
+        losses: Of the seeds that confirm it, by seed; inf: the run failed.
+        trials: The losses of the search, by configuration.
+        curve: Training loss of the first of these seeds.
+    """
+
+    config: Config
+    losses: dict[int, float]
+    trials: dict[Config, float]
+    curve: list[float | None]
+
+    @property
+    def mean(self) -> float:
+        """Of the seeds, in nats."""
+        return statistics.mean(self.losses.values()) if self.losses else math.inf
+
+
+class Difference(NamedTuple):
+    """A paired difference: its mean and half of its 95 % interval, in nats."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        """Such as -0.120 ± 0.011."""
+        return f"{self.mean:+.3f} ± {self.half:.3f}"
+
+
+def config_of(run: Run) -> Config:
+    """What was tuned of a run."""
+    return Config(run["lr"], run["full_lr"], run["own"])
+
+
+def loss_of(run: Run) -> float:
+    """Of validation, in nats; inf: the run failed."""
+    return math.inf if run["loss"] is None else float(run["loss"])
+
+
+def summary(runs: Iterable[Run], setting: str, method: str) -> Summary | None:
+    """What is known of a method in a setting; None: nothing."""
+    own = [run for run in runs if run["setting"] == setting and run["method"] == method]
+    if not own:
+        return None
+    trials = {config_of(run): loss_of(run) for run in own if run["seed"] == TUNING_SEED}
+    confirming = [run for run in own if run["seed"] not in SEARCHED]
+    seeds = Counter(map(config_of, confirming))
+    second = {config_of(run): loss_of(run) for run in own if run["seed"] == SECOND_SEED}
+    first_of = lambda config: trials.get(config, math.inf)
+    both_of = lambda config: first_of(config) + second.get(config, math.inf)
+    config = min(seeds or trials, key=lambda c: (-seeds[c], both_of(c), first_of(c)))
+    chosen = sorted(
+        (run for run in confirming if config_of(run) == config), key=lambda r: r["seed"]
+    )
+    losses = {run["seed"]: loss_of(run) for run in chosen}
+    return Summary(config, losses, trials, chosen[0]["curve"] if chosen else [])
+
+
+def best_config(runs: Iterable[Run], setting: Setting, method: str) -> Config | None:
+    """The best configuration of a method by the longest shorter runs of the same model."""
+    runs = list(runs)
+    names = {run["setting"] for run in runs}
+    shorter = {name for name in names if name.rpartition("-")[0] == setting.family}
+    tokens = lambda name: float(name.rpartition("-")[2].removesuffix("M")) * 1e6
+    for name in sorted((s for s in shorter if tokens(s) < setting.tokens), key=tokens)[::-1]:
+        if found := summary(runs, name, method):
+            return found.config
+    return None
+
+
+def difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
+    """The mean of paired differences with its interval by Student's t; None: under two pairs."""
+    from scipy import stats
+
+    seeds = sorted(losses.keys() & others.keys())
+    pairs = [losses[seed] - others[seed] for seed in seeds]
+    if len(pairs) < 2 or not all(map(math.isfinite, pairs)):
+        return None
+    spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return Difference(statistics.mean(pairs), float(stats.t.ppf(0.975, len(pairs) - 1)) * spread)
+
+
+def write(runs: Sequence[Run], out: Path) -> None:
+    """Writes OUT/README.md and its pictures from the kept runs."""
+    settings = sorted({run["setting"] for run in runs})
+    parts = [*_head(runs)]
+    for setting in settings:
+        found = {m: x for m in METHODS if (x := summary(runs, setting, m))}
+        parts += section(setting, found)
+        draw(setting, found, out / f"{setting}.png")
+    parts += state_section()
+    write_atomic(out / "README.md", "\n".join(parts) + "\n")
+
+
+def _head(runs: Sequence[Run]) -> list[str]:
+    machines = sorted({run["machine"] for run in runs})
+    return [
+        "# How the methods compare",
+        "",
+        "`python -m launch.compare` trains every method with the same tokens, batch, order of the "
+        "data, initial weights and precision, linear warmup over 10 % of the updates and a cosine "
+        "to 10 % of the peak. Embedding, head and norms are trained by Adam at a rate of their own "
+        "in every method but `AdamW, one rate`; that rate was tuned with AdamW and is shared by "
+        f"all. Each method then has at most {TRIALS} trials with one seed: its rate is doubled or "
+        "halved as long as that is better, then three settings of Adam's betas or of the momentum "
+        "are tried, then the rate again, as far as the trials go. "
+        "The two best are trained with a second seed, and the better of the two with the seeds "
+        "below, which pair the methods: the same data and, for a seed, the same start. Loss is the "
+        "mean over held-out tokens, in nats, at the end of a whole schedule.",
+        "",
+        f"{len(runs)} runs, on {', '.join(machines)}; all are in "
+        "[runs.jsonl](runs.jsonl), with their flags. The intervals are not corrected for their "
+        "number; the bars of the pictures are standard deviations over the seeds. Nothing here "
+        "says how methods rank on larger models or more tokens.",
+    ]
+
+
+def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
+    """The part of a page on one setting."""
+    model = setting.partition("-")[0]
+    bar = found.get(BAR)
+    ranked = sorted(found.items(), key=lambda item: item[1].mean)
+    lines = [
+        "", f"## {setting}", "",
+        f"![loss against state, and over the run]({setting}.png)", "",
+        "| method | state, % of AdamW's numbers | bytes | rate | its own | validation loss | "
+        "minus AdamW's, 95 % interval | of each seed |",
+        "|---|---:|---:|---:|---|---:|---:|---|",
+    ]  # fmt: skip
+    for name, one in ranked:
+        numbers, size = share_of_bar(model, name)
+        off = difference(one.losses, bar.losses) if bar and name != BAR else None
+        each = ", ".join(f"{x:.3f}" for x in one.losses.values()) or "being tuned"
+        lines.append(
+            f"| {METHODS[name].title} | {numbers:.0f} | {size:.0f} | {one.config.lr:g} | "
+            f"{_plain(one.config.own)} | {_text(one.mean) if one.losses else ''} | {off or ''} | "
+            f"{each} |"
+        )
+    pairs = [(a, b) for a, b in PAIRS if a in found and b in found]
+    texts = [(a, b, difference(found[a].losses, found[b].losses)) for a, b in pairs]
+    if any(text for *_, text in texts):
+        lines += ["", "| method | minus | paired difference, 95 % interval |", "|---|---|---:|"]
+        lines += [
+            f"| {METHODS[a].title} | {METHODS[b].title} | {text} |" for a, b, text in texts if text
+        ]
+    lines += [
+        "",
+        "Every trial, validation loss with one seed:",
+        "",
+        "| method | trials |",
+        "|---|---|",
+    ]
+    for name, one in ranked:
+        lines.append(f"| {METHODS[name].title} | {trials_text(one)} |")
+    return lines
+
+
+def trials_text(one: Summary) -> str:
+    """The trials of a search, by what was tuned."""
+    by_own: dict[str, list[str]] = defaultdict(list)
+    for config, loss in sorted(one.trials.items()):
+        own = _plain(config.own)
+        full = "" if config.full_lr == one.config.full_lr else f" ({config.full_lr:g})"
+        by_own[own].append(f"{config.lr:g}{full}: {_text(loss)}")
+    return "; ".join(f"{own} {', '.join(found)}".strip() for own, found in by_own.items())
+
+
+def _plain(flags: str) -> str:
+    return flags.replace("--", "")
+
+
+def _text(loss: float) -> str:
+    return f"{loss:.3f}" if math.isfinite(loss) else "failed"
+
+
+def state_section() -> list[str]:
+    """The state of all methods at larger sizes."""
+    return [
+        "", "## State", "",
+        "All arrays of the optimizer, embedding, head and P's own moments included, in percent of "
+        "AdamW's by count and by bytes.", "",
+        *shares_table(METHODS),
+    ]  # fmt: skip
+
+
+def shares_table(names: Iterable[str]) -> list[str]:
+    """The state of some methods at larger sizes, in percent of AdamW's, in Markdown."""
+    lines = [
+        "| method | " + " | ".join(f"{size.upper()}, numbers | bytes" for size in SIZES) + " |",
+        "|---|" + "---:|---:|" * len(SIZES),
+    ]
+    for name in names:
+        shares = (share_of_bar(size, name) for size in SIZES)
+        cells = " | ".join(f"{numbers:.1f} | {size:.1f}" for numbers, size in shares)
+        lines.append(f"| {METHODS[name].title} | {cells} |")
+    return lines
+
+
+def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
+    """Loss against state, and the training loss of one seed over the run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
+    by_state, over_run = figure.subplots(1, 2)
+    model = setting.partition("-")[0]
+    done = {name: one for name, one in found.items() if math.isfinite(one.mean)}
+    for index, (name, one) in enumerate(done.items()):
+        color = f"C{index % 10}"
+        marker = "*" if name.startswith("osd_muon") else "o"
+        bytes_share = share_of_bar(model, name)[1]
+        spread = statistics.stdev(one.losses.values()) if len(one.losses) > 1 else 0.0
+        by_state.errorbar(
+            bytes_share, one.mean, spread, fmt=marker, color=color, capsize=3,
+            markersize=11 if marker == "*" else 7,
+        )  # fmt: skip
+        by_state.annotate(
+            name, (bytes_share, one.mean), xytext=(6, 5), textcoords="offset points", fontsize=8
+        )
+        curve = [math.nan if x is None else x for x in one.curve]
+        steps = [(i + 1) / len(curve) * 100 for i in range(len(curve))]
+        over_run.plot(steps, curve, color=color, linewidth=1.5, label=f"{name} {one.mean:.3f}")
+    by_state.set_xlabel("optimizer state, % of AdamW's bytes")
+    by_state.set_ylabel("validation loss, nats")
+    by_state.set_xlim(left=0)
+    over_run.set_xlabel("% of the run")
+    over_run.set_ylabel("training loss, nats")
+    tails = [x for one in done.values() for x in one.curve[len(one.curve) // 5 :] if x is not None]
+    if tails:
+        over_run.set_ylim(min(tails) - 0.05, max(tails) + 0.05)
+        over_run.legend(fontsize=8, frameon=False)
+    for axis in (by_state, over_run):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary)
+    temporary.replace(path)

@@ -1,0 +1,122 @@
+"""Trains runs, and keeps what each found in a file that another machine goes on with."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.compare.methods import METHODS, Config, Setting, flags_of
+from launch.options import UsageError
+from launch.run_log import read_metrics, write_atomic
+from launch.training import MAX_SKIPPED_IN_A_ROW
+
+RUN_DIR = Path("runs/compare")
+CURVE = 30  # points of a kept curve
+
+
+class Runs:
+    """The finished runs, in a file of one JSON object a line.
+
+    Args:
+        path: Of the file; one that is absent has no runs.
+        threads: Of the processor that each run takes.
+    """
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.path, self.threads = path, threads
+        self._lock = threading.Lock()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All that are kept.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        try:
+            return [json.loads(line) for line in lines if line]
+        except ValueError as error:
+            raise UsageError(f"{self.path} is damaged: {error}; restore it by git") from None
+
+    def loss(self, setting: Setting, method: str, config: Config, seed: int) -> float:
+        """The final validation loss of a run in nats, trained unless it is kept; inf: failed."""
+        flags = flags_of(setting, METHODS[method], config, seed)
+        found = next((run for run in self.read() if run["flags"] == flags), None)
+        if found is None:
+            own = config.own.replace("--", "").replace(" ", "")
+            name = f"{setting.name}-{method}-{config.lr:g}-{config.full_lr:g}-{own}-{seed}"
+            found = {
+                "setting": setting.name, "method": method, **config._asdict(), "seed": seed,
+                **trained(name, flags, self.threads),
+                "flags": flags, "machine": machine(),
+                "threads": self.threads,
+            }  # fmt: skip
+            with self._lock, self._alone():
+                kept = [json.dumps(run) for run in [*self.read(), found]]
+                write_atomic(self.path, "\n".join(kept) + "\n")
+            print(f"{setting.name} {method} {config} seed {seed}: {found['loss']}", flush=True)
+        return float("inf") if found["loss"] is None else found["loss"]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Other processes that write the file wait."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
+    """Trains a run in a process of its own, and says what came of it.
+
+    Returns:
+        "loss" of validation at the end, in nats, None where it is not finite or where the trainer
+        gave up, since its gradients were not; "curve" of the training loss, some 30 points over
+        the run; "seconds" of training, None where it gave up.
+
+    Raises:
+        UsageError: the trainer failed for another reason.
+    """
+    command = [sys.executable, "-m", "launch.train_torch", *flags.split(), "--name", name]
+    command += ["--run_dir", str(RUN_DIR), "--overwrite"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    shutil.rmtree(RUN_DIR / name, ignore_errors=True)  # of an interrupted run
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    records = read_metrics(RUN_DIR / name) if (RUN_DIR / name / "metrics.jsonl").exists() else []
+    train = [r for r in records if r["kind"] == "train"]
+    gave_up = bool(train) and train[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
+    if done.returncode and not gave_up:
+        raise UsageError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    losses = [r["loss"] for r in train]
+    final = next((r for r in records if r["kind"] == "final"), {"loss": None, "seconds": None})
+    shutil.rmtree(RUN_DIR / name)
+    every = max(1, len(losses) // CURVE)
+    rounded = [None if x is None else round(x, 3) for x in losses[every - 1 :: every]]
+    return {
+        "loss": final["loss"],
+        "curve": rounded,
+        "seconds": final["seconds"] and round(final["seconds"], 1),
+    }
+
+
+def machine() -> str:
+    """The processor or GPU that trains, such as figures differ by."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,58 @@
+"""The search for a method's rates, the same for each method, and the runs that confirm it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from launch.compare.methods import Config, Method
+
+TRIALS = 8
+TUNING_SEED, SECOND_SEED = 0, 100
+
+Loss = Callable[[Config], float]
+
+
+def search(loss: Loss, start: Config, own: tuple[str, ...], trials: int = TRIALS) -> list[Config]:
+    """The configurations that were tried, the best first.
+
+    The rate is doubled or halved until it lies between two worse ones; then the method's own flags
+    are tried, and with the best the rate again, all within `trials` runs.
+
+    Args:
+        loss: Of a configuration.
+        start: The first one.
+        own: Flags to choose from.
+        trials: Most runs.
+    """
+    tried: dict[Config, float] = {}
+
+    def attempt(config: Config) -> float:
+        if config not in tried:
+            if len(tried) == trials:
+                return math.inf
+            tried[config] = loss(config)
+        return tried[config]
+
+    def climb(config: Config) -> Config:
+        while True:
+            lr = config.lr
+            near = (config, config._replace(lr=lr / 2), config._replace(lr=lr * 2))
+            best = min(near, key=attempt)
+            if best == config or len(tried) == trials:
+                return best
+            config = best
+
+    best = climb(start)
+    best = min((best._replace(own=flags) for flags in (best.own, *own)), key=attempt)
+    climb(best)
+    return sorted(tried, key=tried.__getitem__)
+
+
+def tuned(
+    loss: Callable[[Config, int], float], method: Method, start: Config, trials: int
+) -> Config:
+    """The best configuration of a method: of the two best by one seed, the better one by two."""
+    ranked = search(lambda config: loss(config, TUNING_SEED), start, method.own, trials)
+    both = lambda config: loss(config, TUNING_SEED) + loss(config, SECOND_SEED)
+    return min(ranked[:2], key=both)
