@@ -231,8 +231,9 @@ def _osd_torch(
         weight, gradient, basis = _torch_tensors(given, device, dtype)
         online = proj_type.startswith("continuous")
         made = osd_torch.make_optimizer(
-            [("mlp", weight)], optimizer, proj_type, lr=LR, rank=case.rank, scale=SCALE,
+            [("mlp", weight)], optimizer, proj_type, lr=LR, rank=case.rank,
             update_proj_gap=GAP if online else 10**9, update_proj_every=every,
+            **scale_of(optimizer),
         )  # fmt: skip
         assert isinstance(made, osd_torch.SubspaceOptimizer)
         torch_after_first_step(made, lambda p, rank: basis)
@@ -243,6 +244,11 @@ def _osd_torch(
         return _period_of(step, every) if online else Built(step, _torch_done(refresh, device))
 
     return build
+
+
+def scale_of(optimizer: str) -> dict[str, Any]:
+    """The factor on the lifted update, for the optimizers that read one."""
+    return {"scale": SCALE} if optimizer.startswith("galore") else {}
 
 
 def torch_after_first_step(optimizer: Any, basis_of: Callable[[int, int], Any]) -> None:
@@ -260,6 +266,22 @@ def torch_after_first_step(optimizer: Any, basis_of: Callable[[int, int], Any]) 
             state["basis"].copy_(basis_of(*state["basis"].shape))
             state["step"].fill_(1)
             state["set_at"].fill_(0)
+
+
+def _torch_muon(case: Case, given: Arrays, device: str, dtype: str) -> Built:
+    import osd_torch
+
+    weight, *_ = _torch_tensors(given, device, dtype)
+    made = osd_torch.make_optimizer([("mlp", weight)], "muon", lr=LR)
+    return Built(_torch_done(made.step, device))
+
+
+def _torchs_own_muon(case: Case, given: Arrays, device: str, dtype: str) -> Built:
+    import torch
+
+    weight, *_ = _torch_tensors(given, device, dtype)
+    own = torch.optim.Muon([weight], lr=LR, nesterov=False, adjust_lr_fn="match_rms_adamw")
+    return Built(_torch_done(own.step, device))
 
 
 def _torch_adamw(case: Case, given: Arrays, device: str, dtype: str) -> Built:
@@ -347,14 +369,29 @@ def _osd_jax(
 
         online = proj_type.startswith("continuous")
         tx = osd_jax.make_optimizer(
-            optimizer, proj_type, learning_rate=LR, rank=case.rank, scale=SCALE,
+            optimizer, proj_type, learning_rate=LR, rank=case.rank,
             update_proj_gap=GAP if online else 10**9, update_proj_every=every,
+            **scale_of(optimizer),
         )  # fmt: skip
         basis_of = lambda old: jnp.array(given.basis, old.dtype, copy=True)
         step = _jax_step(tx, given, dtype, lambda state: jax_after_first_step(state, basis_of))
         return _period_of(step, every) if online else Built(step, _jax_svd(given))
 
     return build
+
+
+def _jax_muon(case: Case, given: Arrays, device: str, dtype: str) -> Built:
+    import osd_jax
+
+    tx = osd_jax.make_optimizer("muon", learning_rate=LR)
+    return Built(_jax_step(tx, given, dtype, lambda state: state))
+
+
+def _optax_muon(case: Case, given: Arrays, device: str, dtype: str) -> Built:
+    import optax
+
+    tx = optax.contrib.muon(LR, nesterov=False, consistent_rms=0.2)
+    return Built(_jax_step(tx, given, dtype, lambda state: state))
 
 
 def _optax_galore(case: Case, given: Arrays, device: str, dtype: str) -> Built:
@@ -455,7 +492,7 @@ FLOORS = {"torch": "floor, torch", "jax": "floor, jax"}
 PUBLISHED = {"torch": "published way, torch", "jax": "published way, jax"}
 FULL_RANK = {"torch": "AdamW fused, torch", "jax": "optax.adamw"}
 GALORE = {"torch": "GaLore, osd_torch", "jax": "GaLore, osd_jax"}
-EVERY = 10  # docs/every_kth_step.md says what that does to the loss
+EVERY = 10  # docs/comparison says what that does to the loss
 CONTENDERS: Mapping[str, Contender] = {
     FLOORS["torch"]: Contender("torch", _torch_floor),
     "osd_torch, AdamW": Contender("torch", _osd_torch("galore_adamw", "continuous")),
@@ -466,9 +503,12 @@ CONTENDERS: Mapping[str, Contender] = {
     f"osd_torch, P moved every {EVERY}": Contender(
         "torch", _osd_torch("galore_adamw", "continuous", EVERY)
     ),
+    "osd_torch, osd_muon": Contender("torch", _osd_torch("osd_muon", "continuous")),
+    "osd_torch, Muon": Contender("torch", _torch_muon),
     GALORE["torch"]: Contender("torch", _osd_torch("galore_adamw", "std")),
     PUBLISHED["torch"]: Contender("torch", _torch_published),
     FULL_RANK["torch"]: Contender("torch", _torch_adamw),
+    "torch.optim.Muon": Contender("torch", _torchs_own_muon),
     "bitsandbytes AdamW8bit": Contender("torch", _bitsandbytes, "bitsandbytes"),
     FLOORS["jax"]: Contender("jax", _jax_floor),
     "osd_jax, AdamW": Contender("jax", _osd_jax("galore_adamw", "continuous")),
@@ -477,10 +517,13 @@ CONTENDERS: Mapping[str, Contender] = {
     f"osd_jax, P moved every {EVERY}": Contender(
         "jax", _osd_jax("galore_adamw", "continuous", EVERY)
     ),
+    "osd_jax, osd_muon": Contender("jax", _osd_jax("osd_muon", "continuous")),
+    "osd_jax, Muon": Contender("jax", _jax_muon),
     GALORE["jax"]: Contender("jax", _osd_jax("galore_adamw", "std")),
     "GaLore, optax.contrib": Contender("jax", _optax_galore),
     PUBLISHED["jax"]: Contender("jax", _jax_published),
     FULL_RANK["jax"]: Contender("jax", _optax_adamw),
+    "optax.contrib.muon": Contender("jax", _optax_muon),
 }
 
 

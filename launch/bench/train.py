@@ -10,21 +10,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.bench.optimizer import GAP, jax_after_first_step, torch_after_first_step
+from launch.bench.optimizer import (
+    GAP,
+    jax_after_first_step,
+    scale_of,
+    torch_after_first_step,
+)
 from launch.bench.timing import Step, Times, ratios, spread, time_in_rounds
+from osd_names import SUBSPACE_OPTIMIZERS
 
 FULL_RANK = "full-rank AdamW"
 METHODS: Mapping[str, tuple[str, str]] = {
     "online PCA": ("galore_adamw", "continuous"),
     "GaLore": ("galore_adamw", "std"),
+    "osd_muon": ("osd_muon", "continuous"),
+    "Muon": ("muon", "std"),
     FULL_RANK: ("adamw", "std"),
     "8-bit online PCA": ("galore_adamw8bit", "continuous_adam8bit"),
     "8-bit GaLore": ("galore_adamw8bit", "std"),
     "8-bit Adam": ("adam8bit", "std"),
 }
-TIMED = ("online PCA", "GaLore", FULL_RANK)
+TIMED = ("online PCA", "GaLore", "osd_muon", "Muon", FULL_RANK)
 """GaLore is timed between its SVDs."""
-LR, SCALE = 1e-3, 0.25
+LR = 1e-3
 
 
 class Setting(NamedTuple):
@@ -75,15 +83,17 @@ CONTENDERS = tuple(
     for framework in ("torch", "jax")
     for layerwise in (False, True)
     for method in TIMED
+    if not layerwise or method not in ("osd_muon", "Muon")
 )
 
 
 def optimizer_options(method: str, rank: int) -> dict[str, Any]:
     """The keywords of both libraries' `make_optimizer`; GaLore's P is not set anew again."""
-    if not METHODS[method][0].startswith("galore"):
+    optimizer, proj_type = METHODS[method]
+    if optimizer not in SUBSPACE_OPTIMIZERS:
         return {}
-    gap = GAP if METHODS[method][1] != "std" else 10**9
-    return {"rank": rank, "update_proj_gap": gap, "scale": SCALE}
+    gap = GAP if proj_type != "std" else 10**9
+    return {"rank": rank, "update_proj_gap": gap, **scale_of(optimizer)}
 
 
 class TorchRun:
@@ -113,7 +123,7 @@ class TorchRun:
             eye = functools.partial(torch.eye, device=setting.device)
             torch_after_first_step(self.optimizer, eye)
         self._step = make_train_step(
-            self.model, self.optimizer, lr=LR, schedule=lambda step: 1.0, per_layer=layerwise
+            self.model, self.optimizer, schedule=lambda step: 1.0, per_layer=layerwise
         )
         self._batch = setting.tokens()
 
