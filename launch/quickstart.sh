@@ -13,12 +13,13 @@ flags=(
     --max_length 256
     --batch_size 8
     --total_batch_size 8
-    --optimizer galore_adamw
+    --optimizer osd_muon
     --proj_type continuous
     --rank 32
     --update_proj_gap 200
-    --galore_scale 0.25
+    --momentum 0.8
     --lr 0.01
+    --full_lr 0.03
     --num_training_steps 900
     --warmup_steps 90
     --eval_every 100

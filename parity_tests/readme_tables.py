@@ -14,6 +14,7 @@ from golden_cases import golden_cases  # noqa: E402
 from test_oracle import PROJ_TYPES, RULES  # noqa: E402
 from test_state_bytes import table  # noqa: E402
 
+from launch.compare.report import shares_table  # noqa: E402
 from osd_names import PROJECTIONS, SUBSPACE_OPTIMIZERS  # noqa: E402
 
 
@@ -36,7 +37,9 @@ def combinations() -> str:
 
 def updated(readme: str) -> str:
     """The README with its tables made anew, between their markers."""
-    for name, text in (("combinations", combinations()), ("state", table())):
+    names = ("muon", "osd_muon", "osd_muon_low", "osd_muon_small", "osd", "galore", "adamw_8bit")
+    shares = "\n".join(shares_table(names))
+    for name, text in (("combinations", combinations()), ("state", table()), ("shares", shares)):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         readme, count = re.subn(
             pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.DOTALL
