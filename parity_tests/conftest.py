@@ -1,6 +1,8 @@
 """What every test shares. It runs before JAX or PyTorch is imported."""
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,28 @@ def compile_fast() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+MOST_MAPS = 20_000  # that a module may leave
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Frees what JAX compiled where a module leaves many memory maps behind.
+
+    Each program keeps some, a process may have 65,530 on Linux, and beyond them LLVM crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" not in sys.modules or not maps.exists():
+        return
+    with maps.open() as lines:
+        count = sum(1 for _ in lines)
+    if count > MOST_MAPS:
+        sys.modules["jax"].clear_caches()
+        if "sides" in sys.modules:
+            sys.modules["sides"].forget_compiled()
+        gc.collect()
 
 
 pytest.register_assert_rewrite("trainer_runs")  # its tests are collected where they are inherited

@@ -609,7 +609,9 @@ def test_a_stack_is_each_matrix_alone() -> None:
                 )
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)], ids=str
+)
 def test_a_mesh_gives_the_steps_of_one_device(kind: AxisType) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
     shapes = {"both": (8, 16), "one": (24, 16), "odd": (8, 18), "stack": (4, 8, 16)}
@@ -743,7 +745,7 @@ def test_on_both_sides(name: str) -> None:
     assert np.all(np.isfinite(updates["w"])) and np.any(updates["w"])
 
 
-@pytest.mark.parametrize("name", ["column_ema", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("column_ema", marks=pytest.mark.slow), "muon"])
 def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
     """A whole optimizer, with a lift that has a state and with Muon's two rates."""
     from osd_jax import llama

@@ -474,7 +474,8 @@ def loss_after(tx: Any, state: Tree, steps: int, scale: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(
     "name",
     [
-        "continuous", "std", "scale_by_subspace",
+        "continuous", "scale_by_subspace",
+        pytest.param("std", marks=pytest.mark.slow),
         pytest.param("every second step", marks=pytest.mark.slow),
     ],
 )  # fmt: skip

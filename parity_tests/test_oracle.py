@@ -152,10 +152,18 @@ def test_full_rank(run: Run, rule: str) -> None:
     compare(run, optimizer, None, FULL_RANK_SHAPES, **options)
 
 
-@both_sides
-@pytest.mark.parametrize("proj_type", ["std", "continuous", "gaussian"])
+SLOWLY = {  # JAX compiles each
+    (run, kind): [pytest.mark.slow] * (run is run_jax and kind != "continuous")
+    for run in (run_jax, run_torch)
+    for kind in ("std", "continuous", "gaussian")
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "proj_type"), [pytest.param(*pair, marks=marks) for pair, marks in SLOWLY.items()]
+)
 @pytest.mark.parametrize("rule", RESIDUALS)
-def test_residuals(run: Run, rule: str, proj_type: str) -> None:
+def test_residuals(run: Run, proj_type: str, rule: str) -> None:
     optimizer, options = RESIDUALS[rule]
     compare(run, optimizer, proj_type, **options)
 

@@ -478,8 +478,10 @@ def steps_on_two(shape: tuple[int, int], axis: int | None, first_8bit: bool) -> 
 
 
 @pytest.mark.parametrize("first_8bit", [False, True])
-@pytest.mark.parametrize("axis", [0, 1, None])
-@pytest.mark.parametrize("shape", [(91, 61), (61, 91)], ids=ids)
+@pytest.mark.parametrize("axis", [0, 1, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape", [(91, 61), pytest.param((61, 91), marks=pytest.mark.slow)], ids=ids
+)
 def test_two_processes_are_one(
     run: Run,  # noqa: F811
     shape: tuple[int, int],

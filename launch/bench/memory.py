@@ -19,6 +19,7 @@ CONTENDERS = tuple(
     for framework in ("torch", "jax")
     for layerwise in (False, True)
     for method in METHODS
+    if not layerwise or method not in ("osd_muon", "Muon")
 )
 
 
