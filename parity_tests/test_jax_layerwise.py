@@ -136,7 +136,10 @@ def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
 
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_lion", "galore_adamw8bit"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["galore_adamw", "galore_lion", pytest.param("galore_adamw8bit", marks=pytest.mark.slow)],
+)
 def test_in_float64_they_are_the_same_to_rounding(
     optimizer: str, micro_batches: int, clipping: float
 ) -> None:

@@ -246,7 +246,7 @@ def compare_examples(examples: int) -> None:
 
 
 def test_jax_and_torch_agree_on_random_problems() -> None:
-    compare_examples(150)
+    compare_examples(100)
 
 
 @pytest.mark.slow

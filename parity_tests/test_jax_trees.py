@@ -519,9 +519,14 @@ def test_a_basis_that_is_set_is_a_constant(projector: str) -> None:
 # ------------------------------------------------------------------------------ strict promotion
 
 
-def every_optimizer() -> list[tuple[str, str]]:
+def every_optimizer() -> list[Any]:
     names = osd_jax.optimizers
     found = [(one, kind) for one in names.SUBSPACE_OPTIMIZERS for kind in names.PROJ_TYPES]
+    found = [
+        pair if pair[0] == "galore_adamw" or pair[1] in ("std", "full", "continuous", "oja")
+        else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in found
+    ]  # fmt: skip
     return found + [(one, "std") for one in names.FULL_RANK_OPTIMIZERS]
 
 

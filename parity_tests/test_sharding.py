@@ -294,14 +294,19 @@ def test_a_mesh_gives_the_losses_of_one_device(sizes: tuple[int, int, int]) -> N
     np.testing.assert_allclose(run(EVEN, sizes).losses, run(EVEN, None).losses, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str
+)
 def test_so_does_one_that_does_not_divide_the_model(sizes: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(run(ODD, sizes).losses, run(ODD, None).losses, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "proj_type"),
-    [("galore_adamw8bit", "continuous_adam8bit"), ("galore_adafactor", "std")],
+    [
+        ("galore_adamw8bit", "continuous_adam8bit"),
+        pytest.param("galore_adafactor", "std", marks=pytest.mark.slow),
+    ],
 )
 def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
     found = run(EVEN, (2, 2, 2), name, proj_type, 2, grad_clipping=0.1).losses
