@@ -319,7 +319,8 @@ class Options:
         "full",
         choices=FIRST_MOMENTS,
         type=str.lower,
-        help="with --second_moment row: their first moment in float32, or in 8 bits",
+        help="with --second_moment row: their first moment, and Muon's momentum, in float32 or in "
+        "8 bits",
     )
     no_decay: str | None = _flag(
         "optimizer",
@@ -351,8 +352,8 @@ class Options:
         choices=PROJ_TYPES,
         type=str.lower,
         help="rule that moves the projector: continuous* by online PCA with that optimizer; random "
-        "and gaussian by chance; the rest by an SVD, of the shorter side (std), the longer, the "
-        "left, the right, or both (full)",
+        "and gaussian by chance; oja by a step of Oja's rule and a QR; the rest by an SVD, of the "
+        "shorter side (std), the longer, the left, the right, or both (full)",
     )
 
     residual: str = _flag(
@@ -661,19 +662,17 @@ class Options:
             rule = f"--optimizer {self.optimizer}"
         elif self.residual == "none":
             return
-        causes = {
-            "accumulate_sketches": self.accumulate_sketches,
-            "compress_gradients": self.compress_gradients,
-            "per_layer": self.per_layer and (self.gradient_accumulation > 1 or self.grad_clipping),
+        several = self.gradient_accumulation > 1
+        causes = {  # the flag, and what beside it drops the gradient
+            ("accumulate_sketches", ""): self.accumulate_sketches,
+            ("compress_gradients", ""): self.compress_gradients,
+            ("per_layer", " with several micro-batches"): self.per_layer and several,
+            ("per_layer", " with --grad_clipping"): self.per_layer and self.grad_clipping,
         }
-        for name, is_given in causes.items():
+        for (name, beside), is_given in causes.items():
             if is_given:
-                where = ""
-                if name == "per_layer":
-                    where = " with several micro-batches" if not self.grad_clipping else ""
-                    where = where or " with --grad_clipping"
                 raise UsageError(
-                    f"--{name}: {rule} adds a part of the gradient itself, and --{name}{where} "
+                    f"--{name}: {rule} adds a part of the gradient itself, and --{name}{beside} "
                     "keeps a sketch of it only; leave one of them out"
                 )
 

@@ -348,7 +348,9 @@ def orthogonalized(
     known = map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float64))
     if dtype is not None and jnp.dtype(dtype) not in known:
         raise ValueError(f"dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
-    options = (steps, tuple(coefficients), dtype, scale)
+    options: dict[str, Any] = {
+        "steps": steps, "coefficients": tuple(coefficients), "dtype": dtype, "scale": scale,
+    }  # fmt: skip
     return inner._replace(
         apply=functools.partial(_orthogonalized, inner, options),
         name=f"orthogonalized({inner.name}, steps={steps}, scale={scale})",
@@ -356,15 +358,14 @@ def orthogonalized(
     )
 
 
-def _orthogonalized(inner: Lift, options: Any, direction: jax.Array, seen: Seen) -> Lifted:
-    steps, coefficients, dtype, scale = options
+def _orthogonalized(
+    inner: Lift, options: dict[str, Any], direction: jax.Array, seen: Seen
+) -> Lifted:
     lifted = inner.apply(direction, seen)
 
     def then(update: jax.Array) -> jax.Array:
-        matrix = update if lifted.then is None else lifted.then(update)
-        return orthogonalize(
-            matrix, seen.side, steps=steps, coefficients=coefficients, dtype=dtype, scale=scale
-        )
+        update = update if lifted.then is None else lifted.then(update)
+        return orthogonalize(update, seen.side, **options)
 
     return lifted._replace(then=then)
 

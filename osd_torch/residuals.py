@@ -327,22 +327,21 @@ def orthogonalized(
         raise ValueError(f"coefficients are {coefficients!r}: expected three numbers")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype is {dtype!r}: expected None, float32, bfloat16 or float64")
-    options = (steps, tuple(coefficients), dtype, scale)
+    options: dict[str, Any] = {
+        "steps": steps, "coefficients": tuple(coefficients), "dtype": dtype, "scale": scale,
+    }  # fmt: skip
     return inner._replace(
         apply=functools.partial(_orthogonalized, inner, options),
         name=f"orthogonalized({inner.name}, steps={steps}, scale={scale})",
     )
 
 
-def _orthogonalized(inner: Lift, options: Any, direction: Tensor, seen: Seen) -> Lifted:
-    steps, coefficients, dtype, scale = options
+def _orthogonalized(inner: Lift, options: dict[str, Any], direction: Tensor, seen: Seen) -> Lifted:
     lifted = inner.apply(direction, seen)
 
     def then(update: Tensor) -> Tensor:
         update = update if lifted.then is None else lifted.then(update)
-        return orthogonalize(
-            update, seen.side, steps=steps, coefficients=coefficients, dtype=dtype, scale=scale
-        )
+        return orthogonalize(update, seen.side, **options)
 
     return lifted._replace(then=then)
 

@@ -221,17 +221,22 @@ def exact(
     return oracle, np.stack(weights), {k: np.stack([b[k] for b in bases]) for k in bases[0]}
 
 
-def compare_examples(examples: int) -> None:
-    """Compares so many random problems, of which nearly all steps must have been comparable."""
-    compared: list[int] = []
-
-    @settings(
+def repeatable(examples: int) -> settings:
+    """So many random problems, the same in every run."""
+    return settings(
         max_examples=examples,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def compare_examples(examples: int) -> None:
+    """Compares so many random problems, of which nearly all steps must have been comparable."""
+    compared: list[int] = []
+
+    @repeatable(examples)
     @given(problems())
     def check(problem: Problem) -> None:
         compared.append(compared_steps(problem))
@@ -305,13 +310,7 @@ def compare_residuals(examples: int) -> None:
     it.
     """
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @repeatable(examples)
     @given(residual_problems())
     def check(problem: Problem) -> None:
         rng = np.random.default_rng(problem.seed)

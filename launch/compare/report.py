@@ -119,7 +119,8 @@ def write(runs: Sequence[Run], out: Path) -> None:
     for setting in settings:
         found = {m: x for m in METHODS if (x := summary(runs, setting, m))}
         parts += section(setting, found)
-        draw(setting, found, out / f"{setting}.png")
+        if to_draw(found):
+            draw(setting, to_draw(found), out / f"{setting}.png")
     parts += state_section()
     write_atomic(out / "README.md", "\n".join(parts) + "\n")
 
@@ -152,9 +153,9 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
     model = setting.partition("-")[0]
     bar = found.get(BAR)
     ranked = sorted(found.items(), key=lambda item: item[1].mean)
+    picture = f"![loss against state, and over the run]({setting}.png)"
     lines = [
-        "", f"## {setting}", "",
-        f"![loss against state, and over the run]({setting}.png)", "",
+        "", f"## {setting}", "", *([picture, ""] if to_draw(found) else []),
         "| method | state, % of AdamW's numbers | bytes | rate | its own | validation loss | "
         "minus AdamW's, 95 % interval | of each seed |",
         "|---|---:|---:|---:|---|---:|---:|---|",
@@ -228,6 +229,13 @@ def shares_table(names: Iterable[str]) -> list[str]:
     return lines
 
 
+def to_draw(found: Mapping[str, Summary]) -> dict[str, Summary]:
+    """The methods that are confirmed by two seeds or more; none where there are not two of them."""
+    done = {name: one for name, one in found.items() if len(one.losses) > 1}
+    done = {name: one for name, one in done.items() if math.isfinite(one.mean)}
+    return done if len(done) > 1 else {}
+
+
 def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
     """Loss against state, and the training loss of one seed over the run."""
     from matplotlib.figure import Figure
@@ -235,12 +243,11 @@ def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
     figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
     by_state, over_run = figure.subplots(1, 2)
     model = setting.partition("-")[0]
-    done = {name: one for name, one in found.items() if math.isfinite(one.mean)}
-    for index, (name, one) in enumerate(done.items()):
+    for index, (name, one) in enumerate(found.items()):
         color = f"C{index % 10}"
         marker = "*" if name.startswith("osd_muon") else "o"
         bytes_share = share_of_bar(model, name)[1]
-        spread = statistics.stdev(one.losses.values()) if len(one.losses) > 1 else 0.0
+        spread = statistics.stdev(one.losses.values())
         by_state.errorbar(
             bytes_share, one.mean, spread, fmt=marker, color=color, capsize=3,
             markersize=11 if marker == "*" else 7,
@@ -256,7 +263,7 @@ def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
     by_state.set_xlim(left=0)
     over_run.set_xlabel("% of the run")
     over_run.set_ylabel("training loss, nats")
-    tails = [x for one in done.values() for x in one.curve[len(one.curve) // 5 :] if x is not None]
+    tails = [x for one in found.values() for x in one.curve[len(one.curve) // 5 :] if x is not None]
     if tails:
         over_run.set_ylim(min(tails) - 0.05, max(tails) + 0.05)
         over_run.legend(fontsize=8, frameon=False)
