@@ -311,8 +311,8 @@ class Options:
         "full",
         choices=SECOND_MOMENTS,
         type=str.lower,
-        help="Adam's second moment of embedding and head: one number for each of theirs, or for "
-        "each word (row)",
+        help="Adam's second moment of embedding and head: one number a weight (full), or one a "
+        "word (row)",
     )
     first_moment: str = _flag(
         "optimizer",
@@ -409,7 +409,7 @@ class Options:
     stochastic_rounding: bool = _flag(
         "optimizer",
         False,
-        help="round weights in bfloat16 up or down by chance, so that updates smaller than a "
+        help="round weights in bfloat16 up or down at random, so that updates smaller than a "
         "weight's spacing add up; without effect on float32",
     )
     move_projector: MoveProjector = _flag(
