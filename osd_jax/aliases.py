@@ -125,7 +125,7 @@ def osd_adamw(
         knows, or else 2-D arrays are (input, output).
       transport_moments: Whether moments follow P where it changes; see
         `osd_jax.transport_moments`.
-      stochastic_rounding: Whether weights in bfloat16 are rounded up or down by chance, so that the
+      stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the
         mean is the weight in float32; see `make_optimizer`.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
       seed: Of rules that draw, and of stochastic rounding.
@@ -205,7 +205,7 @@ def osd_adamw8bit(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether moments follow P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
+      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -272,7 +272,7 @@ def osd_lion(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether the moment follows P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
+      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -334,7 +334,7 @@ def osd_adafactor(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Refused: a factored second moment cannot follow P.
-      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
+      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 
@@ -434,7 +434,7 @@ def osd_muon(
       select: What is projected.
       dimension_numbers: Matrix axes.
       transport_moments: Whether the momentum follows P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded by chance.
+      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
       basis_dtype: dtype of P.
       seed: Of rules that draw.
 

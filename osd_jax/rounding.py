@@ -1,7 +1,7 @@
 """Stochastic rounding of bfloat16 weights, as an Optax transformation at the end of a chain.
 
 A weight in bfloat16 keeps 8 bits: an update below half of its spacing, 1 / 256 of the weight, is
-lost when the sum is rounded to nearest, at every step alike. Rounded up or down by chance, with
+lost when the sum is rounded to nearest, at every step alike. Rounded up or down at random, with
 the probabilities that make the mean exact, such updates add up.
 """
 

@@ -167,7 +167,7 @@ class Subspace(TypedDict, total=False):
         side: The side of a matrix that P projects: "input", "output", "shorter" (ties: input),
             "longer" (ties: output) or "both". None: "shorter", or that of `proj_type`.
         transport_moments: Carry the moments of R over whenever P changes.
-        stochastic_rounding: Round weights in bfloat16 up or down by chance, so that the mean is
+        stochastic_rounding: Round weights in bfloat16 up or down at random, so that the mean is
             the weight in float32; see `make_optimizer`.
         basis_dtype: Of P. None: float32, float64 for float64 parameters.
         seed: Of rules that draw, and of stochastic rounding.
@@ -851,7 +851,7 @@ class FullRankAdam(PublishedOptimizer):
         second_moment: Of matrices: "full", or "row", one number for each entry of the longer axis;
             see `osd_torch.rules.AdamOfRows`.
         first_moment: Of these with "row": "full", or "8bit".
-        stochastic_rounding: Round weights up or down by chance; see `make_optimizer`.
+        stochastic_rounding: Round weights up or down at random; see `make_optimizer`.
         seed: Of that.
 
     Raises:
@@ -994,8 +994,8 @@ def make_optimizer(
         basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
         transport_moments: Carry the moments of R over whenever P changes (arXiv 2410.16103), in
             place of reading them as moments of the new R.
-        stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down by
-            chance, so that the mean is the float32 value: updates that are smaller than a weight's
+        stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down at
+            random, so that the mean is the float32 value: updates that are smaller than a weight's
             spacing are not lost. The random bits follow from the seed, the parameter's name and its
             step, so that a resumed run and every process repeat them; each part of a sharded
             parameter has bits of its own. Without effect on float32 and float64. Not with `sgd` and
