@@ -39,6 +39,23 @@ def test_the_search_ends_between_two_worse_rates_within_its_trials() -> None:
         assert bowl(ranked[0]) == min(map(bowl, tried))
 
 
+def test_flags_at_an_edge_widen_the_search_by_one() -> None:
+    loss = lambda config: {"a": 2.0, "b": 1.0, "beyond": 0.0}[config.own] + abs(config.lr - 0.01)
+    for trials, best in ((8, "beyond"), (4, "b")):
+        found = tune.search(loss, Config(0.01, 0.03, "a"), ("a", "b"), trials, {"b": "beyond"})
+        assert found[0].own == best and len(found) <= trials
+    never = tune.search(loss, Config(0.01, 0.03, "a"), ("a", "b"), 8, {"a": "beyond"})
+    assert never[0].own == "b"
+    assert METHODS["muon"].wider and METHODS["adamw"].wider
+
+
+def test_the_rates_take_half_of_the_trials_before_the_flags() -> None:
+    asked: list[Config] = []
+    loss = lambda config: (asked.append(config), -config.lr)[1]  # type: ignore[func-returns-value]
+    tune.search(loss, Config(0.01, 0.03, "a"), ("a", "b"), 8)
+    assert [config.own for config in asked[:5]] == ["a", "a", "a", "a", "b"]
+
+
 def test_a_rate_that_fails_is_not_chosen() -> None:
     loss = lambda config: math.inf if config.lr > 0.01 else -config.lr
     assert tune.search(loss, Config(0.01, 0.03, ""), ("",))[0].lr == 0.01
@@ -55,7 +72,7 @@ def test_of_the_two_best_the_better_one_with_two_seeds() -> None:
 @pytest.mark.parametrize("model", methods.MODELS)
 def test_every_method_has_flags_that_the_trainer_takes(model: str, name: str) -> None:
     own = METHODS[name]
-    for one in own.own:
+    for one in (*own.own, *own.wider.values()):
         flags = methods.flags_of(Setting(model, 10**9), own, Config(own.lr, 0.03, one), seed=3)
         options = Options.parse([*flags.split(), "--run_dir", "nowhere"]).check()
         assert options.lr == own.lr and options.seed == 3

@@ -54,9 +54,19 @@ class Method(NamedTuple):
     own: tuple[str, ...] = ("",)
     one_rate: bool = False
 
+    @property
+    def wider(self) -> Mapping[str, str]:
+        """Flags beyond the edges of `own`, tried where those at the edge are the best."""
+        return {flags: _WIDER[flags] for flags in self.own if flags in _WIDER}
+
 
 _BETAS = ("--beta2 0.999", "--beta2 0.95", "--beta1 0.8 --beta2 0.95")
 _MOMENTA = ("--momentum 0.8", "--momentum 0.95", "--momentum 0.6")
+_WIDER = {
+    "--beta1 0.8 --beta2 0.95": "--beta1 0.6 --beta2 0.9",
+    "--momentum 0.6": "--momentum 0.4",
+    "--momentum 0.95": "--momentum 0.98",
+}
 _GALORE = "--optimizer galore_adamw --rank {rank} --update_proj_gap 200"
 _MUON = "--optimizer osd_muon --update_proj_gap 200"
 
@@ -90,7 +100,10 @@ METHODS: Mapping[str, Method] = {
     "osd_paper": Method(
         "online PCA, the paper's penalty, moments carried over, rank 1/4",
         f"{_GALORE} --proj_type continuous --penalty 0.1 --transport_moments", 2e-3,
-        tuple(f"--projector_lr_multiple {x}" for x in (5, 20, 1.25)),
+        (
+            *(f"--beta1 0.8 --beta2 0.95 --projector_lr_multiple {x}" for x in (5, 20, 1.25)),
+            "--beta2 0.95 --projector_lr_multiple 5",
+        ),
     ),
     "galore": Method("GaLore, rank 1/4", f"{_GALORE} --proj_type std", 2e-3, _BETAS),
     "adamw_one_rate": Method("AdamW, one rate", "--optimizer adamw", 4e-3, _BETAS, one_rate=True),

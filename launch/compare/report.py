@@ -135,8 +135,9 @@ def _head(runs: Sequence[Run]) -> list[str]:
         "to 10 % of the peak. Embedding, head and norms are trained by Adam at a rate of their own "
         "in every method but `AdamW, one rate`; that rate was tuned with AdamW and is shared by "
         f"all. Each method then has at most {TRIALS} trials with one seed: its rate is doubled or "
-        "halved as long as that is better, then three settings of Adam's betas or of the momentum "
-        "are tried, then the rate again, as far as the trials go. "
+        "halved as long as that is better, for half of the trials at most; then three settings of "
+        "Adam's betas or of the momentum are tried, a fourth beyond them where the best is at the "
+        "edge, and the rate again, as far as the trials go. "
         "The two best are trained with a second seed, and the better of the two with the seeds "
         "below, which pair the methods: the same data and, for a seed, the same start. Loss is the "
         "mean over held-out tokens, in nats, at the end of a whole schedule.",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from launch.compare.methods import Config, Method
 
@@ -13,17 +14,25 @@ TUNING_SEED, SECOND_SEED = 0, 100
 Loss = Callable[[Config], float]
 
 
-def search(loss: Loss, start: Config, own: tuple[str, ...], trials: int = TRIALS) -> list[Config]:
+def search(
+    loss: Loss,
+    start: Config,
+    own: tuple[str, ...],
+    trials: int = TRIALS,
+    wider: Mapping[str, str] = MappingProxyType({}),
+) -> list[Config]:
     """The configurations that were tried, the best first.
 
-    The rate is doubled or halved until it lies between two worse ones; then the method's own flags
-    are tried, and with the best the rate again, all within `trials` runs.
+    The rate is doubled or halved until it lies between two worse ones or half of the trials are
+    used; then the method's own flags are tried, and with the best the rate again, all within
+    `trials` runs.
 
     Args:
         loss: Of a configuration.
         start: The first one.
         own: Flags to choose from.
         trials: Most runs.
+        wider: Flags to try as well where those at an edge of `own` are the best.
     """
     tried: dict[Config, float] = {}
 
@@ -34,18 +43,20 @@ def search(loss: Loss, start: Config, own: tuple[str, ...], trials: int = TRIALS
             tried[config] = loss(config)
         return tried[config]
 
-    def climb(config: Config) -> Config:
+    def climb(config: Config, most: int) -> Config:
         while True:
             lr = config.lr
             near = (config, config._replace(lr=lr / 2), config._replace(lr=lr * 2))
             best = min(near, key=attempt)
-            if best == config or len(tried) == trials:
+            if best == config or len(tried) >= most:
                 return best
             config = best
 
-    best = climb(start)
+    best = climb(start, trials // 2)
     best = min((best._replace(own=flags) for flags in (best.own, *own)), key=attempt)
-    climb(best)
+    if best.own in wider:
+        best = min((best, best._replace(own=wider[best.own])), key=attempt)
+    climb(best, trials)
     return sorted(tried, key=tried.__getitem__)
 
 
@@ -53,6 +64,8 @@ def tuned(
     loss: Callable[[Config, int], float], method: Method, start: Config, trials: int
 ) -> Config:
     """The best configuration of a method: of the two best by one seed, the better one by two."""
-    ranked = search(lambda config: loss(config, TUNING_SEED), start, method.own, trials)
+    ranked = search(
+        lambda config: loss(config, TUNING_SEED), start, method.own, trials, method.wider
+    )
     both = lambda config: loss(config, TUNING_SEED) + loss(config, SECOND_SEED)
     return min(ranked[:2], key=both)
