@@ -11,20 +11,20 @@ flags=(
     --model_config configs/llama_quickstart.json
     --dataset builtin
     --max_length 256
-    --batch_size 8
-    --total_batch_size 8
+    --batch_size 16
+    --total_batch_size 16
     --optimizer osd_muon
     --proj_type continuous
     --rank 32
     --update_proj_gap 200
-    --momentum 0.8
-    --lr 0.01
-    --full_lr 0.03
-    --num_training_steps 900
-    --warmup_steps 90
-    --eval_every 100
+    --momentum 0.4
+    --lr 0.02
+    --full_lr 0.09
+    --num_training_steps 450
+    --warmup_steps 45
+    --eval_every 50
     --eval_tokens 100K
-    --save_every 100
+    --save_every 50
     --single_gpu
 )
 

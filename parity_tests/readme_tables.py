@@ -14,7 +14,8 @@ from golden_cases import golden_cases  # noqa: E402
 from test_oracle import PROJ_TYPES, RULES  # noqa: E402
 from test_state_bytes import table  # noqa: E402
 
-from launch.compare.report import shares_table  # noqa: E402
+from launch.compare.report import headline, shares_table  # noqa: E402
+from launch.compare.runs import Runs  # noqa: E402
 from osd_names import PROJECTIONS, SUBSPACE_OPTIMIZERS  # noqa: E402
 
 
@@ -38,8 +39,15 @@ def combinations() -> str:
 def updated(readme: str) -> str:
     """The README with its tables made anew, between their markers."""
     names = ("muon", "osd_muon", "osd_muon_low", "osd_muon_small", "osd", "galore", "adamw_8bit")
-    shares = "\n".join(shares_table(names))
-    for name, text in (("combinations", combinations()), ("state", table()), ("shares", shares)):
+    learned = ("adamw", "muon", "osd_muon", "osd_muon_fixed", "osd_muon_small", "stateless")
+    runs = Runs(ROOT / "docs/comparison/runs.jsonl").read()
+    tables = {
+        "learned": "\n".join(headline(runs, "quickstart-1.2M", (*learned, "galore", "osd_paper"))),
+        "combinations": combinations(),
+        "state": table(),
+        "shares": "\n".join(shares_table(names)),
+    }
+    for name, text in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         readme, count = re.subn(
             pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", readme, flags=re.DOTALL

@@ -125,6 +125,22 @@ def write(runs: Sequence[Run], out: Path) -> None:
     write_atomic(out / "README.md", "\n".join(parts) + "\n")
 
 
+def headline(runs: Sequence[Run], setting: str, names: Iterable[str]) -> list[str]:
+    """The confirmed methods of a setting, those that learn best first, in Markdown."""
+    found = {name: one for name in names if (one := summary(runs, setting, name))}
+    found = to_draw(found)
+    bar = found[BAR]
+    lines = [
+        "| method | state, % of AdamW's bytes | validation loss, nats | minus AdamW's, 95 % interval |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, one in sorted(found.items(), key=lambda item: item[1].mean):
+        off = "" if name == BAR else difference(one.losses, bar.losses)
+        size = share_of_bar(setting.partition("-")[0], name)[1]
+        lines.append(f"| {METHODS[name].title} | {size:.0f} | {one.mean:.3f} | {off} |")
+    return lines
+
+
 def _head(runs: Sequence[Run]) -> list[str]:
     machines = sorted({run["machine"] for run in runs})
     return [
@@ -133,8 +149,8 @@ def _head(runs: Sequence[Run]) -> list[str]:
         "`python -m launch.compare` trains every method with the same tokens, batch, order of the "
         "data, initial weights and precision, linear warmup over 10 % of the updates and a cosine "
         "to 10 % of the peak. Embedding, head and norms are trained by Adam at a rate of their own "
-        "in every method but `AdamW, one rate`; that rate was tuned with AdamW and is shared by "
-        f"all. Each method then has at most {TRIALS} trials with one seed: its rate is doubled or "
+        "in every method but `AdamW, one rate`; that rate was tuned with AdamW, beside its trials, and "
+        f"is shared by all. Each method then has at most {TRIALS} trials with one seed: its rate is doubled or "
         "halved as long as that is better, for half of the trials at most; then three settings of "
         "Adam's betas or of the momentum are tried, a fourth beyond them where the best is at the "
         "edge, and the rate again, as far as the trials go. "
@@ -253,9 +269,11 @@ def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
             bytes_share, one.mean, spread, fmt=marker, color=color, capsize=3,
             markersize=11 if marker == "*" else 7,
         )  # fmt: skip
+        left = bytes_share > 85  # leaves no room to the right of it
         by_state.annotate(
-            name, (bytes_share, one.mean), xytext=(6, 5), textcoords="offset points", fontsize=8
-        )
+            name, (bytes_share, one.mean), xytext=(-6 if left else 6, 5), fontsize=8,
+            textcoords="offset points", ha="right" if left else "left",
+        )  # fmt: skip
         curve = [math.nan if x is None else x for x in one.curve]
         steps = [(i + 1) / len(curve) * 100 for i in range(len(curve))]
         over_run.plot(steps, curve, color=color, linewidth=1.5, label=f"{name} {one.mean:.3f}")
