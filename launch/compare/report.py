@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from launch.compare.methods import BAR, METHODS, Config, Setting
 from launch.compare.state import share_of_bar
-from launch.compare.tune import SECOND_SEED, TRIALS, TUNING_SEED
+from launch.compare.tune import MORE, SECOND_SEED, TRIALS, TUNING_SEED
 from launch.run_log import write_atomic
 
 Run = Mapping[str, Any]
@@ -131,7 +131,8 @@ def headline(runs: Sequence[Run], setting: str, names: Iterable[str]) -> list[st
     found = to_draw(found)
     bar = found[BAR]
     lines = [
-        "| method | state, % of AdamW's bytes | validation loss, nats | minus AdamW's, 95 % interval |",
+        "| method | state, % of AdamW's bytes | validation loss, nats | "
+        "minus AdamW's, 95 % interval |",
         "|---|---:|---:|---:|",
     ]
     for name, one in sorted(found.items(), key=lambda item: item[1].mean):
@@ -149,11 +150,12 @@ def _head(runs: Sequence[Run]) -> list[str]:
         "`python -m launch.compare` trains every method with the same tokens, batch, order of the "
         "data, initial weights and precision, linear warmup over 10 % of the updates and a cosine "
         "to 10 % of the peak. Embedding, head and norms are trained by Adam at a rate of their own "
-        "in every method but `AdamW, one rate`; that rate was tuned with AdamW, beside its trials, and "
-        f"is shared by all. Each method then has at most {TRIALS} trials with one seed: its rate is doubled or "
-        "halved as long as that is better, for half of the trials at most; then three settings of "
-        "Adam's betas or of the momentum are tried, a fourth beyond them where the best is at the "
-        "edge, and the rate again, as far as the trials go. "
+        "in every method but `AdamW, one rate`; that rate was tuned with AdamW, beside its trials, "
+        f"and is shared by all. Each method then has at most {TRIALS} trials with one seed: its "
+        "rate is doubled or halved as long as that is better, for half of the trials at most; then "
+        "three settings of Adam's betas or of the momentum are tried, a fourth beyond them where "
+        f"the best is at the edge. With the best the rate is doubled or halved again, {MORE} times "
+        "at most beyond these trials, so that the best does not lie at an edge. "
         "The two best are trained with a second seed, and the better of the two with the seeds "
         "below, which pair the methods: the same data and, for a seed, the same start. Loss is the "
         "mean over held-out tokens, in nats, at the end of a whole schedule.",

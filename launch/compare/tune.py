@@ -9,6 +9,7 @@ from types import MappingProxyType
 from launch.compare.methods import Config, Method
 
 TRIALS = 8
+MORE = 2  # trials to find the best rate between two worse ones, once the flags are chosen
 TUNING_SEED, SECOND_SEED = 0, 100
 
 Loss = Callable[[Config], float]
@@ -23,22 +24,22 @@ def search(
 ) -> list[Config]:
     """The configurations that were tried, the best first.
 
-    The rate is doubled or halved until it lies between two worse ones or half of the trials are
-    used; then the method's own flags are tried, and with the best the rate again, all within
-    `trials` runs.
+    The rate is doubled or halved until it lies between two worse ones or half of the trials, at
+    least three, are used; then the method's own flags are tried, all within `trials` runs; and
+    with the best the rate again, for `MORE` runs more at most, so that it does not end at an edge.
 
     Args:
         loss: Of a configuration.
         start: The first one.
         own: Flags to choose from.
-        trials: Most runs.
+        trials: Most runs, but for `MORE`.
         wider: Flags to try as well where those at an edge of `own` are the best.
     """
     tried: dict[Config, float] = {}
 
-    def attempt(config: Config) -> float:
+    def attempt(config: Config, most: int = trials) -> float:
         if config not in tried:
-            if len(tried) == trials:
+            if len(tried) == most:
                 return math.inf
             tried[config] = loss(config)
         return tried[config]
@@ -47,16 +48,16 @@ def search(
         while True:
             lr = config.lr
             near = (config, config._replace(lr=lr / 2), config._replace(lr=lr * 2))
-            best = min(near, key=attempt)
+            best = min(near, key=lambda config: attempt(config, most))
             if best == config or len(tried) >= most:
                 return best
             config = best
 
-    best = climb(start, trials // 2)
+    best = climb(start, min(trials, max(3, trials // 2)))
     best = min((best._replace(own=flags) for flags in (best.own, *own)), key=attempt)
     if best.own in wider:
         best = min((best, best._replace(own=wider[best.own])), key=attempt)
-    climb(best, trials)
+    climb(best, trials + MORE)
     return sorted(tried, key=tried.__getitem__)
 
 
