@@ -2,7 +2,7 @@
 
 `osd_jax.make_optimizer` and `osd_torch.make_optimizer` parse these names into their own objects;
 the trainers' flags, the README's table and the tests' oracle take their names and constants from
-here. It imports no framework.
+here, and both libraries their version. It imports no framework.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
+
+__version__ = "0.1.0"  # of both libraries; pyproject.toml reads it from here
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 SIDES = ("shorter", "longer", "input", "output", "both")
@@ -188,6 +190,23 @@ OPTIONS: dict[str, tuple[Any, Reader]] = {
     "move_projector": ("after", _ONLINE),
     "projector_init": ("svd", _ONLINE),
 }
+
+
+def not_installed(library: str, extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The error of a library whose framework is not installed, naming the extra to install.
+
+    Args:
+        library: Its name.
+        extra: Of pyproject.toml, which installs what the library needs.
+        error: What the import of the framework raised.
+
+    Example:
+        >>> print(not_installed("osd_jax", "jax", ModuleNotFoundError("No module named 'jax'")))
+        osd_jax: No module named 'jax'; pip install 'online-subspace-descent[jax]'
+    """
+    return ModuleNotFoundError(
+        f"{library}: {error}; pip install 'online-subspace-descent[{extra}]'", name=error.name
+    )
 
 
 def check_names(optimizer: str, proj_type: str) -> None:

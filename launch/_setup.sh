@@ -1,5 +1,8 @@
 # Sourced by quickstart.sh and test.sh, in the project's root. `set_up EXTRA...` leaves .venv with
 # these extras of pyproject.toml, in the versions of constraints.txt; when it has them it does nothing.
+# OSD_CONSTRAINTS names another file of versions; with /dev/null they are the newest.
+
+constraints=${OSD_CONSTRAINTS:-constraints.txt}
 
 find_python() { # prints the path of a Python that is new enough
     local name
@@ -17,7 +20,7 @@ set_up() {
     local extras stamp wanted python
     extras=$(IFS=,; echo "$*")
     stamp=".venv/installed-$extras"
-    wanted=$(cat pyproject.toml constraints.txt launch/_setup.sh | cksum)
+    wanted=$(cat pyproject.toml "$constraints" launch/_setup.sh | cksum)
     if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
@@ -33,8 +36,8 @@ set_up() {
     echo "Installing $extras into .venv: a few minutes the first time"
     case ",$extras," in
     *,torch,*) # first and by itself: what needs torch then takes this build
-        .venv/bin/python -m pip install --quiet -c constraints.txt torch || return 1 ;;
+        .venv/bin/python -m pip install --quiet -c "$constraints" torch || return 1 ;;
     esac
-    .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[$extras]" || return 1
+    .venv/bin/python -m pip install --quiet -c "$constraints" -e ".[$extras]" || return 1
     echo "$wanted" >"$stamp"
 }

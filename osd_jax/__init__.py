@@ -4,6 +4,15 @@ Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Sub
 arXiv 2408.12857.
 """
 
+from osd_names import __version__ as __version__
+from osd_names import not_installed as _not_installed
+
+try:
+    import jax as _jax  # noqa: F401
+    import optax as _optax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise _not_installed("osd_jax", "jax", error) from error
+
 from osd_jax.accumulation import accumulate_sketches
 from osd_jax.aliases import osd_adafactor, osd_adamw, osd_adamw8bit, osd_lion, osd_muon
 from osd_jax.blockwise import quantize_state

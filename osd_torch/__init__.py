@@ -4,6 +4,14 @@ Source: Liang, Liu, Chen and Liu, "Memory-Efficient LLM Training with Online Sub
 arXiv 2408.12857.
 """
 
+from osd_names import __version__ as __version__
+from osd_names import not_installed as _not_installed
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise _not_installed("osd_torch", "torch", error) from error
+
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_torch.optimizers import (
