@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 from types import ModuleType
@@ -41,7 +41,7 @@ def test_its_tables_are_the_suites() -> None:
 
 
 def test_what_pages_link_to_is_there() -> None:
-    pages = [README, *(README.parent / "docs").glob("*.md")]
+    pages = [*README.parent.glob("*.md"), *(README.parent / "docs").glob("*.md")]
     found = 0
     for page in pages:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -50,6 +50,17 @@ def test_what_pages_link_to_is_there() -> None:
                 found += 1
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
     assert found > 10
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md"])
+def test_the_files_that_a_page_names_are_there(page: str) -> None:
+    """And so are the modules of its commands, and the parts of the suite that it runs."""
+    root = README.parent
+    text = (root / page).read_text(encoding="utf-8")
+    for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:py|sh|md|yml|txt)\b", text):
+        assert (root / path).is_file(), f"{page} names {path}"
+    for module in re.findall(r"-m ((?:launch|parity_tests)[\w.]*)", text):
+        assert importlib.util.find_spec(module) is not None, f"{page} names {module}"
 
 
 @pytest.mark.parametrize("name", MODULES)
