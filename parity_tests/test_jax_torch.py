@@ -251,7 +251,7 @@ def compare_examples(examples: int) -> None:
 
 
 def test_jax_and_torch_agree_on_random_problems() -> None:
-    compare_examples(100)
+    compare_examples(40)
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def compare_residuals(examples: int) -> None:
 
 
 def test_jax_and_torch_agree_on_residuals_and_muon() -> None:
-    compare_residuals(12)
+    compare_residuals(8)
 
 
 @pytest.mark.slow
