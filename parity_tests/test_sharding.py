@@ -55,7 +55,7 @@ ODD = llama.LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=6,
 )
-MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)]
 RANK = 8
 STEPS = 4
 ROWS, LENGTH = 16, 12
@@ -388,7 +388,9 @@ def test_online_pca_gathers_no_gradient_and_no_state(sizes: tuple[int, int, int]
 # -------------------------------------------------------------------------- reduced sketches
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
 def test_reduced_sketches_give_the_losses_of_whole_gradients(sizes: tuple[int, int, int]) -> None:
     """An SVD's P asks only R of a gradient, which is exact; online PCA a norm that is estimated."""
     compressed = run(EVEN, sizes, proj_type="std", compress_gradients=True)
