@@ -149,10 +149,10 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     import jax
     import jax.numpy as jnp
 
+    from launch.hlo import collectives
     from osd_jax import llama
-    from osd_jax.hlo import collectives
-    from osd_jax.sharding import batch_sharding, train_state_sharding
-    from osd_jax.train import init_state, learning_rate_schedule
+    from osd_jax.llama.partition import batch_sharding
+    from osd_jax.llama.train import init_state, learning_rate_schedule, train_state_sharding
 
     processes = hosts.Processes(count=len({device.process_index for device in devices}))
     with tempfile.TemporaryDirectory() as nowhere:  # no earlier run is in the way

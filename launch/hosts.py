@@ -340,6 +340,7 @@ def make_mesh(
     import jax
 
     from osd_jax import sharding
+    from osd_jax.llama.partition import batch_sharding
 
     devices = devices or jax.devices()
     try:
@@ -360,7 +361,7 @@ def make_mesh(
     if mesh.size == 1:
         return None
     readers: dict[Any, set[int]] = {}  # part of the batch -> processes that hold it
-    layout: dict[Any, Any] = dict(sharding.batch_sharding(mesh).devices_indices_map((1, shards, 1)))
+    layout: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((1, shards, 1)))
     for device, (_, rows, _) in layout.items():
         readers.setdefault(rows.start or 0, set()).add(device.process_index)
     if any(len(of) > 1 for of in readers.values()) or shards % processes.count:
@@ -395,7 +396,7 @@ def global_batch(mesh: Mesh | None, batch: training.Batch) -> Any:
         return batch
     import jax
 
-    from osd_jax.sharding import batch_sharding
+    from osd_jax.llama.partition import batch_sharding
 
     def laid_out(rows: Any) -> jax.Array:
         spec = batch_sharding(mesh).spec[3 - rows.ndim :]

@@ -13,67 +13,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
 
 from tqdm import tqdm
 
+from launch.files import _records, telling, write_atomic
 from launch.options import Options
 
 TIMING = ("seconds", "tokens_per_second")
 _QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` to `path` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextlib.contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Says which file could not be written, and what to do.
-
-    Raises:
-        OSError: inside; with the file's name.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"the log {path} cannot be written: {error.strerror or error}; make room there, and go "
-            "on from the newest checkpoint by the same command and --resume"
-        ) from error
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line cut short by a crash is left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(directory) / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected the directory of a run")
-    return list(_records(path.read_text(encoding="utf-8").splitlines()))
-
-
-def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return  # all that follows a damaged line is younger than the checkpoint
 
 
 class RunLog:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from osd_jax.llama import LlamaConfig
-    from osd_jax.optimizers import Schedule
-    from osd_jax.train import TrainState, TrainStep
+    from osd_jax.llama.train import TrainState, TrainStep
+    from osd_jax.rules import Schedule
 
 T = TypeVar("T")
 
@@ -74,9 +74,15 @@ def train(options: Options, processes: hosts.Processes) -> int:
     from launch.data import is_exact, reshard
     from launch.run_log import RunLog
     from osd_jax import llama
-    from osd_jax.checkpoint import Checkpoints, Restored, gathered
-    from osd_jax.sharding import on, train_state_sharding
-    from osd_jax.train import init_state, learning_rate_schedule, make_eval_step, sample
+    from osd_jax.llama.checkpoint import Checkpoints, Restored, gathered
+    from osd_jax.llama.partition import on
+    from osd_jax.llama.train import (
+        init_state,
+        learning_rate_schedule,
+        make_eval_step,
+        sample,
+        train_state_sharding,
+    )
 
     # Devices, data and model. All that can be wrong with them shows here, before anything is
     # compiled.
@@ -222,7 +228,8 @@ def make_step(
 
     import osd_jax
     from osd_jax import llama
-    from osd_jax.train import make_train_step
+    from osd_jax.llama.layerwise import make_layerwise_train_step
+    from osd_jax.llama.train import make_train_step
     from osd_jax.trees import paths_by_name
 
     weights = jax.eval_shape(lambda: llama.init(config, options.seed))
@@ -242,7 +249,7 @@ def make_step(
     )
     clipping = options.grad_clipping
     if options.per_layer:
-        return tx, osd_jax.make_layerwise_train_step(config, tx, grad_clipping=clipping)
+        return tx, make_layerwise_train_step(config, tx, grad_clipping=clipping)
     return tx, make_train_step(
         config,
         tx,

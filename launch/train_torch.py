@@ -170,8 +170,8 @@ def train(options: Options, device: torch.device) -> int:
     from launch.data import is_exact, reshard
     from launch.run_log import RunLog
     from osd_torch import llama
-    from osd_torch.checkpoint import Checkpoints
-    from osd_torch.train import (
+    from osd_torch.llama.checkpoint import Checkpoints
+    from osd_torch.llama.train import (
         learning_rate_schedule,
         make_eval_step,
         make_train_step,
@@ -209,7 +209,7 @@ def train(options: Options, device: torch.device) -> int:
         compile_layers=options.compile,
     )
     if options.fsdp:
-        osd_torch.fully_shard_llama(model)
+        llama.fully_shard_llama(model)
 
     # Optimizer and steps.
     schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
@@ -342,7 +342,7 @@ def describe(options: Options, model: torch.nn.Module, device: torch.device, ste
     """What is about to run, in a few lines."""
     import torch
 
-    from osd_torch.checkpoint import size_in_bytes
+    from osd_torch.llama.checkpoint import size_in_bytes
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     several = f"{process_count()} x " if process_count() > 1 else ""
@@ -360,7 +360,7 @@ def memory(optimizer: torch.optim.Optimizer, device: torch.device) -> str:
     """What the first update has shown of the memory that is needed."""
     import torch
 
-    from osd_torch.checkpoint import size_in_bytes
+    from osd_torch.llama.checkpoint import size_in_bytes
 
     text = training.optimizer_state(size_in_bytes(optimizer))
     if device.type == "cuda":

@@ -503,7 +503,7 @@ def check_not_lost(options: Options) -> None:
     Raises:
         UsageError: it kept them in another directory, or its log shows that there were some.
     """
-    from launch.run_log import read_metrics
+    from launch.files import read_metrics
 
     kept = (options.kept_record() or {"options": dataclasses.asdict(options)})["options"]
     before, now = (Path(place or options.path) for place in (kept["save_dir"], options.save_dir))

@@ -15,11 +15,14 @@ except ModuleNotFoundError as error:
 
 from osd_jax.accumulation import accumulate_sketches
 from osd_jax.aliases import osd_adafactor, osd_adamw, osd_adamw8bit, osd_lion, osd_muon
-from osd_jax.blockwise import quantize_state
-from osd_jax.layerwise import make_layerwise_train_step
+from osd_jax.bases import BasisRule, Clock, gaussian, oja, online_pca, random, svd
+from osd_jax.diagnostics import projectors
+from osd_jax.guard import skipped_steps
+from osd_jax.layout import SubspaceDimensionNumbers
 from osd_jax.lift import Lift, Lifted, Seen, scaled, sign_after_lift
-from osd_jax.optimizers import make_optimizer, skipped_steps
-from osd_jax.projectors import BasisRule, Clock, gaussian, oja, online_pca, random, svd
+from osd_jax.optimizers import make_optimizer
+from osd_jax.parts import in_parts
+from osd_jax.quantization import quantize_state
 from osd_jax.residuals import (
     add_gradient,
     column_ema,
@@ -39,13 +42,7 @@ from osd_jax.sketch import (
     Statistic,
     TwoSided,
 )
-from osd_jax.subspace import (
-    SubspaceDimensionNumbers,
-    SubspaceState,
-    in_parts,
-    projectors,
-    scale_by_subspace,
-)
+from osd_jax.subspace import SubspaceState, scale_by_subspace
 from osd_jax.transport import transport_moments
 
 __all__ = [
@@ -69,7 +66,6 @@ __all__ = [
     "gaussian",
     "gradient_only",
     "in_parts",
-    "make_layerwise_train_step",
     "make_optimizer",
     "norm_ratio",
     "oja",

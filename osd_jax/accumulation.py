@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.numerics import accumulator_dtype, check_static
+from osd_jax.parts import parted
+from osd_jax.sharding import takes_shapes
 from osd_jax.sketch import is_sketch
-from osd_jax.subspace import SubspaceTransformation, parted
-from osd_jax.trees import promotes, takes_shapes
+from osd_jax.subspace import SubspaceTransformation
+from osd_jax.trees import promotes
 
 Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
 

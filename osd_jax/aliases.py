@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from osd_jax.blockwise import Rounding
-from osd_jax.lift import Lift, scaled
-from osd_jax.numerics import check_number, check_object, check_static
-from osd_jax.optimizers import (
+from osd_jax.bases import BasisRule, online_pca
+from osd_jax.composition import (
     WeightRule,
     adafactor_rule,
     adam8bit_rule,
@@ -35,16 +33,14 @@ from osd_jax.optimizers import (
     muon_rule,
     scale_by_momentum,
 )
-from osd_jax.projectors import BasisRule, online_pca
+from osd_jax.layout import DimensionNumbers, Side, check_basis_dtype
+from osd_jax.lift import Lift, scaled
+from osd_jax.numerics import check_number, check_object, check_static
+from osd_jax.quantization import Rounding
 from osd_jax.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
 from osd_jax.rules import scale_by_adam_of_age, scale_by_adam_of_rows
 from osd_jax.selection import LinearSelection, Select
-from osd_jax.subspace import (
-    DimensionNumbers,
-    Side,
-    SubspaceTransformation,
-    check_basis_dtype,
-)
+from osd_jax.subspace import SubspaceTransformation
 from osd_jax.transport import Transport
 from osd_jax.transport import transport_moments as follow_basis
 from osd_names import check_flag, check_moments, check_muon

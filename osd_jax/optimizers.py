@@ -6,86 +6,74 @@ Each published optimizer is a short composition of public pieces: the rule of W,
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from osd_jax.blockwise import MIN_SIZE, quantize_state, slice_by_slice
-from osd_jax.lift import Lift, scaled, sign_after_lift
-from osd_jax.numerics import accumulator_dtype, check_number, check_static, known_zero
-from osd_jax.projectors import PROJECTOR_INITS, BasisRule, gaussian, oja, online_pca, random, svd
+from osd_jax.bases import PROJECTOR_INITS, BasisRule, gaussian, oja, online_pca, random, svd
+from osd_jax.composition import (
+    Decay,
+    WeightRule,
+    _in_8bit,
+    adafactor_rule,
+    adam8bit_rule,
+    adamw_rule,
+    apart,
+    by_selection,
+    check_betas,
+    composed,
+    decay_after,
+    decaying,
+    descending,
+    full_rank_muon,
+    lion_rule,
+    mask_of,
+    muon_rule,
+    scale_by_momentum,
+)
+from osd_jax.guard import guarded
+from osd_jax.layout import (
+    DimensionNumbers,
+    check_basis_dtype,
+    check_rank,
+)
+from osd_jax.lift import Lift, scaled
+from osd_jax.numerics import check_number, check_static, known_zero
+from osd_jax.parts import in_parts
+from osd_jax.quantization import MIN_SIZE
 from osd_jax.residuals import (
     add_gradient,
     column_ema,
     gradient_only,
     norm_ratio,
-    orthogonalize,
     orthogonalized,
     residual_sign,
 )
-from osd_jax.rounding import round_updates
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,
-    correct_adam_bias,
     decay_after_update,
     decay_before_update,
     in_float32,
-    interpolate_momentum,
     on_matrices,
     scale_by_adafactor,
     scale_by_adam_of_age,
     scale_by_adam_of_rows,
-    scale_by_adam_uncorrected_eps,
     scale_by_factored_second_moment,
-    scale_by_raw_adam,
 )
-from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
-from osd_jax.sketch import as_leaves, bare
-from osd_jax.subspace import (
-    DimensionNumbers,
-    Side,
-    SubspaceDimensionNumbers,
-    SubspaceTransformation,
-    all_finite,
-    check_basis_dtype,
-    check_dtype,
-    check_rank,
-    dimension_numbers_by_path,
-    in_parts,
-    projected_paths,
-    scale_by_subspace,
-)
-from osd_jax.transport import Transport
+from osd_jax.selection import LinearSelection, Select
+from osd_jax.subspace import SubspaceTransformation
 from osd_jax.transport import transport_moments as follow_basis
-from osd_jax.trees import (
-    boxed_like,
-    by_path,
-    flatten,
-    path_name,
-    path_of,
-    paths_by_name,
-    promotes,
-    takes_shapes,
-    unboxed,
-)
 from osd_names import (
-    FULL_RANK_OPTIMIZERS,
     LION_SIGNS,
     MOMENTUM,
     MOVE_PROJECTOR,
     OPTIMIZERS,
-    PROJ_TYPES,
     PROJECTIONS,
     RESIDUALS,
-    SUBSPACE_OPTIMIZERS,
     check_choice,
     check_flag,
     check_moments,
@@ -94,11 +82,6 @@ from osd_names import (
     check_read,
     check_residual,
 )
-
-__all__ = [
-    "FULL_RANK_OPTIMIZERS", "PROJ_TYPES", "SUBSPACE_OPTIMIZERS", "guarded", "make_optimizer",
-    "skipped_steps",
-]  # fmt: skip
 
 # What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
 STATIC_ARGUMENTS = (
@@ -217,8 +200,8 @@ def make_optimizer(
       projector_init: How online PCA finds its first P: by "svd", or by "qr", for TPUs, where an SVD
         compiles for minutes.
       slice_size: Numbers of an array in 8-bit state that a step reads back at once; see
-        `osd_jax.blockwise.slice_by_slice`. For one device: an embedding's first axis should not be
-        sharded. None: all of them.
+        `osd_jax.quantization.slice_by_slice`. For one device: an embedding's first axis should
+        not be sharded. None: all of them.
       transport_moments: Whether moments in the subspace follow P where it changes, as LDAdam's do
         (`osd_jax.transport_moments`); not with `galore_adafactor`.
       stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down by
@@ -354,7 +337,7 @@ def make_optimizer(
     at_rate = lambda peak: lambda count: peak * factor(count)
     lr = at_rate(learning_rate)
     kind, is_projected = OPTIMIZERS[optimizer]
-    mask = None if no_decay is None else _chosen(lambda name, x: not no_decay(name, x))
+    mask = None if no_decay is None else mask_of(lambda name, x: not no_decay(name, x))
     decay = functools.partial(decaying, weight_decay, mask)
     betas = _betas(kind, beta1, beta2)
     own_eps = 1e-6 if optimizer == "galore_adamw" else 1e-8
@@ -373,14 +356,14 @@ def make_optimizer(
             slice_size=slice_size,
         )  # fmt: skip
         if kind == "muon":
-            selected = _full_rank_muon(lr, decay, trace, dimension_numbers, newton_schulz)
+            selected = full_rank_muon(lr, decay, trace, dimension_numbers, newton_schulz)
             tx = full_rank("adamw", others_lr, by_rows if second_moment == "row" else None)
-            tx = _by_selection(selected, tx, select, dimension_numbers)
+            tx = by_selection(selected, tx, select, dimension_numbers)
         elif full_lr is None and second_moment == "full":
             tx = full_rank(kind, lr)
         else:
             others = full_rank(kind, others_lr, by_rows if second_moment == "row" else None)
-            tx = _by_selection(full_rank(kind, lr), others, select, dimension_numbers)
+            tx = by_selection(full_rank(kind, lr), others, select, dimension_numbers)
         return in_parts(guarded(in_float32(tx), rounding_seed=rounding_seed), None)
 
     own_scale = RESIDUALS[residual].scale if residual_scale is None else residual_scale
@@ -407,7 +390,7 @@ def make_optimizer(
     else:
         others_rule = rule_at(others_lr, True)
         if second_moment == "row":
-            others_rule = WeightRule(descending(by_rows(), others_lr), _decay_after(others_lr))
+            others_rule = WeightRule(descending(by_rows(), others_lr), decay_after(others_lr))
         rule = apart(rule_at(lr, linear), others_rule, decay)
 
     def projector_step_size(count: Any) -> Any:
@@ -443,267 +426,10 @@ def make_optimizer(
     )
 
 
-def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
-    """Raises ValueError unless each is an array, which may be traced, or a number in [0, 1)."""
-    for name, beta in betas.items():
-        is_plain = isinstance(beta, (int, float, np.floating))
-        if not isinstance(beta, jax.Array) and not (is_plain and 0 <= beta < 1):
-            raise ValueError(f"{name} is {beta!r}: expected {expected}")
-
-
 def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
     """The decays of a rule's moments, with its own where they are None."""
     second = 0.99 if kind == "lion" else 0.999
     return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
-
-
-AfterLift = Callable[[optax.GradientTransformation], optax.GradientTransformation]
-# (weight decay after or before the update, the learning rate) -> what decays
-Decay = Callable[[Callable[..., optax.GradientTransformation], Any], optax.GradientTransformation]
-
-
-def decaying(
-    weight_decay: Any,
-    mask: Any,
-    kind: Callable[..., optax.GradientTransformation],
-    learning_rate: Any,
-) -> optax.GradientTransformation:
-    """Weight decay of a kind, of the parameters in the mask."""
-    tx = kind(weight_decay, learning_rate)
-    return tx if mask is None or known_zero(weight_decay) else optax.masked(tx, mask)
-
-
-def composed(
-    rule: WeightRule,
-    basis: BasisRule,
-    *,
-    rank: int,
-    lift: Lift,
-    decay: Decay,
-    side: Side,
-    select: Select | None,
-    dimension_numbers: DimensionNumbers,
-    seed: int,
-    basis_dtype: jax.typing.DTypeLike | None,
-    transport: Transport | None,
-    stochastic_rounding: bool,
-) -> SubspaceTransformation:
-    """A rule of W in a subspace for what is selected, and at full rank for all else."""
-    subspace = scale_by_subspace(
-        rule.low_rank,
-        basis,
-        rank=rank,
-        lift=lift,
-        transport=transport,
-        side=side,
-        dimension_numbers=dimension_numbers,
-        seed=seed,
-        basis_dtype=basis_dtype,
-        widen_updates=True,
-    )
-    labels = _labels(select, dimension_numbers)
-    full_rank = rule.full_rank or rule.low_rank
-    if rule.reads_matrices:
-        full_rank = on_matrices(full_rank, dimension_numbers)
-    if rule.after_full_rank:  # outside of what folds parameters to matrices: masks see their shapes
-        full_rank = rule.after_full_rank(full_rank)
-    if rule.after_full_rank or not rule.reads_matrices:
-        full_rank = in_float32(full_rank)
-    projected = rule.after_lift(subspace) if rule.after_lift else subspace
-    transforms = {"subspace": projected, "full": full_rank}
-    tx = optax.chain(optax.partition(transforms, labels), rule.finish(decay))
-    announce = _announcer(select, dimension_numbers, rank)
-    rounding_seed = seed if stochastic_rounding else None
-    return in_parts(guarded(tx, announce, rounding_seed=rounding_seed), subspace)
-
-
-class WeightRule(NamedTuple):
-    """A rule of W: its half inside the subspace, the lift, and what follows it.
-
-    Attributes:
-      low_rank: Of R.
-      finish: (what decays) -> what follows, for all parameters.
-      reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
-        itself.
-      lift: None: the scaled one.
-      full_rank: Of parameters that are not projected. None: `low_rank`.
-      after_lift: (the subspace's transformation) -> it with what follows it there alone. None:
-        nothing.
-      after_full_rank: The same for `full_rank`.
-    """
-
-    low_rank: optax.GradientTransformation
-    finish: Callable[[Decay], optax.GradientTransformation]
-    reads_matrices: bool = False
-    lift: Lift | None = None
-    full_rank: optax.GradientTransformation | None = None
-    after_lift: AfterLift | None = None
-    after_full_rank: AfterLift | None = None
-
-
-def descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
-    """A rule with its learning rate."""
-    # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
-    return optax.chain(tx, optax.scale_by_learning_rate(lr))
-
-
-def _decay_after(lr: Any) -> Callable[[Decay], optax.GradientTransformation]:
-    return lambda decay: decay(decay_after_update, lr)
-
-
-def adamw_rule(
-    lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6, *, linear: bool = True
-) -> WeightRule:
-    """AdamW; eps is added before the bias correction, as in the release.
-
-    With a lift that is not linear, the bias correction and the learning rate follow the lift.
-    """
-    if linear:
-        tx = scale_by_adam_uncorrected_eps(b1, b2, eps)
-        return WeightRule(descending(tx, lr), _decay_after(lr))
-    correct, descend = correct_adam_bias(b1, b2), optax.scale_by_learning_rate(lr)
-    finish = lambda decay: optax.chain(correct, descend, _decay_after(lr)(decay))
-    return WeightRule(scale_by_raw_adam(b1, b2, eps), finish)
-
-
-def apart(own: WeightRule, others: WeightRule, decay: Decay) -> WeightRule:
-    """A rule whose other half, for what is not projected, is another rule's.
-
-    Args:
-      own: Of what is projected.
-      others: Of all else.
-      decay: What decays.
-    """
-    after_lift = own.after_lift or (lambda subspace: subspace)
-    return own._replace(
-        finish=lambda decay: optax.identity(),
-        full_rank=others.full_rank or others.low_rank,
-        after_full_rank=lambda rest: optax.chain(rest, others.finish(decay)),
-        after_lift=lambda subspace: optax.chain(after_lift(subspace), own.finish(decay)),
-    )
-
-
-def adam8bit_rule(
-    lr: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    *,
-    slice_size: int | None = None,
-    linear: bool = True,
-) -> WeightRule:
-    """AdamW with 8-bit moments; with a lift that is not linear, the learning rate follows it."""
-    tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
-    if linear:
-        return WeightRule(descending(tx, lr), _decay_after(lr), reads_matrices=True)
-    descend = optax.scale_by_learning_rate(lr)
-    finish = lambda decay: optax.chain(descend, _decay_after(lr)(decay))
-    return WeightRule(tx, finish, reads_matrices=True)
-
-
-def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -> WeightRule:
-    """Lion, with its sign after the lift or of the low-rank direction."""
-    descend, lion = optax.scale_by_learning_rate(lr), optax.scale_by_lion(b1, b2)
-    if sign == "subspace":
-        # Signs are exact in any dtype of P; times the learning rate they are not.
-        finish = lambda decay: optax.chain(descend, _decay_after(lr)(decay))
-        return WeightRule(lion, finish)
-    # The identity has the place that the sign once had here, and has in checkpoints.
-    finish = lambda decay: optax.chain(optax.identity(), descend, _decay_after(lr)(decay))
-    low_rank = interpolate_momentum(b1, b2)
-    return WeightRule(low_rank, finish, lift=sign_after_lift(), full_rank=lion)
-
-
-def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> WeightRule:
-    """Adafactor, with weight decay before the update.
-
-    The learning rate is inside, since the first moment averages scaled updates; with a lift that is
-    not linear it follows the lift, and the moment in the subspace averages what is not scaled.
-    """
-    schedule = lr if callable(lr) else lambda count: lr
-    tx = in_float32(scale_by_adafactor(schedule, beta1))
-    finish = lambda decay: optax.chain(optax.scale(-1.0), decay(decay_before_update, lr))
-    if linear:
-        return WeightRule(tx, finish, reads_matrices=True)
-    times_lr = optax.scale_by_learning_rate(lr, flip_sign=False)
-    return WeightRule(
-        in_float32(scale_by_adafactor(lambda count: 1.0, beta1)),
-        finish,
-        reads_matrices=True,
-        full_rank=tx,
-        after_lift=lambda subspace: optax.chain(subspace, times_lr),
-    )
-
-
-def muon_rule(
-    lr: Any,
-    full_lr: Any,
-    decay: Decay,
-    lift: Lift,
-    *,
-    trace: optax.GradientTransformation,
-    adam: optax.GradientTransformation,
-) -> WeightRule:
-    """Momentum in the subspace, AdamW elsewhere at a rate of its own; weight decay before both.
-
-    Args:
-      lr: Learning rate of what is projected.
-      full_lr: That of all else.
-      decay: What decays.
-      lift: Such as an orthogonalized one.
-      trace: The momentum; see `scale_by_momentum`.
-      adam: The rule of all else.
-    """
-    decayed = lambda tx, lr: optax.chain(descending(tx, lr), decay(decay_before_update, lr))
-    return WeightRule(
-        trace,
-        lambda decay: optax.identity(),
-        lift=lift,
-        full_rank=decayed(adam, full_lr),
-        after_lift=lambda subspace: decayed(subspace, lr),
-    )
-
-
-def scale_by_momentum(
-    momentum: Any, nesterov: bool, *, in_8bit: bool = False
-) -> optax.GradientTransformation:
-    """`optax.trace`, without a moment where the momentum is 0, or with one in 8 bits."""
-    if known_zero(momentum):
-        return optax.identity()
-    trace = optax.trace(momentum, nesterov)
-    return in_float32(quantize_state(trace, rounding="nearest")) if in_8bit else trace
-
-
-def _full_rank_muon(
-    lr: Any,
-    decay: Decay,
-    trace: optax.GradientTransformation,
-    dimension_numbers: DimensionNumbers,
-    options: dict[str, Any],
-) -> optax.GradientTransformation:
-    """Muon: momentum, orthogonalized; weight decay before the update."""
-    by_us = lambda x: orthogonalize(x, "input", **options)
-    orthogonal = optax.stateless(lambda updates, params: jax.tree.map(by_us, updates))
-    tx = on_matrices(optax.chain(trace, orthogonal), dimension_numbers)
-    return optax.chain(descending(tx, lr), decay(decay_before_update, lr))
-
-
-def _by_selection(
-    selected: optax.GradientTransformation,
-    others: optax.GradientTransformation,
-    select: Select | None,
-    dimension_numbers: DimensionNumbers,
-) -> optax.GradientTransformation:
-    """One transformation for the parameters that are selected, another for all else."""
-    labels = _labels(select, dimension_numbers)
-    return optax.partition({"subspace": selected, "full": others}, labels)
-
-
-def _in_8bit(
-    tx: optax.GradientTransformation, slice_size: int | None = None
-) -> optax.GradientTransformation:
-    tx = in_float32(quantize_state(tx))
-    return tx if slice_size is None else slice_by_slice(tx, slice_size)
 
 
 def _full_rank(
@@ -808,172 +534,3 @@ def _projector(
     if named.basis == "oja":
         return oja(optimizer, init=init, order=order, every=every)
     return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)
-
-
-def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
-    """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip.
-
-    Example:
-      >>> import jax.numpy as jnp, osd_jax
-      >>> params = {"norm": jnp.ones(4)}
-      >>> tx = osd_jax.make_optimizer("adamw", learning_rate=0.01)
-      >>> _, state = tx.update({"norm": jnp.full(4, jnp.nan)}, tx.init(params), params)
-      >>> [int(steps) for steps in osd_jax.skipped_steps(state)]
-      [1, 1]
-    """
-    is_guard = lambda x: isinstance(x, optax.ApplyIfFiniteState)
-    for leaf in jax.tree.leaves(unboxed(opt_state), is_leaf=is_guard):
-        if is_guard(leaf):
-            return leaf.total_notfinite, leaf.notfinite_count
-    raise ValueError("this optimizer state counts no skipped steps: it is not make_optimizer's")
-
-
-def _labels(
-    select: Select | None, dimension_numbers: DimensionNumbers
-) -> Callable[[optax.Params], optax.Params]:
-    def labels(params: optax.Params) -> optax.Params:
-        bare = unboxed(params)
-        chosen = select or _kinds(bare, dimension_numbers).selects
-        label = lambda name, x: "subspace" if chosen(name, x) else "full"
-        return boxed_like(params, _by_name(label, bare))
-
-    return labels
-
-
-def _chosen(select: Select) -> Callable[[optax.Params], Any]:
-    """(parameters) -> a tree like them of whether each is selected."""
-    chosen = lambda name, x: bool(select(name, x))
-    return lambda params: boxed_like(params, _by_name(chosen, unboxed(params)))
-
-
-def _by_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """A tree like `tree` of what a function makes of each leaf's name and of it."""
-    name_of = {path_of(path): name for name, path in paths_by_name(tree).items()}
-    one = lambda path, x: function(name_of[path_of(path)], x)
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def _kinds(
-    params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
-) -> Kinds:
-    numbers = dimension_numbers_by_path(dimension_numbers, params)
-    paths = paths_by_name(params)
-
-    def numbers_of(name: str) -> SubspaceDimensionNumbers | None:
-        with contextlib.suppress(ValueError) if some_have_none else contextlib.nullcontext():
-            return numbers(paths[name])
-        return None
-
-    return Kinds(paths, numbers_of)
-
-
-def _announcer(
-    select: Select | None, dimension_numbers: DimensionNumbers, rank: int
-) -> Callable[[optax.Params, optax.OptState], None]:
-    """(parameters, state) -> None: logs what is projected, once for the same parameters."""
-    by_us = select is None or isinstance(select, LinearSelection)
-    said: list[dict[str, tuple[int, ...]]] = []
-
-    def announce(params: optax.Params, state: optax.OptState) -> None:
-        arrays, is_projected = by_path(unboxed(params)), set(map(path_of, projected_paths(state)))
-        paths = {name: path_of(path) for name, path in paths_by_name(params).items()}
-        shapes = {name: tuple(arrays[path].shape) for name, path in paths.items()}
-        projected = [name for name, path in paths.items() if path in is_projected]
-        if shapes and not projected:
-            first = next(iter(shapes))
-            warnings.warn(
-                f"none of the {len(shapes)} parameters is projected ({first!r} first): every one "
-                "is trained at full rank. select= says which to project, dimension_numbers= what "
-                "the matrices are of those that are not 2-D",
-                stacklevel=3,
-            )
-        if shapes not in said:
-            said.append(shapes)
-            # The axes of what the user's own selection leaves are nobody's concern.
-            kinds = _kinds(params, dimension_numbers, some_have_none=select is not None)
-            say_what_is_projected(shapes, projected, kinds=kinds, rank=rank, chosen_here=by_us)
-
-    return announce
-
-
-def guarded(
-    tx: optax.GradientTransformation,
-    announce: Callable[[optax.Params, optax.OptState], None] = lambda params, state: None,
-    *,
-    rounding_seed: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
-
-    As `optax.apply_if_finite`, which takes whole gradients only; this takes sketches too, so that
-    a composition with `osd_jax.in_parts` around it trains by sketches. `skipped_steps` counts.
-
-    Args:
-      tx: The optimizer.
-      announce: Tells what is projected, from the parameters and the state.
-      rounding_seed: Rounds weights in bfloat16 stochastically, by float32 updates
-        (`round_updates`). None: updates are rounded, and weights where they are added, to nearest.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, osd_jax
-      >>> from osd_jax.optimizers import guarded
-      >>> subspace = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.svd(200), rank=4)
-      >>> chained = optax.chain(subspace, optax.scale_by_learning_rate(0.1))
-      >>> tx = osd_jax.in_parts(guarded(chained), subspace)
-      >>> params = {"kernel": jnp.ones((16, 24))}
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update({"kernel": jnp.full((16, 24), jnp.nan)}, state, params)
-      >>> int(osd_jax.skipped_steps(state)[0])
-      1
-    """
-    rounds = rounding_seed is not None
-    tx = optax.with_extra_args_support(
-        optax.chain(tx, round_updates(rounding_seed)) if rounds else tx
-    )
-
-    def dtype_of(grad: Any, param: Any) -> Any:
-        """Of a parameter's update."""
-        is_rounded = rounds and param.dtype == jnp.bfloat16
-        return accumulator_dtype(grad.dtype) if is_rounded else grad.dtype
-
-    @takes_shapes
-    def init(params: optax.Params) -> optax.ApplyIfFiniteState:
-        leaves = flatten(unboxed(params))
-        for path, x in leaves:
-            check_dtype(path_name(path), x)
-        state = tx.init(params)
-        announce(params, state)
-        zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
-        return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
-
-    @promotes
-    def update(
-        grads: optax.Updates,
-        state: optax.ApplyIfFiniteState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
-        def step(grads: optax.Updates, inner: optax.OptState) -> Any:
-            updates, inner = tx.update(as_leaves(like, grads), inner, params, **extra_args)
-            return jax.tree.map(lambda u, dtype: u.astype(dtype), updates, dtypes), inner
-
-        def skip(grads: optax.Updates, inner: optax.OptState) -> Any:
-            return jax.tree.map(jnp.zeros_like, like, dtypes), inner
-
-        # As `optax.apply_if_finite`, but for how finite gradients are told, which takes less time.
-        like, grads = grads, bare(grads)
-        leaves, structure = jax.tree.flatten(like)
-        weights = jax.tree.leaves(params) if rounds and params is not None else leaves
-        dtypes = jax.tree.unflatten(structure, map(dtype_of, leaves, weights))
-        finite = all_finite(grads)
-        updates, inner = jax.lax.cond(finite, step, skip, grads, state.inner_state)
-        one_more = optax.safe_increment
-        return updates, optax.ApplyIfFiniteState(
-            notfinite_count=jnp.where(finite, 0, one_more(state.notfinite_count)),
-            last_finite=finite,
-            total_notfinite=jnp.where(
-                finite, state.total_notfinite, one_more(state.total_notfinite)
-            ),
-            inner_state=inner,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.blockwise import MIN_SIZE, Quantized, dequantize, quantize
+from osd_jax.layout import DimensionNumbers, dimension_numbers_by_path, matrix_layout
 from osd_jax.numerics import (
     accumulator_dtype,
     bias_correction,
@@ -21,13 +21,10 @@ from osd_jax.numerics import (
     float32_or_more,
     known_zero,
 )
-from osd_jax.subspace import (
-    DimensionNumbers,
-    dimension_numbers_by_path,
-    matrix_layout,
-)
+from osd_jax.quantization import MIN_SIZE, Quantized, dequantize, quantize
+from osd_jax.sharding import takes_shapes
 from osd_jax.transport import refuse_factored
-from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, takes_shapes, unboxed
+from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
 

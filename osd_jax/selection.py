@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from osd_jax.subspace import SubspaceDimensionNumbers
+from osd_jax.layout import SubspaceDimensionNumbers
 from osd_jax.trees import path_name, unboxed
 
 if TYPE_CHECKING:

@@ -8,11 +8,9 @@ projects, R as the other one, and the rank axis is whole on every device.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,12 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from osd_jax.trees import KeyPath, boxed_like, path_name, unboxed
+from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-
-logger = logging.getLogger(__name__)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -99,88 +95,17 @@ def make_mesh(
     )
 
 
-# ------------------------------------------------------------------------------ LLaMA's weights
-
-# The mesh axes of a kernel's (input, output). A product whose input axis is split over `tensor`
-# follows one whose output axis is, so that between the two nothing is exchanged.
-_COLUMN = ("fsdp", "tensor")
-_ROW = ("tensor", "fsdp")
-_KERNELS = {
-    "embedding": _ROW,  # (vocabulary, hidden)
-    "head": _COLUMN,
-    "layers/attention/query": _COLUMN,
-    "layers/attention/key": _COLUMN,
-    "layers/attention/value": _COLUMN,
-    "layers/attention/output": _ROW,
-    "layers/mlp/gate": _COLUMN,
-    "layers/mlp/up": _COLUMN,
-    "layers/mlp/down": _ROW,
-}
-
-
-def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
-    """How the weights of `osd_jax.llama` are split over a mesh from `make_mesh`.
-
-    Args:
-      params: The weights, or their shapes.
-      mesh: Their mesh.
-
-    Returns:
-      A tree of `PartitionSpec`, one entry for each axis of an array. Norms are whole everywhere. So
-      is an axis whose size the mesh axis does not divide, which is logged as a warning.
-
-    Raises:
-      ValueError: for a matrix that is not one of LLaMA's: give `state_sharding` your own specs.
-    """
-
-    def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
-        name = path_name(path)
-        wanted: tuple[str | None, ...] = (None,) * array.ndim
-        if name in _KERNELS:
-            wanted = wanted[:-2] + _KERNELS[name]
-        elif not name.endswith("norm"):
-            raise ValueError(
-                f"parameter '{name}' is none of osd_jax.llama's: write the PartitionSpecs of your "
-                "own model, and give them to state_sharding"
-            )
-        return _where_divisible(name, array.shape, wanted, mesh)
-
-    return jax.tree_util.tree_map_with_path(spec, params)
-
-
-def _where_divisible(
-    name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh
-) -> PartitionSpec:
-    """The spec without the mesh axes that do not divide an array's axis, saying so."""
-    spec = []
-    for size, axes in zip(shape, wanted, strict=True):
-        shards = _shards(mesh, axes)
-        if size % shards:
-            _warn_once(
-                f"{name} {tuple(shape)}: {size} does not divide by {axes}={shards}, so each of "
-                "them holds that axis whole"
-            )
-        spec.append(None if size % shards else axes)
-    return PartitionSpec(*spec)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """One entry of a `PartitionSpec` as the mesh axes that it names."""
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def _shards(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    return math.prod(mesh.shape[name] for name in _names(axes))
+def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts one entry of a `PartitionSpec` splits an axis."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(axes))
 
 
 # ------------------------------------------------------------------------------ optimizer state
-
-
 def state_sharding(
     tx: optax.GradientTransformation, params: optax.Params, specs: Any, mesh: Mesh
 ) -> Any:
@@ -219,7 +144,7 @@ def state_sharding(
     def split(path: KeyPath, array: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         padded = PartitionSpec(*spec, *[None] * (len(array.shape) - len(spec)))
         for size, axes in zip(array.shape, padded, strict=True):
-            shards = _shards(mesh, axes)
+            shards = shard_count(mesh, axes)
             if size % shards:
                 raise ValueError(
                     f"parameter '{path_name(path)}' of shape {array.shape} has {spec}, and {size} "
@@ -235,71 +160,33 @@ def state_sharding(
     )
 
 
-def train_state_sharding(tx: optax.GradientTransformation, params: optax.Params, mesh: Mesh) -> Any:
-    """How a LLaMA's `TrainState` is split over a mesh from `make_mesh`.
+def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """An `init` that also takes the shapes of parameters in their place.
+
+    `jax.ShapeDtypeStruct` leaves stand for zeros, which are never allocated. Where they name
+    shardings, over one mesh, the state is laid out as `osd_jax.sharding.state_sharding` says.
 
     Args:
-      tx: The optimizer.
-      params: The weights, or their shapes and dtypes.
-      mesh: Their mesh.
-
-    Returns:
-      A `TrainState` of `NamedSharding`. What does not divide is logged; see `partition_specs`.
+      init: Of an Optax transformation.
     """
-    from osd_jax.train import TrainState  # which builds its step with this module
 
-    specs = partition_specs(params, mesh)
-    step: Any = NamedSharding(mesh, PartitionSpec())
-    weights = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return TrainState(step, weights, state_sharding(tx, params, specs, mesh))
+    @functools.wraps(init)
+    @promotes
+    def init_of_any(params: optax.Params) -> optax.OptState:
+        is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        shapes = [x for x in jax.tree.leaves(params) if is_shape(x)]
+        if not shapes:
+            return init(params)
+        array = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+        make = lambda: init(jax.tree.map(array, params))
+        meshes = [x.sharding.mesh for x in shapes if hasattr(x.sharding, "mesh")]
+        if not meshes:
+            return jax.jit(make)()
 
+        whole = jax.sharding.PartitionSpec()
+        spec = lambda x: getattr(getattr(x, "sharding", None), "spec", whole)
+        tx = optax.GradientTransformation(init, optax.identity().update)
+        layout = state_sharding(tx, params, jax.tree.map(spec, params), meshes[0])
+        return jax.jit(make, out_shardings=layout)()
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How (K, B, S) micro-batches are split: B over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
-
-
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, `split_batch` in a function that is being traced knows its mesh."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
-
-
-def split_batch(array: jax.Array) -> jax.Array:
-    """Splits the first axis over `data` and `fsdp`, under a mesh that has these.
-
-    The mesh is that of `on`, or of `jax.set_mesh`.
-    Without one, or where the axis does not divide, nothing is done. The compiler, left to itself,
-    may split the hidden axis of activations over `fsdp`, as the embedding's is, and exchange
-    activations in every layer.
-    """
-    return _split(array, BATCH_AXES)
-
-
-def look_up(table: jax.Array, tokens: jax.typing.ArrayLike) -> jax.Array:
-    """`table[tokens]` as `split_batch` lays it out, (V, H), (B, S) -> (B, S, H).
-
-    The table is split (tensor, fsdp), so B is split over `data` alone and H over `fsdp`, and then
-    exchanged. Left to find the way itself, the compiler may gather the whole batch's rows on each
-    device.
-    """
-    rows = table[_split(jnp.asarray(tokens), "data")]
-    return split_batch(_split(rows, "data", None, "fsdp"))
-
-
-def _split(array: jax.Array, *spec: Any) -> jax.Array:
-    """Constrains leading axes, to the part of each entry that the mesh has and that divides."""
-    mesh = jax.sharding.get_abstract_mesh()
-    auto = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
-    wanted = [tuple(name for name in _names(axes) if name in auto) for axes in spec]
-    sizes = [math.prod(mesh.shape[name] for name in axes) for axes in wanted]
-    if auto.isdisjoint(BATCH_AXES) or any(
-        n % size for n, size in zip(array.shape, sizes, strict=False)
-    ):
-        return array
-    return jax.lax.with_sharding_constraint(
-        array, PartitionSpec(*(axes or None for axes in wanted))
-    )
+    return init_of_any

@@ -18,15 +18,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from osd_jax.bases import (
+    MOVE,
+    NOT_SET,
+    REFRESH,
+    BasisRule,
+    ProjectorState,
+    check_rule,
+    each_matrix,
+)
+from osd_jax.layout import (
+    SIDES,
+    DimensionNumbers,
+    MatrixLayout,
+    Side,
+    check_basis_dtype,
+    check_dtype,
+    check_rank,
+    dimension_numbers_by_path,
+    matrix_layout,
+)
 from osd_jax.lift import Lift, Lifted, Seen, lift
 from osd_jax.lift import scaled as scaled_lift
 from osd_jax.numerics import (
@@ -35,7 +54,6 @@ from osd_jax.numerics import (
     as_it_lies,
     check_object,
     check_static,
-    contract,
     float32_or_more,
     has_direction,
     like_sharding,
@@ -43,31 +61,19 @@ from osd_jax.numerics import (
     zeros_of,
     zeros_of_axes,
 )
-from osd_jax.projectors import (
-    MOVE,
-    NOT_SET,
-    REFRESH,
-    BasisRule,
-    ProjectorState,
-    ResolvedSide,
-    check_rule,
-    each_matrix,
-)
+from osd_jax.sharding import takes_shapes
 from osd_jax.sketch import (
     SQUARED_NORM,
     Basis,
     Needs,
     Reduce,
     Sketch,
-    SketchLeaf,
     Statistic,
     TwoSided,
-    as_leaves,
     bare,
     is_sketch,
     is_sketch_leaf,
     is_two_sided,
-    low_rank_gradient,
     make_sketch,
     merged,
     reading_gradient,
@@ -75,47 +81,15 @@ from osd_jax.sketch import (
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import (
     KeyPath,
-    Path,
     boxed_like,
     by_path,
     flatten,
-    is_box,
     names,
     path_name,
     path_of,
     promotes,
-    takes_shapes,
     unboxed,
 )
-
-Side = Literal["shorter", "longer", "input", "output", "both"]
-SIDES = get_args(Side)
-SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))
-
-
-class SubspaceDimensionNumbers(NamedTuple):
-    """Which axes of a parameter form its matrix; all others are batch axes.
-
-    Attributes:
-      reduction_axis: The input side, the axes that a layer sums over. An empty tuple says that the
-        parameter holds vectors, which have no subspace.
-      output_axis: The output side.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, osd_jax
-      >>> numbers = osd_jax.SubspaceDimensionNumbers(1, (2, 3))  # layers, embed, heads, head_dim
-      >>> tx = osd_jax.scale_by_subspace(
-      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=4, dimension_numbers=numbers)
-      >>> osd_jax.projectors(tx.init({"query": jnp.ones((2, 8, 4, 4))}))["query"].shape
-      (2, 8, 4)
-    """
-
-    reduction_axis: int | tuple[int, ...] = 0
-    output_axis: int | tuple[int, ...] = 1
-
-
-# One for all parameters, a tree of them, a function from parameters to a tree, or None.
-DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any], Any] | Any | None
 
 
 class _SubspaceFields(NamedTuple):
@@ -209,139 +183,6 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
         self.refresh, self.project, self.apply = refresh, project, apply
         self.needs_gradient = needs_gradient
         return self
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixLayout:
-    """How one parameter is read as matrices M of shape (..., p, q), and written back."""
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
-    matrix_shape: tuple[int, ...]  # (batch..., p, q)
-    side: ResolvedSide
-    draw: int = 0  # what is folded into the key of its random draws
-
-    @property
-    def is_flipped(self) -> bool:
-        """Whether M is a transposed view of the array."""
-        first_of_p = len(self.matrix_shape) - 2
-        return self.axes[-1] < self.axes[first_of_p]
-
-    def to_matrix(self, array: jax.Array) -> jax.Array:
-        """(the parameter's shape) -> (..., p, q)."""
-        return array.transpose(self.axes).reshape(self.matrix_shape)
-
-    def from_matrix(self, matrix: jax.Array) -> jax.Array:
-        """(..., p, q) -> (the parameter's shape)."""
-        permuted = tuple(self.shape[axis] for axis in self.axes)
-        inverse = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
-        return matrix.reshape(permuted).transpose(inverse)
-
-
-def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (axis,) if isinstance(axis, int) else tuple(axis)
-
-
-def matrix_layout(
-    name: str, array: jax.Array, numbers: SubspaceDimensionNumbers | None, side: Side = "input"
-) -> MatrixLayout:
-    """Reads one parameter as matrices.
-
-    Args:
-      name: For messages.
-      array: The parameter, or anything with its `shape` and `ndim`.
-      numbers: Its matrix axes; None: the two axes of a 2-D array.
-      side: The side that P projects. "both" lays the matrix out as (input, output).
-
-    Raises:
-      ValueError: if the axes do not describe a matrix of this parameter.
-    """
-    shape = tuple(array.shape)
-    if numbers is None:
-        if len(shape) != 2:
-            raise ValueError(
-                f"parameter '{name}' has shape {shape}, which is not a matrix: give its matrix "
-                "axes in dimension_numbers, or leave it out of the subspace (select=, optax.masked)"
-            )
-        numbers = SubspaceDimensionNumbers()
-    sides = [_as_tuple(numbers.reduction_axis), _as_tuple(numbers.output_axis)]
-    used = [axis for axes in sides for axis in axes]
-    in_range = all(-len(shape) <= axis < len(shape) for axis in used)
-    sides = [tuple(axis % len(shape) for axis in axes) for axes in sides] if in_range else sides
-    used = [axis for axes in sides for axis in axes]
-    if not in_range or len(set(used)) != len(used) or not all(sides):
-        raise ValueError(
-            f"parameter '{name}' of shape {shape} has {numbers}: expected two disjoint, non-empty "
-            "sets of its axes"
-        )
-    n_in, n_out = (math.prod(shape[axis] for axis in axes) for axes in sides)
-    resolved: ResolvedSide
-    if side == "shorter" or side == "longer":
-        resolved = "input" if (n_in <= n_out) == (side == "shorter") else "output"
-    else:
-        resolved = side
-    if resolved == "output":
-        sides.reverse()
-    batch = tuple(axis for axis in range(len(shape)) if axis not in used)
-    return MatrixLayout(
-        name=name,
-        shape=shape,
-        axes=batch + sides[0] + sides[1],
-        matrix_shape=tuple(shape[axis] for axis in batch)
-        + tuple(math.prod(shape[axis] for axis in axes) for axes in sides),
-        side=resolved,
-    )
-
-
-def dimension_numbers_by_path(
-    dimension_numbers: DimensionNumbers, params: optax.Params
-) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
-    """Looks up a parameter's matrix axes by its path.
-
-    By path and not by structure, so that a full tree of dimension numbers serves parameters of
-    which `optax.masked` or `optax.partition` has hidden some. A tree of other containers, whose
-    paths only read like the parameters', serves too where no two of them read alike.
-    """
-    params = unboxed(params)
-    tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-    if tree is None or isinstance(tree, SubspaceDimensionNumbers):
-        return lambda path: tree
-    is_leaf = lambda x: x is None or isinstance(x, (SubspaceDimensionNumbers, optax.MaskedNode))
-    tree = unboxed(tree)
-    paths = [path for path, _ in flatten(tree, is_leaf)]
-    numbers = by_path(tree, is_leaf)
-    for path in paths:
-        if not is_leaf(leaf := numbers[path_of(path)]):
-            raise ValueError(
-                f"dimension_numbers holds {leaf!r} for '{path_name(path)}': expected "
-                "SubspaceDimensionNumbers(reduction_axis, output_axis) or None"
-            )
-    of_params = by_path(params)
-    unclaimed = [path for path in paths if path_of(path) not in of_params]
-    unserved = [path for path, _ in flatten(params) if path_of(path) not in numbers]
-
-    def lookup(path: KeyPath) -> SubspaceDimensionNumbers | None:
-        if path_of(path) in numbers:
-            return numbers[path_of(path)]
-        name = path_name(path)
-        alike = [other for other in unclaimed if path_name(other) == name]
-        if not alike:
-            raise ValueError(
-                f"dimension_numbers has nothing for parameter '{name}'; it has "
-                f"{sorted(names(paths))}"
-            )
-        rivals = [other for other in unserved if path_name(other) == name]
-        for kind, several in (("dimension_numbers has", alike), ("there are", rivals)):
-            if len(several) > 1:
-                both = " and ".join(jax.tree_util.keystr(other) for other in several)
-                raise ValueError(
-                    f"{kind} {both}, which both read '{name}', and none has the keys of "
-                    f"the other tree: give dimension_numbers the parameters' own keys"
-                )
-        return numbers[path_of(alike[0])]
-
-    return lookup
 
 
 def scale_by_subspace(
@@ -850,126 +691,6 @@ def _unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:
     return first, second
 
 
-# What asks for a gradient whose sketch is all that is kept.
-ONLY_SKETCHES = (
-    "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
-    "layer by layer with micro-batches or clipping). A transformation in front of "
-    "scale_by_subspace may multiply them by a number, and no more: put it after "
-    "scale_by_subspace, or keep whole gradients"
-)
-
-
-def in_parts(
-    tx: optax.GradientTransformation, subspace: SubspaceTransformation | None
-) -> SubspaceTransformation:
-    """`tx` with the parts of the subspace transformation that it is built around.
-
-    What stands in front of the subspace in `tx` then meets sketches in place of the gradients that
-    are projected (`osd_jax.sketch.SketchLeaf`), and may multiply them by numbers.
-
-    Args:
-      tx: Any composition, with the extra arguments of Optax passed down to `subspace`.
-      subspace: What `scale_by_subspace` or `make_optimizer` returned. None: nothing is projected,
-        and gradients are their own sketches.
-
-    Returns:
-      `tx` with `refresh`, `project` and `apply`, which take the whole trees of gradients, states
-      and sketches. Its `apply` raises TypeError where `tx` does more in front of the subspace than
-      sketches allow, and its parts raise ValueError where the state of `tx` holds a subspace that
-      `subspace` does not name.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, osd_jax
-      >>> subspace = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.svd(200), rank=4)
-      >>> tx = optax.chain(subspace, optax.scale_by_learning_rate(0.1))
-      >>> tx = osd_jax.accumulate_sketches(osd_jax.in_parts(tx, subspace), every_k=4)
-      >>> state = tx.init({"kernel": jnp.ones((16, 24))})
-      >>> state.held["kernel"].low_rank.shape
-      (4, 24)
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def own_state(state: optax.OptState) -> SubspaceState | None:
-        found = subspace_states(state)
-        if len(found) > (subspace is not None):
-            raise ValueError(
-                "the optimizer's state holds a subspace whose parts (refresh, project, apply) are "
-                "hidden, as optax.chain hides them, so that whole gradients would be kept where "
-                "sketches are meant: give osd_jax.in_parts(tx, subspace) in place of tx, with all "
-                "that is projected in one subspace, as scale_by_subspace or make_optimizer "
-                "returned it"
-            )
-        return next(iter(found), None)
-
-    def own_part(tree: Any, state: SubspaceState) -> Any:
-        """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
-        paths = by_path(state.projector.basis, is_two_sided)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if path_of(path) in paths else optax.MaskedNode(),
-            tree,
-            is_leaf=is_box,
-        )
-
-    @promotes
-    def refresh(
-        grads: optax.Updates,
-        state: optax.OptState,
-        when: jax.typing.ArrayLike = True,
-        reduce: Reduce | None = None,
-    ) -> optax.OptState:
-        own = own_state(state)
-        if subspace is None or own is None:
-            return state
-        new = subspace.refresh(own_part(grads, own), own, when, reduce)
-        is_own = lambda x: isinstance(x, SubspaceState)
-        return jax.tree.map(lambda x: new if is_own(x) else x, state, is_leaf=is_own)
-
-    @promotes
-    def project(grads: optax.Updates, state: optax.OptState, reduce: Reduce | None = None) -> Any:
-        own = own_state(state)
-        found: dict[Path, Sketch] = {}
-        if subspace is not None and own is not None:
-            found = by_path(subspace.project(own_part(grads, own), own, reduce), is_sketch)
-        rest = reduce or (lambda x: x)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, g: found[path_of(path)] if path_of(path) in found else rest(g),
-            unboxed(grads),
-        )
-
-    @promotes
-    def apply(
-        sketches: Any,
-        state: optax.OptState,
-        params: optax.Params,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        like = unboxed(params)
-        cast = lambda x, param: x if is_sketch(x) else x.astype(param.dtype)
-        updates = as_leaves(like, jax.tree.map(cast, sketches, like, is_leaf=is_sketch))
-        try:
-            return tx.update(boxed_like(params, updates), state, params, **extra_args)
-        except (AttributeError, TypeError, ValueError) as error:
-            # What JAX, NumPy and Optax say of an argument that is no array names its class.
-            if SketchLeaf.__name__ not in str(error):
-                raise
-            raise TypeError(f"{ONLY_SKETCHES}. It failed by: {error}") from error
-
-    needs_gradient = None if subspace is None else subspace.needs_gradient
-    return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, needs_gradient)
-
-
-def parted(tx: optax.GradientTransformation) -> SubspaceTransformation:
-    """An optimizer with its parts: its own, or those of one without a subspace."""
-    return tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of a tree is finite."""
-    # 0 x is 0, or NaN where x is not finite: a sum of floats, which is faster than one of booleans.
-    sums = [jnp.sum(0 * x, dtype=accumulator_dtype(x.dtype)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.isfinite(jnp.array(sums)))
-
-
 def random_draws(params: optax.Params) -> list[int]:
     """For each parameter what is folded into the key of its random draws: a number of its own.
 
@@ -1033,140 +754,10 @@ def _cond_once(
     return choose(due, *args)
 
 
-def check_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is a whole number of at least 1."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
-
-
-def check_dtype(name: str, array: jax.Array) -> None:
-    """Raises ValueError for a dtype that the optimizers do not train."""
-    if array.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
-            f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
-            "(float16 overflows in squared gradients; use bfloat16)"
-        )
-
-
-def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dtype") -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
-    if dtype is not None and dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
-
-
-class Diagnostics(NamedTuple):
-    """How well P does, for one parameter; each (batch...,) float32.
-
-    Attributes:
-      energy: `||P P^T M||_F^2 / ||M||_F^2`, the part of the gradient that P captures.
-      orthonormality: `||P^T P - I||_F / sqrt(r)`, how far P is from orthonormal.
-    """
-
-    energy: jax.Array
-    orthonormality: jax.Array
-
-
-@promotes
-def subspace_diagnostics(
-    grads: optax.Updates,
-    opt_state: optax.OptState,
-    *,
-    dimension_numbers: DimensionNumbers = None,
-) -> dict[str, Diagnostics]:
-    """Measures P against the gradients that it is about to project.
-
-    Args:
-      grads: The gradients, of all parameters.
-      opt_state: An optimizer's state, whatever it is wrapped in. It says which side P projects.
-      dimension_numbers: What the optimizer was made with.
-
-    Returns:
-      By name, as in `projectors`. Empty where nothing is projected.
-    """
-    grads = unboxed(grads)
-    numbers, by = dimension_numbers_by_path(dimension_numbers, grads), by_path(grads)
-    sides = [
-        (path, state.side)
-        for state in subspace_states(unboxed(opt_state))
-        for path, _ in flatten(state.projector.basis, is_two_sided)
-    ]
-    found = bases_by_key_path(opt_state)
-
-    def one(name: str, path: KeyPath, basis: Basis, side: Side | None) -> Diagnostics:
-        grad = by[path_of(path)]
-        layout = matrix_layout(name, grad, numbers(path))
-        side = side or _side_by_shape(basis, layout)
-        layout = matrix_layout(name, grad, numbers(path), side)
-        return _diagnose(basis, layout.to_matrix(grad))
-
-    named = names([path for path, _ in found])
-    return {
-        name: one(name, path, basis, side)
-        for name, (path, basis), (_, side) in zip(named, found, sides, strict=True)
-    }
-
-
-def _side_by_shape(basis: Basis, layout: MatrixLayout) -> Side:
-    """The side that P projects of a matrix laid out by its input side; the input's, if square."""
-    if isinstance(basis, TwoSided):
-        return "both"
-    return "input" if basis.shape[-2] == layout.matrix_shape[-2] else "output"
-
-
-def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
-    low_rank = low_rank_gradient(basis, matrix)
-    sides = [basis.input, basis.output] if isinstance(basis, TwoSided) else [basis]
-    grams = [contract("pr,ps->rs", side, side) for side in sides]
-    # ||P R||^2 = <R, (P^T P) R>
-    weighted = contract("rs,sq->rq", grams[0], low_rank)
-    if len(grams) == 2:
-        weighted = contract("rq,qs->rs", weighted, grams[1])
-    captured = jnp.sum(low_rank * weighted, axis=(-2, -1))
-    norm = jnp.sum(jnp.square(matrix.astype(low_rank.dtype)), axis=(-2, -1))
-    identity = jnp.eye(grams[0].shape[-1], dtype=grams[0].dtype)
-    off = [jnp.linalg.norm(gram - identity, axis=(-2, -1)) for gram in grams]
-    return Diagnostics(
-        energy=captured / jnp.where(norm > 0, norm, 1),
-        orthonormality=jnp.maximum(off[0], off[-1]) / grams[0].shape[-1] ** 0.5,
-    )
-
-
-def subspace_states(opt_state: optax.OptState) -> list[SubspaceState]:
-    """Every `SubspaceState` inside an optimizer state, whatever it is wrapped in."""
-    is_state = lambda x: isinstance(x, SubspaceState)
-    return [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
-
-
-def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
-    """The bases P in an optimizer state, by parameter.
-
-    Returns:
-      For each projected parameter its P: (..., m, r) where it acts on the output side, (..., n, r)
-      on the input side, or `TwoSided(output, input)`. Columns are the basis. The name is the path's
-      text, such as `mlp/kernel`; where two paths have the same text it is that of their keys, such
-      as `['mlp/a']['b']` and `['mlp']['a/b']`.
-
-    Example:
-      >>> import jax.numpy as jnp, osd_jax
-      >>> tx = osd_jax.make_optimizer("galore_adamw", "continuous", learning_rate=0.01, rank=4)
-      >>> bases = osd_jax.projectors(tx.init({"mlp": {"kernel": jnp.ones((16, 24))}}))
-      >>> {name: basis.shape for name, basis in bases.items()}
-      {'mlp/kernel': (16, 4)}
-    """
-    found = bases_by_key_path(opt_state)
-    named = names([path for path, _ in found])
-    return {name: basis for name, (_, basis) in zip(named, found, strict=True)}
-
-
-def bases_by_key_path(opt_state: optax.OptState) -> list[tuple[KeyPath, Basis]]:
-    """The bases P in an optimizer state, each with its parameter's key path."""
-    return [
-        leaf
-        for state in subspace_states(unboxed(opt_state))
-        for leaf in flatten(state.projector.basis, is_two_sided)
-    ]
-
-
-def projected_paths(opt_state: optax.OptState) -> list[KeyPath]:
-    """The key paths of the parameters that an optimizer state projects."""
-    return [path for path, _ in bases_by_key_path(opt_state)]
+# What asks for a gradient whose sketch is all that is kept.
+ONLY_SKETCHES = (
+    "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
+    "layer by layer with micro-batches or clipping). A transformation in front of "
+    "scale_by_subspace may multiply them by a number, and no more: put it after "
+    "scale_by_subspace, or keep whole gradients"
+)

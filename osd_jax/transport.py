@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.blockwise import BLOCK_SIZE, Quantized, Rounding, dequantize, quantize
 from osd_jax.numerics import bias_correction, contract, float32_or_more
+from osd_jax.quantization import BLOCK_SIZE, Quantized, Rounding, dequantize, quantize
 from osd_jax.sketch import Basis, TwoSided
 from osd_jax.trees import by_path, path_name, path_of
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
 KeyPath = tuple[Any, ...]  # as `jax.tree_util.tree_flatten_with_path` gives it
 Path = tuple[Hashable, ...]
@@ -142,36 +140,3 @@ def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return promoting
-
-
-def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An `init` that also takes the shapes of parameters in their place.
-
-    `jax.ShapeDtypeStruct` leaves stand for zeros, which are never allocated. Where they name
-    shardings, over one mesh, the state is laid out as `osd_jax.sharding.state_sharding` says.
-
-    Args:
-      init: Of an Optax transformation.
-    """
-
-    @functools.wraps(init)
-    @promotes
-    def init_of_any(params: optax.Params) -> optax.OptState:
-        is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-        shapes = [x for x in jax.tree.leaves(params) if is_shape(x)]
-        if not shapes:
-            return init(params)
-        array = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
-        make = lambda: init(jax.tree.map(array, params))
-        meshes = [x.sharding.mesh for x in shapes if hasattr(x.sharding, "mesh")]
-        if not meshes:
-            return jax.jit(make)()
-        from osd_jax.sharding import state_sharding  # which imports this module
-
-        whole = jax.sharding.PartitionSpec()
-        spec = lambda x: getattr(getattr(x, "sharding", None), "spec", whole)
-        tx = optax.GradientTransformation(init, optax.identity().update)
-        layout = state_sharding(tx, params, jax.tree.map(spec, params), meshes[0])
-        return jax.jit(make, out_shardings=layout)()
-
-    return init_of_any

@@ -12,18 +12,20 @@ try:
 except ModuleNotFoundError as error:
     raise _not_installed("osd_torch", "torch", error) from error
 
-from osd_torch.layerwise import LayerwiseUpdates
-from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
-from osd_torch.optimizers import (
+from osd_torch.aliases import (
     OnlineSubspaceDescent,
     SubspaceAdafactor,
     SubspaceAdamW,
     SubspaceAdamW8bit,
     SubspaceLion,
     SubspaceMuon,
-    make_optimizer,
 )
-from osd_torch.projectors import BasisRule, Clock, gaussian, oja, online_pca, random, svd
+from osd_torch.bases import BasisRule, Clock, gaussian, oja, online_pca, random, svd
+from osd_torch.clipping import clip_
+from osd_torch.diagnostics import projectors, skipped_steps
+from osd_torch.layerwise import LayerwiseUpdates
+from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
+from osd_torch.optimizers import make_optimizer
 from osd_torch.residuals import (
     add_gradient,
     column_ema,
@@ -33,7 +35,7 @@ from osd_torch.residuals import (
     residual_sign,
 )
 from osd_torch.selection import select_linear
-from osd_torch.sharding import data_parallel, fully_shard_llama, mean_over_processes
+from osd_torch.sharding import data_parallel, mean_over_processes
 from osd_torch.sketch import (
     COLUMN_ENERGIES,
     CORRELATION,
@@ -43,7 +45,7 @@ from osd_torch.sketch import (
     Statistic,
     TwoSided,
 )
-from osd_torch.subspace import SubspaceOptimizer, clip_, projectors, skipped_steps
+from osd_torch.subspace import SubspaceOptimizer
 
 __all__ = [
     "COLUMN_ENERGIES",
@@ -70,7 +72,6 @@ __all__ = [
     "clip_",
     "column_ema",
     "data_parallel",
-    "fully_shard_llama",
     "gaussian",
     "gradient_only",
     "make_optimizer",

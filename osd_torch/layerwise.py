@@ -32,17 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osd_torch.numerics import without_autocast
+from osd_torch.clipping import clip_
+from osd_torch.diagnostics import inner_optimizer
+from osd_torch.numerics import check_number, without_autocast
 from osd_torch.sharding import Reduce, is_distributed, means_of
+from osd_torch.state import name_of
 from osd_torch.subspace import (
     SubspaceOptimizer,
     all_params,
-    check_number,
     check_sketch_suffices,
-    clip_,
-    inner_optimizer,
     is_sketched,
-    name_of,
     zero_where_others_have_gradients,
 )
 

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from osd_names import MUON_SCALES, check_choice
+from osd_torch.bases import to_matrix
 from osd_torch.lift import Lift, Lifted, Seen, lift
 from osd_torch.numerics import accumulator_dtype, check_number
-from osd_torch.projectors import to_matrix
 from osd_torch.sharding import distributed_as, settled, whole
 from osd_torch.sketch import COLUMN_ENERGIES, Needs, Statistic, TwoSided, product
 

@@ -35,7 +35,6 @@ import torch.distributed as dist
 import torch.distributed.tensor as dtensor
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -146,38 +145,6 @@ def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
     device = next(model.parameters()).device
     ids = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def fully_shard_llama(model: Model, mesh: DeviceMesh | None = None) -> Model:
-    """Shards a Hugging Face LLaMA over the processes, in place: each decoder layer, then the rest.
-
-    Build the optimizer afterwards: the parameters become DTensors. Gradients are averaged in
-    float32.
-
-    Args:
-        model: A `LlamaForCausalLM`, or any model with its decoder layers in `model.model.layers`.
-        mesh: One-dimensional; None: all processes.
-
-    Returns:
-        The model.
-
-    Example:
-        >>> import torch, osd_torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> torch.distributed.init_process_group(
-        ...     "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24,
-        ...                      num_hidden_layers=1, num_attention_heads=2)
-        >>> model = osd_torch.fully_shard_llama(LlamaForCausalLM(config))
-        >>> type(model.lm_head.weight).__name__
-        'DTensor'
-        >>> torch.distributed.destroy_process_group()
-    """
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    layers: torch.nn.ModuleList = model.get_submodule("model.layers")  # type: ignore[assignment]
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    return model
 
 
 def local(tensor: Tensor) -> Tensor:

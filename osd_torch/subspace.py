@@ -26,7 +26,7 @@ import copy
 import functools
 import logging
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,23 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
 from osd_names import Side
+from osd_torch.bases import (
+    MOVE,
+    REFRESH,
+    BasisRule,
+    check_fresh,
+    on_whole_matrix,
+    to_matrix,
+)
+from osd_torch.guard import check_dense, count_if_not_finite
+from osd_torch.layout import (
+    INPUT_AXIS,
+    OUTPUT_AXIS,
+    change_of,
+    check_dtype,
+    check_placement,
+    check_rank,
+)
 from osd_torch.lift import Lift, Lifted, Seen, lift
 from osd_torch.numerics import (
     accumulator_dtype,
@@ -43,21 +60,10 @@ from osd_torch.numerics import (
     round_stochastically,
     without_autocast,
 )
-from osd_torch.projectors import (
-    MOVE,
-    REFRESH,
-    BasisRule,
-    check_fresh,
-    name_of_rule,
-    on_whole_matrix,
-    to_matrix,
-)
 from osd_torch.rules import Change, Rule
 from osd_torch.sharding import (
     Reduce,
-    all_finite,
     distributed_as,
-    has_plain_placement,
     is_distributed,
     local,
     means_of,
@@ -67,7 +73,6 @@ from osd_torch.sharding import (
     shape_of,
     squared_norm,
     squared_norms,
-    total_norm,
     whole,
     zeros_along,
 )
@@ -81,16 +86,27 @@ from osd_torch.sketch import (
     product,
     reading_gradient,
 )
+from osd_torch.state import (
+    LIFT_PREFIX,
+    NOT_SET,
+    ON_HOST,
+    PREFIX,
+    RULE_OPTIONS,
+    Group,
+    basis_of,
+    check_lift_state,
+    completed,
+    described,
+    name_of,
+    named_bases,
+    named_parameters,
+    of_prefix,
+    refuse_state,
+    step_number,
+    unwrapped,
+    with_objects,
+)
 
-Group = dict[str, Any]
-OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
-# Of the names, in a parameter's state, of what P's optimizer keeps, and of what the lift keeps.
-PREFIX, LIFT_PREFIX = "projector_", "lift_"
-# Options of the rules of W: by these the groups of one optimizer differ from another's.
-RULE_OPTIONS = (
-    "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
-    "rule", "momentum",
-)  # fmt: skip
 # Options that are younger than some saved states, and what those were trained with.
 LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
@@ -99,12 +115,7 @@ LATER_OPTIONS = {
 }  # fmt: skip
 # Of these, where a state was saved without them, the optimizer's own are kept.
 OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
-OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by their names
-NOT_SET = -1  # the step at which P was set, while it waits for a gradient
-# State that lies on the CPU, where reading it costs no synchronisation.
-ON_HOST = ("step", "set_at")
 log = logging.getLogger("osd_torch")
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -687,26 +698,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return {name: placed(name, value) for name, value in state.items()}
 
 
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, out of wrappers such as `accelerate`'s.
-
-    They hold it as `optimizer`, those of `torch.distributed.optim` as `optim`.
-
-    Raises:
-        ValueError: for a wrapper with parameter groups of its own, which steps others than these.
-    """
-    inside = lambda x: getattr(x, "optimizer", None) or getattr(x, "optim", None)
-    while isinstance(inner := inside(optimizer), torch.optim.Optimizer):
-        if optimizer.param_groups is not inner.param_groups:
-            raise ValueError(
-                f"a {type(optimizer).__name__} around a {type(inner).__name__} has parameter groups"
-                " of its own: expected an optimizer of osd_torch or torch, or a wrapper that steps "
-                "the same parameters"
-            )
-        optimizer = inner
-    return optimizer
-
-
 def forward_reduce() -> None:
     """Lets `prepared.reduce = ...` reach the optimizer in `accelerate`'s wrapper.
 
@@ -741,150 +732,6 @@ def zero_where_others_have_gradients(
     for param, is_present, some in zip(params, present, some_have, strict=True):
         if some and not is_present:
             param.grad = torch.zeros_like(param)
-
-
-def step_number(step: int) -> Tensor:
-    """The number of a step, float32 on the CPU."""
-    return torch.tensor(step, dtype=torch.float32, device="cpu")
-
-
-def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's saved state with what earlier versions did not save.
-
-    They did not save when P was set, and where their first step was skipped they saved a P alone,
-    which the next step sets again.
-    """
-    if "step" not in state:
-        return {}
-    if "set_at" in state or not any(name.startswith("basis") for name in state):
-        return dict(state)
-    return {**state, "set_at": step_number(0)}
-
-
-def described(option: str, value: Any) -> Any:
-    """An option of a group as it is saved: a rule by its name, all else as it is."""
-    if option not in OBJECTS or value is None or isinstance(value, str):
-        return value
-    return name_of_rule(value)
-
-
-def with_objects(optimizer: SubspaceOptimizer, saved: list[Group]) -> list[Group]:
-    """Saved groups with the optimizer's own objects in the place of their names.
-
-    Raises:
-        ValueError: where a name is another one's.
-    """
-    groups = []
-    for i, group in enumerate(saved):
-        own = optimizer.param_groups[i] if i < len(optimizer.param_groups) else {}
-        for option in OBJECTS:
-            there, here = described(option, group.get(option)), described(option, own.get(option))
-            if there != here:
-                refuse_state(optimizer, f"the option {option!r} of group {i}", there, here)
-        groups.append({**group, **{k: own[k] for k in OBJECTS if k in group and k in own}})
-    return groups
-
-
-def check_lift_state(lift: Lift, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a lift whose new state is not of the names and shapes of its first."""
-    for name, value in new.items():
-        if name not in own or value.shape != own[name].shape:
-            here = tuple(own[name].shape) if name in own else "absent"
-            raise ValueError(
-                f"the lift {name_of_rule(lift)} returns state {name!r} of shape "
-                f"{tuple(value.shape)}: expected what its init makes, where it is {here}"
-            )
-
-
-def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What a parameter's state keeps under names with a prefix, by the rest of the name."""
-    named = [(name, x) for name, x in state.items() if name.startswith(prefix)]
-    return {name.removeprefix(prefix): x for name, x in named}
-
-
-def state_kinds(
-    optimizer: SubspaceOptimizer, group: Group, param: Tensor
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shapes and dtypes of a parameter's state, by name."""
-    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    return {name: (x.shape, x.dtype) for name, x in optimizer.init_state(group, like).items()}
-
-
-def refuse_state(optimizer: SubspaceOptimizer, what: str, there: object, here: object) -> None:
-    """Raises ValueError: a saved state differs from the optimizer that it is loaded into."""
-    raise ValueError(
-        f"the state is of another optimizer or model: {what} is {there} there and {here} in "
-        f"this {type(optimizer).__name__}; build it as it was built when the state was saved"
-    )
-
-
-def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
-    """Raises ValueError unless a `state_dict` is of such an optimizer with such parameters."""
-    refuse = functools.partial(refuse_state, optimizer)
-    kept, own = state_dict["param_groups"], optimizer.param_groups
-    if len(kept) != len(own):
-        refuse("the number of parameter groups", len(kept), len(own))
-    for i, (saved, group) in enumerate(zip(kept, own, strict=True)):
-        if len(saved["params"]) != len(group["params"]):
-            refuse(
-                f"the number of parameters of group {i}", len(saved["params"]), len(group["params"])
-            )
-        for key in (*optimizer.defaults, *RULE_OPTIONS):
-            if (key in saved) != (key in group):
-                words = {True: "present", False: "absent"}
-                refuse(f"the option {key!r} of group {i}", words[key in saved], words[key in group])
-        named = list(named_parameters(group, prefix=f"{i}."))
-        for j, name in enumerate(saved.get("param_names", ())):
-            if "param_names" in group and unwrapped(name) != unwrapped(named[j][0]):
-                refuse(f"parameter {j} of group {i}", repr(name), repr(named[j][0]))
-        merged = {**saved, "params": group["params"]}
-        optimizer.check_group(merged)
-        for index, (name, param) in zip(saved["params"], named, strict=True):
-            state = state_dict["state"].get(index, {})
-            if not state:  # it has taken no step
-                continue
-            wanted = {k: shape for k, (shape, _) in state_kinds(optimizer, merged, param).items()}
-            for part in sorted({*state, *wanted}):
-                there = getattr(state.get(part), "shape", None)
-                if there != wanted.get(part):
-                    shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
-                    refuse(f"the shape of {part!r} of parameter '{name}'", *shapes)
-
-
-def unwrapped(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel and torch.compile add to it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def resolve_side(side: Side, tensor: Tensor) -> Side:
-    """Which of "input", "output" and "both" a `side` is for a matrix (output, input)."""
-    if side not in ("shorter", "longer"):
-        return side
-    outputs, inputs = tensor.shape
-    return "input" if (inputs <= outputs) == (side == "shorter") else "output"
-
-
-def basis_of(state: Mapping[str, Tensor]) -> Basis:
-    """P in a parameter's state."""
-    if "basis" in state:
-        return state["basis"]
-    return TwoSided(state["basis_output"], state["basis_input"])
-
-
-def named_bases(basis: Basis) -> dict[str, Tensor]:
-    """P as a parameter's state holds it."""
-    if isinstance(basis, TwoSided):
-        return {"basis_output": basis.output, "basis_input": basis.input}
-    return {"basis": basis}
-
-
-def change_of(old: Basis, new: Basis, side: Side) -> Change:
-    """P_new^T P_old of each side of a matrix (output, input) that P projects."""
-    if isinstance(old, TwoSided) and isinstance(new, TwoSided):
-        return Change(product(new.output.mT, old.output), product(new.input.mT, old.input))
-    assert isinstance(old, Tensor) and isinstance(new, Tensor)
-    change = product(new.mT, old)
-    return Change(change, None) if side == "output" else Change(None, change)
 
 
 def add_lifted_(
@@ -953,165 +800,6 @@ def add_(
         weight.copy_(result)
 
 
-@torch.no_grad()
-@without_autocast()
-def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Scales what the next step applies to a largest norm, in place.
-
-    The norm is that of the whole vector of R for each projected parameter with a held sketch, and
-    of G for each other parameter. Sketches are held after `accumulate`, and with `reduce` set.
-
-    Args:
-        optimizer: Any, or a wrapper around one; with gradients, or held sketches, in place.
-        max_norm: 0 does not scale.
-
-    Returns:
-        The norm before, 0-dimensional float32 (float64 for float64), the same on every process
-        if gradients are.
-
-    Raises:
-        ValueError: for a negative or infinite `max_norm`.
-
-    Example:
-        >>> import torch, osd_torch
-        >>> layer = torch.nn.Linear(24, 16)
-        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
-        >>> layer(torch.ones(2, 24)).square().sum().backward()
-        >>> norm = osd_torch.clip_(optimizer, 1.0)
-        >>> bool(torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]) < 1.001)
-        True
-    """
-    check_number("max_norm", max_norm)
-    optimizer, held = inner_optimizer(optimizer), {}
-    if isinstance(optimizer, SubspaceOptimizer):
-        optimizer.reduce_()
-        held = optimizer.held
-    params = all_params(optimizer)
-    gradients = [p.grad for p in params if p.grad is not None and p not in held]
-    # In the optimizer's order: sketches are held in the backward pass', and sums round by theirs.
-    norm = total_norm([*(held[p].low_rank for p in params if p in held), *gradients])
-    if max_norm:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
-        for gradient in gradients:
-            scale_(gradient, factor)
-        for sketch in held.values():
-            sketch.scale_(factor)
-    return norm
-
-
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """Multiplies a tensor in place."""
-    part = local(tensor)
-    part.mul_(factor.to(part.device))
-
-
-def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
-    """The bases P in an optimizer, by parameter name.
-
-    Returns:
-        For each projected parameter its P: (m, r) where it acts on the output side, (n, r) on the
-        input side, or `TwoSided(output, input)`. Columns are the basis; zeros until a gradient has
-        set them. DTensors where the parameters are.
-        The names are those that the optimizer was built with; without names, `group.position`.
-
-    Example:
-        >>> import torch, osd_torch
-        >>> layer = torch.nn.Linear(24, 16)
-        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
-        >>> {name: tuple(basis.shape) for name, basis in osd_torch.projectors(optimizer).items()}
-        {'0.0': (16, 4)}
-    """
-    optimizer = inner_optimizer(optimizer)
-    return {
-        name: basis_of(optimizer.state[param])
-        for i, group in enumerate(optimizer.param_groups)
-        for name, param in named_parameters(group, prefix=f"{i}.")
-        if group.get("rank") is not None and optimizer.state.get(param)
-    }
-
-
-def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """(total, in a row): the steps that a non-finite gradient made the optimizer skip.
-
-    Raises:
-        ValueError: for an optimizer of another make, which does not count them.
-
-    Example:
-        >>> import torch, osd_torch
-        >>> layer = torch.nn.Linear(24, 16)
-        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
-        >>> (layer(torch.ones(2, 24)) * float("nan")).sum().backward()
-        >>> optimizer.step()
-        >>> osd_torch.skipped_steps(optimizer)
-        (1, 1)
-    """
-    optimizer = inner_optimizer(optimizer)
-    group = optimizer.param_groups[0]
-    if "skipped_steps" not in group and not isinstance(optimizer, SubspaceOptimizer):
-        raise ValueError(
-            f"{type(optimizer).__name__} counts no skipped steps: it is not make_optimizer's"
-        )
-    total, in_a_row = group.get("skipped_steps", (0, 0))
-    return total, in_a_row
-
-
-def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
-    """Raises RuntimeError for a sparse gradient."""
-    if any(gradient.layout != torch.strided for gradient in gradients):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} does not support sparse gradients: use a dense embedding"
-            " (sparse=False)"
-        )
-
-
-def count_if_not_finite(
-    optimizer: torch.optim.Optimizer,
-    gradients: Sequence[Tensor],
-    squares: Sequence[Tensor] | None = None,
-) -> bool:
-    """Whether any gradient holds a value that is not finite, which is counted; one device sync.
-
-    Args:
-        optimizer: That counts.
-        gradients: Dense.
-        squares: Their squared norms, if they are known.
-    """
-    is_finite = all_finite(gradients, squares)
-    total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
-    counts = (total, 0) if is_finite else (total + 1, in_a_row + 1)
-    optimizer.param_groups[0]["skipped_steps"] = counts
-    return not is_finite
-
-
-def named_parameters(group: Group, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a group with their names; without names, their positions."""
-    params = group["params"]
-    names = group.get("param_names") or [f"{prefix}{i}" for i in range(len(params))]
-    return zip(names, params, strict=True)
-
-
-def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
-    """A parameter's name in an optimizer; without names, `group.position`.
-
-    Raises:
-        ValueError: if the optimizer does not hold it.
-    """
-    for i, group in enumerate(optimizer.param_groups):
-        for name, other in named_parameters(group, prefix=f"{i}."):
-            if other is param:
-                return name
-    raise ValueError(
-        f"this {type(optimizer).__name__} does not hold the parameter, of shape "
-        f"{tuple(param.shape)}: expected one of those that it was built with"
-    )
-
-
-def check_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is a whole number of at least 1."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
-
-
 def needs_of(optimizer: SubspaceOptimizer, group: Group) -> list[Needs]:
     """What the rules of a projected group read of a gradient."""
     return [optimizer.basis_rule(group).needs, optimizer.lift(group).needs]
@@ -1138,33 +826,48 @@ def check_can_transport(rule: Rule) -> None:
         rule.transport_({}, Change(None, None), 1)
 
 
-def check_dtype(name: str, param: Tensor) -> None:
-    """Raises ValueError for a dtype that the optimizers do not train."""
-    if param.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
-            f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
-            "(float16 overflows in squared gradients; use bfloat16)"
-        )
-
-
-def check_placement(name: str, param: Tensor) -> None:
-    """Raises ValueError for a sharded matrix with an axis that two mesh dimensions share."""
-    if not has_plain_placement(param):
-        placements = getattr(param, "placements", ())
-        raise ValueError(
-            f"parameter '{name}' is placed as {placements}: expected each of its axes sharded "
-            "over one dimension of the mesh at the most (fully_shard with tensor parallelism over "
-            "the same axis is not supported); put it into a group without rank"
-        )
-
-
-def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
-    if dtype is not None and dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
-
-
 def _gradient(param: Tensor) -> Tensor:
     if param.grad is None:
         raise ValueError("this parameter has no gradient")
     return param.grad
+
+
+def state_kinds(
+    optimizer: SubspaceOptimizer, group: Group, param: Tensor
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """The shapes and dtypes of a parameter's state, by name."""
+    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return {name: (x.shape, x.dtype) for name, x in optimizer.init_state(group, like).items()}
+
+
+def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
+    """Raises ValueError unless a `state_dict` is of such an optimizer with such parameters."""
+    refuse = functools.partial(refuse_state, optimizer)
+    kept, own = state_dict["param_groups"], optimizer.param_groups
+    if len(kept) != len(own):
+        refuse("the number of parameter groups", len(kept), len(own))
+    for i, (saved, group) in enumerate(zip(kept, own, strict=True)):
+        if len(saved["params"]) != len(group["params"]):
+            refuse(
+                f"the number of parameters of group {i}", len(saved["params"]), len(group["params"])
+            )
+        for key in (*optimizer.defaults, *RULE_OPTIONS):
+            if (key in saved) != (key in group):
+                words = {True: "present", False: "absent"}
+                refuse(f"the option {key!r} of group {i}", words[key in saved], words[key in group])
+        named = list(named_parameters(group, prefix=f"{i}."))
+        for j, name in enumerate(saved.get("param_names", ())):
+            if "param_names" in group and unwrapped(name) != unwrapped(named[j][0]):
+                refuse(f"parameter {j} of group {i}", repr(name), repr(named[j][0]))
+        merged = {**saved, "params": group["params"]}
+        optimizer.check_group(merged)
+        for index, (name, param) in zip(saved["params"], named, strict=True):
+            state = state_dict["state"].get(index, {})
+            if not state:  # it has taken no step
+                continue
+            wanted = {k: shape for k, (shape, _) in state_kinds(optimizer, merged, param).items()}
+            for part in sorted({*state, *wanted}):
+                there = getattr(state.get(part), "shape", None)
+                if there != wanted.get(part):
+                    shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
+                    refuse(f"the shape of {part!r} of parameter '{name}'", *shapes)

@@ -38,7 +38,7 @@ from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.cpu import keep_lapack_to_one_thread
 from launch.options import UsageError
-from osd_torch.projectors import online_pca_gradient
+from osd_torch.bases import online_pca_gradient
 from osd_torch.sketch import CORRELATION, SQUARED_NORM, make_sketch
 
 SHAPES = [(24, 16), (16, 24), (16, 16)]

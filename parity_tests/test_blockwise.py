@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from osd_jax import make_optimizer, quantize_state
-from osd_jax.blockwise import (
+from osd_jax.quantization import (
     Quantized,
     code_book,
     dequantize,

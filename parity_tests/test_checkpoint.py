@@ -13,8 +13,8 @@ import pytest
 from trainer_runs import largest_file
 
 import osd_jax
-from osd_jax.checkpoint import Checkpoints
-from osd_jax.train import TrainState, init_state
+from osd_jax.llama.checkpoint import Checkpoints
+from osd_jax.llama.train import TrainState, init_state
 
 # TensorStore's reads of a damaged file end after Orbax has stopped waiting for them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -17,7 +17,7 @@ from launch import compile_tpu, tpu_table
 from launch.compile_tpu import Report, find_topology, memory_granted, product_flops, refusal
 from launch.options import Options, UsageError
 from osd_jax import llama
-from osd_jax.train import init_state
+from osd_jax.llama.train import init_state
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"

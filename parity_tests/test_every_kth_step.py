@@ -23,8 +23,9 @@ import osd_torch
 from launch.options import Options, UsageError
 from launch.training import optimizer_options
 from osd_jax import llama
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.train import init_state, make_train_step
 from osd_jax.sharding import make_mesh, state_sharding
-from osd_jax.train import init_state, make_train_step
 
 EVERY = 3
 MOVES = [False, False, False, True, False, False, True, False]  # of steps 0, 1, ...
@@ -59,7 +60,7 @@ def set_gradients(params: dict[str, Any], seed: int) -> None:
 
 
 def projector_state_in_jax(state: Any) -> list[bytes]:
-    (own,) = osd_jax.subspace.subspace_states(state)
+    (own,) = osd_jax.diagnostics.subspace_states(state)
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(own.projector)]
 
 
@@ -268,7 +269,7 @@ def test_layer_by_layer_in_jax_is_the_plain_step(micro_batches: int, clipping: f
     with jax.enable_x64(True):
         tx = llama_optimizer()
         plain = make_train_step(CONFIG, tx, grad_clipping=clipping, accumulate="sketches")
-        layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
+        layerwise = make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
         ends = [llama_run(step, tx, jnp.float64, micro_batches) for step in (plain, layerwise)]
     # As in test_jax_layerwise: the model's norms, softmax and loss are float32.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)

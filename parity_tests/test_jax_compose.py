@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import osd_jax
 from osd_jax import SubspaceDimensionNumbers, make_optimizer, scale_by_subspace
-from osd_jax.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 
 Tree = Any
 SHAPES = {"mlp": {"up": (8, 16), "down": (16, 8)}, "norm": (8,)}
@@ -337,7 +337,7 @@ def test_stacked_layers_are_the_layers_apart(
     The SVD runs at refreshes only: `lax.cond` under `vmap` would run it at every step.
     """
     executions = []
-    module = importlib.import_module("osd_jax.projectors")  # osd_jax.projectors is the function
+    module = importlib.import_module("osd_jax.bases")
     real = module.leading_singular_vectors
 
     def counting(*args: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 import osd_jax
 from osd_jax import SubspaceDimensionNumbers, make_optimizer, scale_by_subspace, skipped_steps
-from osd_jax.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 
 Tree = Any
 COMBINATIONS = [

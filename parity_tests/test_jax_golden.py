@@ -15,7 +15,7 @@ from sides import Trajectory, run_jax
 
 import osd_jax
 from osd_jax import llama
-from osd_jax.train import clipping_factor
+from osd_jax.llama.train import clipping_factor
 
 SETTINGS = (
     "optimizer", "proj_type", "rank", "update_proj_gap", "scale", "lr", "weight_decay", "beta1",

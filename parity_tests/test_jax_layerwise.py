@@ -15,8 +15,8 @@ import pytest
 
 import osd_jax
 from osd_jax import llama
-from osd_jax.layerwise import state_of_part, state_of_parts
-from osd_jax.train import TrainState, init_state, make_train_step
+from osd_jax.llama.layerwise import make_layerwise_train_step, state_of_part, state_of_parts
+from osd_jax.llama.train import TrainState, init_state, make_train_step
 
 CONFIG = llama.LlamaConfig(
     vocab_size=61,
@@ -109,7 +109,7 @@ def test_layerwise_and_plain_step_are_the_same(
     config = WIDE if "8bit" in optimizer else CONFIG
     tx = make_optimizer(optimizer)
     plain = make_train_step(config, tx, grad_clipping=clipping, accumulate="sketches")
-    layerwise = osd_jax.make_layerwise_train_step(config, tx, grad_clipping=clipping)
+    layerwise = make_layerwise_train_step(config, tx, grad_clipping=clipping)
     wanted, wanted_state = run(plain, config, tx, 20, micro_batches)
     found, state = run(layerwise, config, tx, 20, micro_batches)
     for one, other in zip(found, wanted, strict=True):
@@ -141,12 +141,12 @@ def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
     tx = make_optimizer("galore_adamw")
     plain = make_train_step(config, tx, accumulate="sketches")
-    layerwise = osd_jax.make_layerwise_train_step(config, tx)
+    layerwise = make_layerwise_train_step(config, tx)
     _, wanted = run(plain, config, tx, 3, micro_batches)
     _, found = run(layerwise, config, tx, 3, micro_batches)
     chex.assert_trees_all_close(found.params, wanted.params, rtol=0, atol=1e-5)
     chex.assert_trees_all_equal(
-        *(osd_jax.subspace.subspace_states(x)[0].projector.set_at for x in (found, wanted))
+        *(osd_jax.diagnostics.subspace_states(x)[0].projector.set_at for x in (found, wanted))
     )
 
 
@@ -162,7 +162,7 @@ def test_in_float64_they_are_the_same_to_rounding(
         config = WIDE if "8bit" in optimizer else CONFIG
         tx = make_optimizer(optimizer)
         plain = make_train_step(config, tx, grad_clipping=clipping, accumulate="sketches")
-        layerwise = osd_jax.make_layerwise_train_step(config, tx, grad_clipping=clipping)
+        layerwise = make_layerwise_train_step(config, tx, grad_clipping=clipping)
         ends = []
         for step in (plain, layerwise):
             params = jax.tree.map(lambda x: x.astype(jnp.float64), llama.init(config, 0))
@@ -192,7 +192,7 @@ def test_any_separable_optimizer_and_a_tied_embedding(optimizer: str, tied: bool
     config = llama.LlamaConfig.from_hf_dict(fields)
     tx = make_optimizer(optimizer)
     wanted, wanted_state = run(make_train_step(config, tx), config, tx, 4, 1)
-    found, state = run(osd_jax.make_layerwise_train_step(config, tx), config, tx, 4, 1)
+    found, state = run(make_layerwise_train_step(config, tx), config, tx, 4, 1)
     assert [x["loss"] for x in found] == pytest.approx([x["loss"] for x in wanted], abs=1e-5)
     chex.assert_trees_all_close(state.params, wanted_state.params, rtol=0, atol=1e-5)
 
@@ -200,7 +200,7 @@ def test_any_separable_optimizer_and_a_tied_embedding(optimizer: str, tied: bool
 def test_a_plain_optax_optimizer() -> None:
     tx = optax.apply_if_finite(optax.adamw(1e-2), 5)
     wanted, wanted_state = run(make_train_step(CONFIG, tx), CONFIG, tx, 4, 2)
-    found, state = run(osd_jax.make_layerwise_train_step(CONFIG, tx), CONFIG, tx, 4, 2)
+    found, state = run(make_layerwise_train_step(CONFIG, tx), CONFIG, tx, 4, 2)
     assert [x["loss"] for x in found] == pytest.approx([x["loss"] for x in wanted], abs=1e-5)
     chex.assert_trees_all_close(state.params, wanted_state.params, rtol=0, atol=1e-5)
 
@@ -228,7 +228,7 @@ def test_accumulated_sketches_against_whole_gradients() -> None:
 @pytest.mark.parametrize("clipping", [0.0, 1.0])
 def test_a_loss_that_is_not_finite_changes_nothing(clipping: float) -> None:
     tx = make_optimizer("galore_adamw")
-    step = osd_jax.make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
+    step = make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
     state = init_state(llama.init(CONFIG, 0), tx)
     batch = next(batches(CONFIG, 1))
     state, _ = step(state, batch, False)
@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(clipping: float) -> None:
     after, metrics = step(broken, batch, False)
     assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
     chex.assert_trees_all_equal(after.params, before.params)
-    of_subspace = lambda state: osd_jax.subspace.subspace_states(state.opt_state)
+    of_subspace = lambda state: osd_jax.diagnostics.subspace_states(state.opt_state)
     chex.assert_trees_all_equal(of_subspace(after), of_subspace(before))
     healed = after._replace(params=after.params | {"norm": jnp.ones_like(after.params["norm"])})
     _, metrics = step(healed, batch, False)
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(clipping: float) -> None:
 def test_a_checkpoint_of_one_step_goes_on_with_the_other() -> None:
     tx = make_optimizer("galore_adamw")
     plain = make_train_step(CONFIG, tx)
-    layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx)
+    layerwise = make_layerwise_train_step(CONFIG, tx)
     wanted, _ = run(plain, CONFIG, tx, 6, 1)
     state, found = init_state(llama.init(CONFIG, 0), tx), []
     alternating = [plain, layerwise] * 3
@@ -271,10 +271,11 @@ def test_a_basis_waits_alike_in_both_steps() -> None:
             yield jax.device_get(state)
 
     plain = make_train_step(CONFIG, tx, accumulate="sketches")
-    layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx)
+    layerwise = make_layerwise_train_step(CONFIG, tx)
     for step, (one, other) in enumerate(zip(states(plain), states(layerwise), strict=True)):
         wanted, found = (
-            osd_jax.subspace.subspace_states(x.opt_state)[0].projector.set_at for x in (one, other)
+            osd_jax.diagnostics.subspace_states(x.opt_state)[0].projector.set_at
+            for x in (one, other)
         )
         chex.assert_trees_all_equal(found, wanted)
         chex.assert_trees_all_close(other.params, one.params, rtol=0, atol=1e-5)
@@ -285,7 +286,7 @@ def test_a_basis_waits_alike_in_both_steps() -> None:
 
 def test_one_compilation() -> None:
     tx = make_optimizer("galore_adamw")
-    step: Any = osd_jax.make_layerwise_train_step(CONFIG, tx)
+    step: Any = make_layerwise_train_step(CONFIG, tx)
     run(step, CONFIG, tx, 3, 1)
     assert step._cache_size() == 1
 
@@ -306,7 +307,7 @@ def test_what_cannot_go_layer_by_layer_is_refused() -> None:
     batch = next(batches(CONFIG, 2))
     params = llama.init(CONFIG, 0)
     before = make_optimizer("galore_adamw", move_projector="before")
-    step = osd_jax.make_layerwise_train_step(CONFIG, before)
+    step = make_layerwise_train_step(CONFIG, before)
     with pytest.raises(ValueError, match="move_projector is 'before'"):
         step(init_state(params, before), batch, False)
     with pytest.raises(ValueError, match="move_projector is 'before'"):
@@ -318,7 +319,7 @@ def test_what_cannot_go_layer_by_layer_is_refused() -> None:
         lambda updates, state, params=None: (updates, state),
     )
     flat = optax.apply_if_finite(flat, 5)
-    step = osd_jax.make_layerwise_train_step(CONFIG, flat)
+    step = make_layerwise_train_step(CONFIG, flat)
     with pytest.raises(ValueError, match="cannot be updated layer by layer"):
         step(init_state(llama.init(CONFIG, 0), flat), next(batches(CONFIG, 1)), False)
 
@@ -356,7 +357,7 @@ def test_less_is_alive_than_in_the_plain_step() -> None:
         return compiled.memory_analysis().temp_size_in_bytes
 
     plain = functools.partial(make_train_step, remat=True)
-    layerwise = osd_jax.make_layerwise_train_step
+    layerwise = make_layerwise_train_step
     growth = {
         make: (temporaries(make, 12) - temporaries(make, 4)) / 8 for make in (plain, layerwise)
     }

@@ -21,15 +21,16 @@ from test_jax_seam import CONFIG, llama_run, llama_toy
 
 import osd_jax
 import osd_torch
+from launch.hlo import collectives
 from osd_jax.aliases import MUON_STATIC_ARGUMENTS
-from osd_jax.hlo import collectives
+from osd_jax.diagnostics import subspace_states
 from osd_jax.lift import Seen
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.train import make_train_step
 from osd_jax.residuals import MUON_COEFFICIENTS, newton_schulz, residual_energies
 from osd_jax.rules import scale_by_adam_of_age
 from osd_jax.sharding import make_mesh
 from osd_jax.sketch import COLUMN_ENERGIES, make_sketch
-from osd_jax.subspace import subspace_states
-from osd_jax.train import make_train_step
 from osd_torch.rules import Adam
 
 pytestmark = [
@@ -727,7 +728,7 @@ def test_where_gradients_are_gone_they_are_refused(name: str) -> None:
     with refused:
         make_train_step(CONFIG, tx, mesh=make_mesh(8), compress_gradients=True)
     with refused:
-        llama_run(osd_jax.make_layerwise_train_step(CONFIG, tx), tx, 2)
+        llama_run(make_layerwise_train_step(CONFIG, tx), tx, 2)
 
 
 @pytest.mark.parametrize("name", LIFTS)
@@ -760,7 +761,7 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         else osd_jax.osd_adamw(1e-3, lift=LIFTS[name], **options)
     )
     with jax.enable_x64(True):
-        steps = (make_train_step(CONFIG, tx), osd_jax.make_layerwise_train_step(CONFIG, tx))
+        steps = (make_train_step(CONFIG, tx), make_layerwise_train_step(CONFIG, tx))
         ends = [llama_run(step, tx, 1, dtype=jnp.float64)[1] for step in steps]
     chex.assert_trees_all_close(*ends, rtol=0, atol=1e-6)
 

@@ -21,13 +21,14 @@ import pytest
 
 import osd_jax
 from osd_jax import COLUMN_ENERGIES, CORRELATION, SQUARED_NORM, Needs, llama
-from osd_jax.blockwise import code_book, dequantize
-from osd_jax.optimizers import guarded
-from osd_jax.projectors import MOVE, NOTHING, REFRESH, Clock
+from osd_jax.bases import MOVE, NOTHING, REFRESH, Clock
+from osd_jax.diagnostics import subspace_diagnostics, subspace_states
+from osd_jax.guard import guarded
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.train import init_state, make_train_step
+from osd_jax.quantization import code_book, dequantize
 from osd_jax.sharding import make_mesh, state_sharding
 from osd_jax.sketch import make_sketch
-from osd_jax.subspace import subspace_diagnostics, subspace_states
-from osd_jax.train import init_state, make_train_step
 from osd_jax.trees import path_name
 
 Tree = Any
@@ -327,7 +328,7 @@ def test_the_toys_go_layer_by_layer(micro_batches: int, clipping: float) -> None
     with jax.enable_x64(True):
         tx = llama_toy(oja(), by_column_sums(), transport=osd_jax.transport_moments())
         plain = make_train_step(CONFIG, tx, grad_clipping=clipping, accumulate="sketches")
-        layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
+        layerwise = make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
         ends = [
             llama_run(step, tx, micro_batches, dtype=jnp.float64)[1] for step in (plain, layerwise)
         ]
@@ -378,7 +379,7 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
         make_train_step(CONFIG, tx, accumulate="sketches")
     with refused:
         make_train_step(CONFIG, tx, mesh=make_mesh(8), compress_gradients=True)
-    layerwise = osd_jax.make_layerwise_train_step(CONFIG, tx)
+    layerwise = make_layerwise_train_step(CONFIG, tx)
     with refused:
         llama_run(layerwise, tx, 2)
     params = llama.init(CONFIG, 0)
@@ -391,7 +392,7 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
 def test_a_rule_that_reads_the_gradient_trains_where_it_is_there() -> None:
     with jax.enable_x64(True):
         tx = llama_toy(oja(), with_residual())
-        steps = [make_train_step(CONFIG, tx), osd_jax.make_layerwise_train_step(CONFIG, tx)]
+        steps = [make_train_step(CONFIG, tx), make_layerwise_train_step(CONFIG, tx)]
         ends = [llama_run(step, tx, 1, dtype=jnp.float64)[1] for step in steps]
     chex.assert_trees_all_close(*ends, rtol=0, atol=1e-6)
 
@@ -489,7 +490,7 @@ def test_a_chain_that_hides_its_subspace_is_refused() -> None:
         step = make_train_step(CONFIG, tx, mesh=mesh, compress_gradients=True)
         llama_run(step, tx, 1, mesh=mesh)
     for micro_batches, clipping in ((2, 0.0), (1, 0.5)):
-        step = osd_jax.make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
+        step = make_layerwise_train_step(CONFIG, tx, grad_clipping=clipping)
         with pytest.raises(ValueError, match=HIDDEN):
             llama_run(step, tx, micro_batches)
 
@@ -505,7 +506,7 @@ def test_in_parts_of_a_chain_is_the_chain() -> None:
     parts = osd_jax.in_parts(tx, made)
     by_sketches = functools.partial(make_train_step, CONFIG, accumulate="sketches")
     wanted = llama_run(by_sketches(made), made, 2)
-    for step in (by_sketches(parts), osd_jax.make_layerwise_train_step(CONFIG, parts)):
+    for step in (by_sketches(parts), make_layerwise_train_step(CONFIG, parts)):
         found = llama_run(step, parts, 2)
         chex.assert_trees_all_close(found, wanted, rtol=0, atol=1e-5)
 

@@ -20,8 +20,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import osd_jax
+from osd_jax.diagnostics import subspace_states
 from osd_jax.sharding import make_mesh, state_sharding
-from osd_jax.subspace import subspace_states
 
 EXPERTS, P_SIZE, Q_SIZE, RANK = 3, 16, 24, 4
 GAP = 10
@@ -320,7 +320,7 @@ def test_devices_agree_on_who_has_a_direction() -> None:
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each SVD of a gradient that runs."""
     ran: list[int] = []
-    module = importlib.import_module("osd_jax.projectors")  # the package has a function of the name
+    module = importlib.import_module("osd_jax.bases")
     real: Callable[..., Any] = module.signed_svd
 
     def counted(matrix: jax.Array) -> Any:

@@ -20,7 +20,16 @@ from flax.core import FrozenDict
 from jax.sharding import NamedSharding, PartitionSpec
 
 import osd_jax
-from osd_jax import SubspaceDimensionNumbers, blockwise, rules, subspace, trees
+import osd_names
+from osd_jax import (
+    SubspaceDimensionNumbers,
+    diagnostics,
+    layout,
+    quantization,
+    rules,
+    subspace,
+    trees,
+)
 from osd_jax.sharding import make_mesh, state_sharding
 
 Tree = Any
@@ -180,7 +189,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     ),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), make()),
     "quantize_state": lambda: osd_jax.quantize_state(optax.adam(0.1)),
-    "slice_by_slice": lambda: blockwise.slice_by_slice(
+    "slice_by_slice": lambda: quantization.slice_by_slice(
         osd_jax.quantize_state(optax.scale_by_adam()), 4096
     ),
     "on_matrices": lambda: rules.on_matrices(rules.scale_by_adafactor(lambda count: 0.1)),
@@ -239,7 +248,7 @@ def test_diagnostics_and_sharding_of_any_tree(kind: str) -> None:
     tx = make()
     state = tx.init(params)
     _, state = tx.update(grads, state, params)
-    found = osd_jax.subspace.subspace_diagnostics(grads, state)
+    found = osd_jax.diagnostics.subspace_diagnostics(grads, state)
     assert found.keys() == osd_jax.projectors(state).keys() and len(found) == 2
     assert all(0 < one.energy < 1 and one.orthonormality < 1e-5 for one in found.values())
     assert int(osd_jax.skipped_steps(state)[0]) == 0
@@ -357,7 +366,7 @@ def test_only_some_of_the_paths_that_read_alike_may_be_projected() -> None:
     assert isinstance(sketches["mlp/a"]["b"], osd_jax.Sketch)
     assert sketches["mlp"]["a/b"].shape == (8,)
     assert list(osd_jax.projectors(state)) == ["mlp/a/b"]
-    found = subspace.subspace_diagnostics(params, tx.refresh(params, state))
+    found = diagnostics.subspace_diagnostics(params, tx.refresh(params, state))
     assert found["mlp/a/b"].energy > 0.5
 
 
@@ -365,17 +374,17 @@ def test_dimension_numbers_go_by_keys_and_then_by_text() -> None:
     first, second = SubspaceDimensionNumbers(0, 1), SubspaceDimensionNumbers(1, 0)
     params = {"mlp/a": {"b": x}, "mlp": {"a/b": y}}
     numbers = {"mlp/a": {"b": first}, "mlp": {"a/b": second}}
-    lookup = subspace.dimension_numbers_by_path(numbers, params)
+    lookup = layout.dimension_numbers_by_path(numbers, params)
     paths = [path for path, _ in trees.flatten(params)]
     assert [lookup(path) for path in paths] == [second, first]
     # A dict for a list: the keys are texts of numbers, and no two of them read alike.
-    lookup = subspace.dimension_numbers_by_path({"0": first, "1": second}, [x, y])
+    lookup = layout.dimension_numbers_by_path({"0": first, "1": second}, [x, y])
     assert [lookup(path) for path, _ in trees.flatten([x, y])] == [first, second]
     # Of these two no key says which is meant.
-    lookup = subspace.dimension_numbers_by_path(numbers, Module(**{"mlp/a/b": x}))
+    lookup = layout.dimension_numbers_by_path(numbers, Module(**{"mlp/a/b": x}))
     with pytest.raises(ValueError, match=r"\['mlp'\]\['a/b'\] and \['mlp/a'\]\['b'\].*both read"):
         lookup((jax.tree_util.GetAttrKey("mlp/a/b"),))
-    lookup = subspace.dimension_numbers_by_path({"mlp/a/b": first}, params)
+    lookup = layout.dimension_numbers_by_path({"mlp/a/b": first}, params)
     with pytest.raises(ValueError, match=r"\['mlp'\]\['a/b'\] and \['mlp/a'\]\['b'\].*both read"):
         lookup(paths[0])
 
@@ -522,14 +531,13 @@ def test_a_basis_that_is_set_is_a_constant(projector: str) -> None:
 
 
 def every_optimizer() -> list[Any]:
-    names = osd_jax.optimizers
-    found = [(one, kind) for one in names.SUBSPACE_OPTIMIZERS for kind in names.PROJ_TYPES]
+    found = [(one, kind) for one in osd_names.SUBSPACE_OPTIMIZERS for kind in osd_names.PROJ_TYPES]
     found = [
         pair if pair[0] == "galore_adamw" or pair[1] in ("std", "full", "continuous", "oja")
         else pytest.param(*pair, marks=pytest.mark.slow)
         for pair in found
     ]  # fmt: skip
-    return found + [(one, "std") for one in names.FULL_RANK_OPTIMIZERS]
+    return found + [(one, "std") for one in osd_names.FULL_RANK_OPTIMIZERS]
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -537,7 +545,7 @@ def every_optimizer() -> list[Any]:
 def test_strict_promotion_changes_nothing(optimizer: str, proj_type: str, dtype: str) -> None:
     """Traced: the same types. `optax.adamw` itself fails under it."""
     params = jax.tree.map(lambda x: x.astype(dtype), draw(0))
-    projects = optimizer in osd_jax.optimizers.SUBSPACE_OPTIMIZERS
+    projects = optimizer in osd_names.SUBSPACE_OPTIMIZERS
     tx = osd_jax.make_optimizer(
         optimizer, proj_type, learning_rate=0.1, rank=64, weight_decay=0.1,
         select=is_any_matrix if projects else None, beta1=0.9 if "adafactor" in optimizer else None,
@@ -551,7 +559,7 @@ def test_strict_promotion_changes_nothing(optimizer: str, proj_type: str, dtype:
             parts = osd_jax.accumulate_sketches(tx, 2)
             accumulated = jax.eval_shape(parts.init, params)
             of_parts = jax.eval_shape(parts.update, params, accumulated, params)
-        measured = subspace.subspace_diagnostics
+        measured = diagnostics.subspace_diagnostics
         found = jax.eval_shape(measured, params, state)
         return state, of_update, of_parts, found
 
@@ -620,7 +628,7 @@ def test_inject_hyperparams_holds_every_other_number() -> None:
         (osd_jax.scale_by_subspace, {"rank": 2}, "rank"),
         (osd_jax.accumulate_sketches, {"every_k": 2}, "every_k"),
         (osd_jax.quantize_state, {}, "block"),
-        (blockwise.slice_by_slice, {"max_size": 4096}, "max_size"),
+        (quantization.slice_by_slice, {"max_size": 4096}, "max_size"),
     ],
 )
 def test_inject_hyperparams_around_the_pieces(

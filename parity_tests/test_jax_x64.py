@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import osd_jax
-from osd_jax.subspace import subspace_diagnostics
-from osd_jax.train import learning_rate_schedule
+from osd_jax.diagnostics import subspace_diagnostics
+from osd_jax.llama.train import learning_rate_schedule
 
 STEPS = 300
 SHAPES = {"mlp": {"up": (8, 12), "down": (72, 64)}, "norm": (8,)}  # one large enough for 8 bits

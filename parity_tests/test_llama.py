@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from osd_jax import llama
-from osd_jax.llama import LlamaConfig
-from osd_jax.subspace import SubspaceDimensionNumbers
+from osd_jax.layout import SubspaceDimensionNumbers
+from osd_jax.llama import LlamaConfig, cross_entropy, weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,12 +124,12 @@ def test_loss_and_gradients_equal_those_of_transformers(pair: Any) -> None:
     value, gradients = jax.jit(jax.value_and_grad(mean))(params)
     assert abs(float(value) - out.loss.item()) <= 1e-5
     theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    for path, leaf in llama._named_leaves(gradients):
+    for path, leaf in weights._named_leaves(gradients):
         stacked = path.startswith("layers/")
         for name, array in zip(
-            llama._hf_names(path, leaf), leaf if stacked else [leaf], strict=True
+            weights._hf_names(path, leaf), leaf if stacked else [leaf], strict=True
         ):
-            array = array.T if llama._is_transposed(path, array.ndim) else array
+            array = array.T if weights._is_transposed(path, array.ndim) else array
             np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=2e-6, err_msg=name)
 
 
@@ -240,7 +240,7 @@ def test_slices_of_the_vocabulary_give_the_whole(
     params: llama.Params, whole: Any, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """101 is prime: 50 leaves a part of the last slice empty."""
-    monkeypatch.setattr(llama, "MIN_VOCABULARY_SLICE", 1)
+    monkeypatch.setattr(cross_entropy, "MIN_VOCABULARY_SLICE", 1)
     assert_near(value_and_grad(params, logits_bytes=4 * TOKENS.size * width), whole, 1e-5)
 
 
@@ -313,7 +313,7 @@ def test_initial_weights() -> None:
         "norm": (48,),
         "head": (48, 4000),
     }
-    for path, leaf in llama._named_leaves(params):
+    for path, leaf in weights._named_leaves(params):
         assert leaf.dtype == jnp.float32
         if "norm" in path:
             assert (leaf == 1).all()
@@ -334,7 +334,7 @@ def test_dimension_numbers_and_selection(params: llama.Params) -> None:
     assert numbers["embedding"] == SubspaceDimensionNumbers(reduction_axis=0, output_axis=1)
     assert numbers["layers"]["mlp_norm"].reduction_axis == ()
     assert numbers["norm"].reduction_axis == ()
-    projected = {p for p, leaf in llama._named_leaves(params) if llama.is_projected(p, leaf)}
+    projected = {p for p, leaf in weights._named_leaves(params) if llama.is_projected(p, leaf)}
     assert projected == {
         *(f"layers/attention/{name}" for name in ("query", "key", "value", "output")),
         *(f"layers/mlp/{name}" for name in ("gate", "up", "down")),

@@ -15,9 +15,9 @@ from sides import Run, gradients, run_jax, run_torch
 import osd_jax
 import osd_names as names
 import osd_torch
-from osd_jax.projectors import online_pca_gradient
+from osd_jax.bases import online_pca_gradient
 from osd_jax.sketch import make_sketch
-from osd_torch.projectors import online_pca_gradient as torch_pca_gradient
+from osd_torch.bases import online_pca_gradient as torch_pca_gradient
 
 STEPS = 20
 LIMIT = 1e-9

@@ -16,9 +16,9 @@ import osd_torch
 
 LIBRARIES = (osd_jax, osd_torch)
 MODULES = ("launch.hosts", "launch.training", "osd_names") + tuple(
-    f"{library.__name__}.{module.name}"
+    module.name
     for library in LIBRARIES
-    for module in pkgutil.iter_modules(library.__path__)
+    for module in pkgutil.walk_packages(library.__path__, f"{library.__name__}.")
 )
 
 

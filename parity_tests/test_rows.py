@@ -22,10 +22,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import osd_jax
 from osd_jax import scale_by_adam_of_rows
-from osd_jax.blockwise import Quantized
+from osd_jax.quantization import Quantized
 from osd_jax.rules import on_matrices
 from osd_jax.sharding import state_sharding
-from osd_torch.rules import Adam, AdamOfRows, Change
+from osd_torch.rules import Adam, Change
+from osd_torch.rules_8bit import AdamOfRows
 from osd_torch.sharding import local, whole
 
 STEPS = 20

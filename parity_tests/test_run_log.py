@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.files import read_metrics, write_atomic
 from launch.options import Options, UsageError
 from launch.plot import main as plot_main
 from launch.plot import plot
-from launch.run_log import TIMING, RunLog, read_metrics, write_atomic
+from launch.run_log import TIMING, RunLog
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20

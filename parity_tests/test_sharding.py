@@ -20,24 +20,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import osd_jax
+from launch.hlo import Collective, collectives, total_sent
 from osd_jax import llama, make_optimizer
-from osd_jax.hlo import Collective, collectives, total_sent
-from osd_jax.optimizers import (
-    FULL_RANK_OPTIMIZERS,
-    PROJ_TYPES,
-    SUBSPACE_OPTIMIZERS,
-)
-from osd_jax.sharding import (
-    batch_sharding,
-    make_mesh,
-    parse_mesh,
-    partition_specs,
-    state_sharding,
-    train_state_sharding,
-)
-from osd_jax.train import TrainState, init_state, make_train_step
+from osd_jax.llama.partition import batch_sharding, partition_specs
+from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
+from osd_jax.sharding import make_mesh, parse_mesh, state_sharding
 from osd_jax.trees import path_name
-from osd_names import PROJECTIONS
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EVEN = llama.LlamaConfig(
@@ -120,7 +109,7 @@ def test_every_matrix_is_split_on_both_axes() -> None:
 
 def test_what_does_not_divide_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
     config = llama.LlamaConfig(250, 52, 90, 2, 2)
-    with caplog.at_level(logging.WARNING, logger="osd_jax.sharding"):
+    with caplog.at_level(logging.WARNING, logger="osd_jax.llama.partition"):
         specs = partition_specs(shapes(config), make_mesh(1, 2, 4))
     assert specs["embedding"] == P(None, "fsdp")
     assert specs["layers"]["mlp"]["gate"] == P(None, "fsdp", None)

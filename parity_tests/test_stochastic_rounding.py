@@ -24,11 +24,12 @@ import osd_torch
 from launch import train_jax, train_torch
 from osd_jax import llama
 from osd_jax import numerics as jax_numerics
-from osd_jax.optimizers import guarded
+from osd_jax.guard import guarded
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.train import init_state, make_train_step
 from osd_jax.rounding import RoundingState, rounded_update
-from osd_jax.train import init_state, make_train_step
 from osd_torch import numerics as torch_numerics
-from osd_torch.optimizers import FullRankAdam
+from osd_torch.aliases import FullRankAdam
 
 MAX = float(jnp.finfo(jnp.bfloat16).max)
 EVERY_LOWER_HALF = np.arange(1 << 16, dtype=np.int32)
@@ -618,15 +619,15 @@ def test_jax_layer_by_layer_has_the_bits_of_the_plain_step() -> None:
         num_attention_heads=2,
     )  # fmt: skip
     equal = optax.stateless(lambda grads, params: jax.tree.map(lambda g: 0 * g - 1e-4, grads))
-    tx = osd_jax.subspace.in_parts(guarded(equal, rounding_seed=5), None)
+    tx = osd_jax.in_parts(guarded(equal, rounding_seed=5), None)
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), llama.init(config, 0))
     tokens = jax.random.randint(jax.random.key(0), (1, 2, 8), 0, 64)
     batch = {"tokens": tokens, "mask": tokens >= 0}
     found = []
     for step in (
         make_train_step(config, tx),
-        osd_jax.make_layerwise_train_step(config, tx),
-        osd_jax.make_layerwise_train_step(config, tx, grad_clipping=1e9),
+        make_layerwise_train_step(config, tx),
+        make_layerwise_train_step(config, tx, grad_clipping=1e9),
     ):
         state = init_state(jax.tree.map(jnp.copy, weights), tx)
         for _ in range(3):

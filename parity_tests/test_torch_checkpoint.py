@@ -12,7 +12,7 @@ from trainer_runs import largest_file
 
 import osd_torch
 from osd_torch import llama
-from osd_torch.checkpoint import Checkpoints
+from osd_torch.llama.checkpoint import Checkpoints
 
 OPTIMIZERS = {
     "galore_adamw": ("galore_adamw", "continuous"),

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import lr_scheduler
 
 import osd_torch
-from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
 
 GAP = 200
 ONLINE_AND_NOT = ("std", "full", "random", "continuous", "continuous_adam8bit")
@@ -91,7 +91,7 @@ def test_the_default_dtype_changes_nothing(name: str, proj_type: str, default: t
     """bfloat16 counts no further than 256; and 8-bit codes stand for float32 values."""
 
     def run(dtype: torch.dtype) -> list[Tensor]:
-        osd_torch.blockwise.code_books.cache_clear()
+        osd_torch.quantization.code_books.cache_clear()
         model = Pair()
         with default_dtype(dtype):
             options = {"update_proj_gap": 100}
@@ -103,7 +103,7 @@ def test_the_default_dtype_changes_nothing(name: str, proj_type: str, default: t
                     param.grad = gradient * (1 + step % 7)
                 osd_torch.clip_(optimizer, 1.0)
                 optimizer.step()
-        osd_torch.blockwise.code_books.cache_clear()
+        osd_torch.quantization.code_books.cache_clear()
         # torch.optim's own step counts follow a default of float64, which loses nothing.
         found = everything(model, optimizer)
         return [x.to(torch.float32) if x.dtype == torch.float64 else x for x in found]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import osd_torch
-from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, SUBSPACE_OPTIMIZERS
+from osd_names import FULL_RANK_OPTIMIZERS, SUBSPACE_OPTIMIZERS
 from osd_torch.rules import SGD
 from osd_torch.sketch import make_sketch
 

@@ -14,7 +14,7 @@ from trainer_runs import unreadable_models
 import osd_torch
 from launch.data import is_exact, reshard
 from osd_torch import llama
-from osd_torch.train import learning_rate_schedule, make_eval_step, make_train_step, sample
+from osd_torch.llama.train import learning_rate_schedule, make_eval_step, make_train_step, sample
 
 transformers = pytest.importorskip("transformers")
 
@@ -231,7 +231,7 @@ def test_a_factor_that_is_no_number_reaches_every_gradient() -> None:
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "cosine_restarts"])
 def test_the_schedule_is_jaxs(scheduler: str) -> None:
-    train = pytest.importorskip("osd_jax.train")
+    train = pytest.importorskip("osd_jax.llama.train")
     options = dict(
         num_training_steps=100, warmup_steps=10, min_lr_ratio=0.1, cycle_length=30,
         restart_warmup_steps=5,

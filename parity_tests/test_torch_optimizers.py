@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import osd_torch
-from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
-from osd_torch.projectors import online_pca_gradient
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_torch.bases import online_pca_gradient
 from osd_torch.rules import SGD
 from osd_torch.sketch import make_sketch, product
 

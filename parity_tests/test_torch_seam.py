@@ -32,8 +32,8 @@ from osd_torch import (
     Sketch,
     Statistic,
 )
-from osd_torch.blockwise import code_books, quantize, read_back
-from osd_torch.optimizers import FullRankAdam
+from osd_torch.aliases import FullRankAdam
+from osd_torch.quantization import code_books, quantize, read_back
 from osd_torch.rules import SGD, Adam, Lion
 from osd_torch.sharding import settled, whole
 from osd_torch.sketch import make_sketch

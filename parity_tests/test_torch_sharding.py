@@ -31,13 +31,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import osd_torch
-from osd_torch import checkpoint
-from osd_torch.blockwise import BLOCK_SIZE, code_books
-from osd_torch.optimizers import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
+from osd_torch.llama import checkpoint, fully_shard_llama
+from osd_torch.quantization import BLOCK_SIZE, code_books
 from osd_torch.rules import SGD
 from osd_torch.sharding import whole
 from osd_torch.sketch import make_sketch
-from osd_torch.subspace import ON_HOST
+from osd_torch.state import ON_HOST
 
 transformers = pytest.importorskip("transformers")
 
@@ -182,7 +182,7 @@ def train_llama(
         model.model.layers[0].mlp.unused = torch.nn.Linear(32, 24)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     if mode == "fsdp":
-        osd_torch.fully_shard_llama(model)
+        fully_shard_llama(model)
     forward = osd_torch.data_parallel(model) if mode == "ddp" else model
     built = osd_torch.make_optimizer(
         model.named_parameters(),

@@ -34,11 +34,11 @@ from trainer_runs import (
 
 from launch import train_jax
 from launch.data import TrainBatches
+from launch.files import read_metrics
 from launch.options import UsageError
-from launch.run_log import read_metrics
 from osd_jax import llama
-from osd_jax.checkpoint import Checkpoints
-from osd_jax.train import make_eval_step
+from osd_jax.llama.checkpoint import Checkpoints
+from osd_jax.llama.train import make_eval_step
 
 # TensorStore's reads of a damaged file end after Orbax has stopped waiting for them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

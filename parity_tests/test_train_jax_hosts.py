@@ -23,9 +23,9 @@ from safetensors.numpy import load_file
 from trainer_runs import ROOT, Home, lines_in, make_home, model, timeless
 
 from launch import hosts, train_jax
+from launch.files import read_metrics
 from launch.options import UsageError
-from launch.run_log import read_metrics
-from osd_jax.checkpoint import Checkpoints
+from osd_jax.llama.checkpoint import Checkpoints
 
 # `python -m launch.train_jax` that takes no busy process for a lost one.
 PATIENT = f"""

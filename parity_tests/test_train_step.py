@@ -15,10 +15,10 @@ import pytest
 
 import osd_jax
 from osd_jax import llama
+from osd_jax.diagnostics import projectors
+from osd_jax.guard import skipped_steps
 from osd_jax.llama import LlamaConfig
-from osd_jax.optimizers import skipped_steps
-from osd_jax.subspace import TwoSided, projectors
-from osd_jax.train import (
+from osd_jax.llama.train import (
     TrainState,
     init_state,
     learning_rate_schedule,
@@ -26,6 +26,7 @@ from osd_jax.train import (
     make_train_step,
     sample,
 )
+from osd_jax.sketch import TwoSided
 
 CONFIG = LlamaConfig(
     vocab_size=61,

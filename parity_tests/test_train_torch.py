@@ -52,10 +52,11 @@ from trainer_runs import (
 
 from launch import train_torch, training
 from launch.data import TrainBatches
+from launch.files import read_metrics
 from launch.options import UsageError, run_cli
-from launch.run_log import read_metrics
-from osd_torch import checkpoint, llama
-from osd_torch.checkpoint import Checkpoints
+from osd_torch import llama
+from osd_torch.llama import checkpoint
+from osd_torch.llama.checkpoint import Checkpoints
 
 
 def torchrun(processes: int) -> list[str]:
@@ -209,7 +210,7 @@ def test_two_processes_equal_one(mode: str, pair: Pair, one_process: Path, home:
     """The same rows an update, so the same losses but for the order of sums.
 
     Where only sketches are reduced, an estimate stands in for the squared norm of the mean
-    (`osd_torch.projectors.reduced_sketch`); at the published gap that moves P by too little to be
+    (`osd_torch.sketch.as_in_subspace`); at the published gap that moves P by too little to be
     seen.
     """
     assert pair(mode, **{**ROWS, **MODES[mode]}) == [0, 0]
@@ -399,7 +400,7 @@ def test_jax_and_torch_have_the_same_losses(
 def test_bfloat16_moments_are_float32_and_decay(optimizer: str, home: Home) -> None:
     """In bfloat16, 0.999 * v rounds to v."""
     import osd_torch
-    from osd_torch.train import make_train_step
+    from osd_torch.llama.train import make_train_step
 
     config = llama.load_config(home.path / "model.json")
     net = llama.build(config, seed=0, dtype=torch.bfloat16)

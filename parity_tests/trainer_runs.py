@@ -29,8 +29,9 @@ from safetensors.numpy import load_file
 
 from launch import training
 from launch.data import TrainBatches, load_tokenizer, open_data
+from launch.files import read_metrics
 from launch.options import FULL_RANK, Options, UsageError
-from launch.run_log import TIMING, read_metrics
+from launch.run_log import TIMING
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 7

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import page, report, timing
+from launch.files import write_atomic
 from launch.options import UsageError, count, run_cli
-from launch.run_log import write_atomic
 
 
 def write(args: argparse.Namespace, records: list[dict[str, Any]], **more: Any) -> None:

@@ -58,7 +58,7 @@ def of_torch(setting: Setting, contender: Contender) -> dict[str, int]:
     """By the allocator, in the second step: the first one makes the state."""
     import torch
 
-    from osd_torch.checkpoint import size_in_bytes
+    from osd_torch.llama.checkpoint import size_in_bytes
 
     run = TorchRun(setting, contender.method, contender.layerwise)
     run()

@@ -226,7 +226,7 @@ def _osd_torch(
 ) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
         import osd_torch
-        from osd_torch.projectors import leading_singular_vectors, to_matrix
+        from osd_torch.bases import leading_singular_vectors, to_matrix
 
         weight, gradient, basis = _torch_tensors(given, device, dtype)
         online = proj_type.startswith("continuous")

@@ -110,7 +110,7 @@ class TorchRun:
 
         import osd_torch
         from osd_torch import llama
-        from osd_torch.train import make_train_step
+        from osd_torch.llama.train import make_train_step
 
         config = llama.config_from_dict(setting.shape())
         dtype = getattr(torch, setting.dtype)
@@ -147,7 +147,8 @@ class JaxRun:
 
         import osd_jax
         from osd_jax import llama
-        from osd_jax.train import init_state, make_train_step
+        from osd_jax.llama.layerwise import make_layerwise_train_step
+        from osd_jax.llama.train import init_state, make_train_step
 
         config = llama.LlamaConfig.from_hf_dict(setting.shape())
         tx = osd_jax.make_optimizer(
@@ -168,7 +169,7 @@ class JaxRun:
         self.batch = setting.tokens()
         self.steps = {
             False: make_train_step(config, tx),
-            True: osd_jax.make_layerwise_train_step(config, tx),
+            True: make_layerwise_train_step(config, tx),
         }
 
     def step(self, layerwise: bool) -> Step:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from launch.compare.methods import BAR, METHODS, Config, Setting
 from launch.compare.state import share_of_bar
 from launch.compare.tune import MORE, SECOND_SEED, TRIALS, TUNING_SEED
-from launch.run_log import write_atomic
+from launch.files import write_atomic
 
 Run = Mapping[str, Any]
 SEARCHED = (TUNING_SEED, SECOND_SEED)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.methods import METHODS, Config, Setting, flags_of
+from launch.files import read_metrics, write_atomic
 from launch.options import UsageError
-from launch.run_log import read_metrics, write_atomic
 from launch.training import MAX_SKIPPED_IN_A_ROW
 
 RUN_DIR = Path("runs/compare")

@@ -20,9 +20,11 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import DynamicCache, LlamaForCausalLM
 
 from osd_torch import llama
+from osd_torch.bases import to_matrix
+from osd_torch.clipping import clip_
+from osd_torch.diagnostics import inner_optimizer, skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.numerics import accumulator_dtype, without_autocast
-from osd_torch.projectors import to_matrix
 from osd_torch.sharding import (
     Reduce,
     data_parallel,
@@ -32,15 +34,8 @@ from osd_torch.sharding import (
     whole,
 )
 from osd_torch.sketch import TwoSided, low_rank_gradient
-from osd_torch.subspace import (
-    NOT_SET,
-    SubspaceOptimizer,
-    basis_of,
-    clip_,
-    inner_optimizer,
-    named_parameters,
-    skipped_steps,
-)
+from osd_torch.state import NOT_SET, basis_of, named_parameters
+from osd_torch.subspace import SubspaceOptimizer
 
 Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy
 Metrics = dict[str, float]

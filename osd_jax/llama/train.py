@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from osd_jax import llama
 from osd_jax.accumulation import (
@@ -24,11 +24,13 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
+from osd_jax.diagnostics import subspace_diagnostics
+from osd_jax.guard import skipped_steps
+from osd_jax.llama.partition import on, partition_specs
 from osd_jax.numerics import accumulator_dtype
-from osd_jax.optimizers import skipped_steps
-from osd_jax.sharding import on, train_state_sharding
+from osd_jax.parts import parted
+from osd_jax.sharding import state_sharding
 from osd_jax.sketch import Reduce
-from osd_jax.subspace import parted, subspace_diagnostics
 
 Metrics = dict[str, jax.Array]
 ACCUMULATE = ("gradients", "sketches")
@@ -404,3 +406,20 @@ def sample(
     eos: Any = [] if config.eos_token_id is None else np.ravel(config.eos_token_id)
     ends = np.flatnonzero(np.isin(tokens[len(prompt) :], eos))
     return tokens[: len(prompt) + ends[0]] if ends.size else tokens
+
+
+def train_state_sharding(tx: optax.GradientTransformation, params: optax.Params, mesh: Mesh) -> Any:
+    """How a LLaMA's `TrainState` is split over a mesh from `make_mesh`.
+
+    Args:
+      tx: The optimizer.
+      params: The weights, or their shapes and dtypes.
+      mesh: Their mesh.
+
+    Returns:
+      A `TrainState` of `NamedSharding`. What does not divide is logged; see `partition_specs`.
+    """
+    specs = partition_specs(params, mesh)
+    step: Any = NamedSharding(mesh, PartitionSpec())
+    weights = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return TrainState(step, weights, state_sharding(tx, params, specs, mesh))

@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from osd_jax.numerics import check_static, explicit_sharding, like_sharding
-from osd_jax.trees import boxed_like, promotes, takes_shapes, unboxed
+from osd_jax.sharding import takes_shapes
+from osd_jax.trees import boxed_like, promotes, unboxed
 
 BLOCK_SIZE = 256
 MIN_SIZE = 4096

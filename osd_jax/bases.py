@@ -68,7 +68,7 @@ class Clock(NamedTuple):
         None: never.
 
     Example:
-      >>> from osd_jax.projectors import Clock
+      >>> from osd_jax.bases import Clock
       >>> [int(Clock(refresh_every=4, move_every=2).event(step)) for step in range(6)]
       [1, 0, 2, 0, 1, 0]
     """

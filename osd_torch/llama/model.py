@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from osd_torch.sharding import is_first_process, whole
 
 LOGITS_BYTES = 256 * 2**20
 """Float32 logits that `loss` holds at once, in bytes, by default.
@@ -46,15 +41,8 @@ KINDS = {
     "mlp.down_proj.weight": "mlp/down",
 }
 
-WEIGHTS = (
-    "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
-    "*.gguf",
-)  # fmt: skip
-"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
 
 # ---------------------------------------------------------------------------- configuration
-
-
 def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
     """Reads a Hugging Face `config.json`, of transformers 5 or older, as a dictionary.
 
@@ -123,8 +111,6 @@ def _key_heads(values: Mapping[str, Any]) -> int:
 
 
 # ------------------------------------------------------------------------------- the model
-
-
 def build(
     config: LlamaConfig,
     *,
@@ -144,194 +130,12 @@ def build(
         device: Where they are made.
     """
     device = torch.device(device)
-    padding, config.pad_token_id = config.pad_token_id, None  # see `_finished`
+    padding, config.pad_token_id = config.pad_token_id, None  # see `finished`
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
     config.pad_token_id = padding
-    return _finished(model, config)
-
-
-def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
-
-    Reads their headers only, so that a run can refuse a folder before it does any work.
-
-    Args:
-        directory: of the model.
-
-    Raises:
-        OSError: there is none, or a shard is missing; the message names what is there instead.
-        ValueError: the index or a file is damaged.
-    """
-    folder = Path(directory)
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        files = [whole]
-    elif index.is_file():
-        files = _shards(index)
-    else:
-        there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
-        raise FileNotFoundError(
-            f"{folder} has neither {whole.name} nor {index.name}"
-            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
-            "transformers and write it by save_pretrained, which writes safetensors"
-        )
-    for path in files:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file: {error}; fetch or save it again"
-                f"{' (git lfs pull: it is a pointer of Git LFS)' if _is_pointer(path) else ''}"
-            ) from error
-    return files
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names.
-
-    Raises:
-        OSError: one is missing.
-        ValueError: it is no index of safetensors files.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(name.endswith(".safetensors") for name in names):
-            raise ValueError(f"it names {names[:3]}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is not an index of safetensors shards: {error!r}; fetch or save it again"
-        ) from error
-    files = [index.parent / name for name in names]
-    if lost := [path.name for path in files if not path.is_file()]:
-        raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
-            "first: fetch them, or save the model again"
-        )
-    return files
-
-
-def _is_pointer(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
-
-
-def load_hf(
-    directory: str | os.PathLike[str],
-    *,
-    config: LlamaConfig | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> LlamaForCausalLM:
-    """Reads a LLaMA that transformers saved: `config.json` and safetensors, whole or in shards.
-
-    Args:
-        directory: Where they are.
-        config: In place of the one in the directory, from which it differs only in token ids and
-            the like.
-        dtype: Of the weights; None: as in the file.
-        device: Where they go.
-
-    Raises:
-        OSError: a file is missing or cannot be read.
-        ValueError: the config is not a LLaMA's, or the tensors are not those it asks for; the
-            message names the tensor.
-    """
-    folder = Path(directory)
-    config = config or load_config(folder / "config.json")
-    weight_files(folder)
-    padding, config.pad_token_id = config.pad_token_id, None
-    loaded: Any = LlamaForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype or "auto",
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, with the others
-    )
-    config.pad_token_id = padding
-    model, found = loaded
-    for problem, names in (
-        ("lacks", found["missing_keys"]),
-        ("has, and a LLaMA of this config has not,", found["unexpected_keys"]),
-    ):
-        if names:
-            raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
-    for name, there, here in sorted(found["mismatched_keys"]):
-        raise ValueError(
-            f"{folder}: {name} has shape {tuple(there)}, the config asks for {tuple(here)}"
-        )
-    return _finished(model.to(device=device), config)
-
-
-def _finished(model: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
-    """Ready to train, without a cache of keys.
-
-    And without `padding_idx`, which zeroes the gradient of an embedding: the padding token is often
-    the end-of-text token too, which has much to learn. What is padding says the mask.
-    """
-    model.config.pad_token_id = config.pad_token_id
-    model.config.use_cache = False
-    model.model.embed_tokens.padding_idx = None
-    return model.train()
-
-
-def prepare(
-    model: LlamaForCausalLM, *, activation_checkpointing: bool = False, compile_layers: bool = False
-) -> None:
-    """Sets how a model computes; call it before it is sharded.
-
-    Args:
-        model: Changed in place.
-        activation_checkpointing: Keep only each layer's input for the backward pass.
-        compile_layers: Compile each layer; they share what is compiled.
-    """
-    if activation_checkpointing:
-        # transformers renames it.
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    if compile_layers:
-        for layer in model.model.layers:
-            layer.compile()
-
-
-def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
-    """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
-
-    The weights keep their dtype. Each file appears whole or not at all, the config last. Sharded
-    weights are gathered one by one; every process has to call this, and the first one writes.
-
-    Raises:
-        OSError: the directory cannot be made or written.
-    """
-    writes = is_first_process()
-    tensors = hf_tensors(model, keep=writes)
-    if not writes:
-        return
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "model.safetensors", lambda to: write_safetensors(to, tensors))
-    text = json.dumps(hf_config(model), indent=2) + "\n"
-    _replace(folder / "config.json", lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
-    """The weights by their Hugging Face names, on the CPU and whole; a tied head is left out.
-
-    Args:
-        model: Sharded or not.
-        keep: Whether to keep them; a process that only helps to gather them does not.
-    """
-    tensors = {}
-    for name, param in model.named_parameters():  # names a tied weight once
-        gathered = whole(param.detach())
-        if keep:
-            tensors[name] = gathered.cpu().contiguous()
-    return tensors
+    return finished(model, config)
 
 
 def hf_config(model: LlamaForCausalLM) -> dict[str, Any]:
@@ -344,30 +148,7 @@ def hf_config(model: LlamaForCausalLM) -> dict[str, Any]:
     return {**values, **names, **types, "use_cache": True}
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors to a new file.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        # transformers refuses a file that does not say which framework's layout it has.
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path.name} cannot be written: {error}") from error
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `path`, then puts the finished file in its place."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        written = Path(scratch) / path.name
-        write(written)
-        os.replace(written, path)
-
-
 # -------------------------------------------------------------------------------- the loss
-
-
 def loss(
     model: LlamaForCausalLM,
     tokens: Tensor,
@@ -428,3 +209,15 @@ def is_projected(name: str, param: Tensor) -> bool:
 def kind(name: str) -> str | None:
     """What a kernel is, whatever its layer, as "attention/query"; None for other parameters."""
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
+
+
+def finished(model: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
+    """Ready to train, without a cache of keys.
+
+    And without `padding_idx`, which zeroes the gradient of an embedding: the padding token is often
+    the end-of-text token too, which has much to learn. What is padding says the mask.
+    """
+    model.config.pad_token_id = config.pad_token_id
+    model.config.use_cache = False
+    model.model.embed_tokens.padding_idx = None
+    return model.train()

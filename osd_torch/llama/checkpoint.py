@@ -33,7 +33,7 @@ from transformers import LlamaForCausalLM
 
 from osd_torch import llama
 from osd_torch.sharding import gathered, is_first_process, process_count, process_index
-from osd_torch.subspace import named_parameters
+from osd_torch.state import named_parameters
 
 CHUNK = 2**24  # bytes read at a time
 DAMAGED = "is damaged and cannot be read"

@@ -35,10 +35,8 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
-from osd_jax.numerics import accumulator_dtype
-from osd_jax.selection import of_a_part
-from osd_jax.subspace import all_finite, parted
-from osd_jax.train import (
+from osd_jax.guard import all_finite
+from osd_jax.llama.train import (
     Batch,
     Metrics,
     TrainState,
@@ -48,6 +46,9 @@ from osd_jax.train import (
     measured,
     skipped_metrics,
 )
+from osd_jax.numerics import accumulator_dtype
+from osd_jax.parts import parted
+from osd_jax.selection import of_a_part
 
 Key = tuple[str, ...]  # the keys of one parameter, from the root
 Visit = Callable[["_Layers", jax.Array, dict[Key, jax.Array]], tuple["_Layers", Any]]
@@ -242,8 +243,8 @@ def make_layerwise_train_step(
 ) -> TrainStep:
     """Builds a jitted train step that updates layer by layer; see this module's description.
 
-    Same losses and weights as `osd_jax.train.make_train_step` with `remat`: to rounding with one
-    micro-batch, clipped or not; with several, as that step with `accumulate="sketches"`.
+    Same losses and weights as `osd_jax.llama.train.make_train_step` with `remat`: to rounding with
+    one micro-batch, clipped or not; with several, as that step with `accumulate="sketches"`.
 
     The optimizer gets the layer's index as the extra argument `layer`, by which stochastic rounding
     draws the bits of the plain step.
@@ -266,13 +267,13 @@ def make_layerwise_train_step(
     Example:
       >>> import jax, osd_jax
       >>> from osd_jax import llama
-      >>> from osd_jax.train import init_state
+      >>> from osd_jax.llama.train import init_state
       >>> config = llama.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24,
       ...                            num_hidden_layers=2, num_attention_heads=2)
       >>> tx = osd_jax.make_optimizer(
       ...     "galore_adamw", "continuous", learning_rate=0.01, rank=4,
       ...     select=llama.is_projected, dimension_numbers=llama.dimension_numbers)
-      >>> step = osd_jax.make_layerwise_train_step(config, tx)
+      >>> step = make_layerwise_train_step(config, tx)
       >>> state = init_state(llama.init(config, 0), tx)
       >>> tokens = jax.random.randint(jax.random.key(0), (1, 2, 8), 0, 64)
       >>> state, metrics = step(state, {"tokens": tokens, "mask": tokens >= 0}, False)

@@ -1,0 +1,376 @@
+"""Rules of the weights put around a subspace: decay, scale, and what is not projected."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from osd_jax.bases import BasisRule
+from osd_jax.diagnostics import projected_paths
+from osd_jax.guard import guarded
+from osd_jax.layout import (
+    DimensionNumbers,
+    Side,
+    SubspaceDimensionNumbers,
+    dimension_numbers_by_path,
+)
+from osd_jax.lift import Lift, sign_after_lift
+from osd_jax.numerics import known_zero
+from osd_jax.parts import in_parts
+from osd_jax.quantization import quantize_state, slice_by_slice
+from osd_jax.residuals import (
+    orthogonalize,
+)
+from osd_jax.rules import (
+    correct_adam_bias,
+    decay_after_update,
+    decay_before_update,
+    in_float32,
+    interpolate_momentum,
+    on_matrices,
+    scale_by_adafactor,
+    scale_by_adam_uncorrected_eps,
+    scale_by_raw_adam,
+)
+from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
+from osd_jax.subspace import SubspaceTransformation, scale_by_subspace
+from osd_jax.transport import Transport
+from osd_jax.trees import (
+    boxed_like,
+    by_path,
+    path_of,
+    paths_by_name,
+    unboxed,
+)
+
+
+def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
+    """Raises ValueError unless each is an array, which may be traced, or a number in [0, 1)."""
+    for name, beta in betas.items():
+        is_plain = isinstance(beta, (int, float, np.floating))
+        if not isinstance(beta, jax.Array) and not (is_plain and 0 <= beta < 1):
+            raise ValueError(f"{name} is {beta!r}: expected {expected}")
+
+
+AfterLift = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+# (weight decay after or before the update, the learning rate) -> what decays
+Decay = Callable[[Callable[..., optax.GradientTransformation], Any], optax.GradientTransformation]
+
+
+def decaying(
+    weight_decay: Any,
+    mask: Any,
+    kind: Callable[..., optax.GradientTransformation],
+    learning_rate: Any,
+) -> optax.GradientTransformation:
+    """Weight decay of a kind, of the parameters in the mask."""
+    tx = kind(weight_decay, learning_rate)
+    return tx if mask is None or known_zero(weight_decay) else optax.masked(tx, mask)
+
+
+def composed(
+    rule: WeightRule,
+    basis: BasisRule,
+    *,
+    rank: int,
+    lift: Lift,
+    decay: Decay,
+    side: Side,
+    select: Select | None,
+    dimension_numbers: DimensionNumbers,
+    seed: int,
+    basis_dtype: jax.typing.DTypeLike | None,
+    transport: Transport | None,
+    stochastic_rounding: bool,
+) -> SubspaceTransformation:
+    """A rule of W in a subspace for what is selected, and at full rank for all else."""
+    subspace = scale_by_subspace(
+        rule.low_rank,
+        basis,
+        rank=rank,
+        lift=lift,
+        transport=transport,
+        side=side,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+        basis_dtype=basis_dtype,
+        widen_updates=True,
+    )
+    labels = _labels(select, dimension_numbers)
+    full_rank = rule.full_rank or rule.low_rank
+    if rule.reads_matrices:
+        full_rank = on_matrices(full_rank, dimension_numbers)
+    if rule.after_full_rank:  # outside of what folds parameters to matrices: masks see their shapes
+        full_rank = rule.after_full_rank(full_rank)
+    if rule.after_full_rank or not rule.reads_matrices:
+        full_rank = in_float32(full_rank)
+    projected = rule.after_lift(subspace) if rule.after_lift else subspace
+    transforms = {"subspace": projected, "full": full_rank}
+    tx = optax.chain(optax.partition(transforms, labels), rule.finish(decay))
+    announce = _announcer(select, dimension_numbers, rank)
+    rounding_seed = seed if stochastic_rounding else None
+    return in_parts(guarded(tx, announce, rounding_seed=rounding_seed), subspace)
+
+
+class WeightRule(NamedTuple):
+    """A rule of W: its half inside the subspace, the lift, and what follows it.
+
+    Attributes:
+      low_rank: Of R.
+      finish: (what decays) -> what follows, for all parameters.
+      reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
+        itself.
+      lift: None: the scaled one.
+      full_rank: Of parameters that are not projected. None: `low_rank`.
+      after_lift: (the subspace's transformation) -> it with what follows it there alone. None:
+        nothing.
+      after_full_rank: The same for `full_rank`.
+    """
+
+    low_rank: optax.GradientTransformation
+    finish: Callable[[Decay], optax.GradientTransformation]
+    reads_matrices: bool = False
+    lift: Lift | None = None
+    full_rank: optax.GradientTransformation | None = None
+    after_lift: AfterLift | None = None
+    after_full_rank: AfterLift | None = None
+
+
+def descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
+    """A rule with its learning rate."""
+    # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
+    return optax.chain(tx, optax.scale_by_learning_rate(lr))
+
+
+def decay_after(lr: Any) -> Callable[[Decay], optax.GradientTransformation]:
+    """Weight decay that follows the rule, times the learning rate."""
+    return lambda decay: decay(decay_after_update, lr)
+
+
+def adamw_rule(
+    lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6, *, linear: bool = True
+) -> WeightRule:
+    """AdamW; eps is added before the bias correction, as in the release.
+
+    With a lift that is not linear, the bias correction and the learning rate follow the lift.
+    """
+    if linear:
+        tx = scale_by_adam_uncorrected_eps(b1, b2, eps)
+        return WeightRule(descending(tx, lr), decay_after(lr))
+    correct, descend = correct_adam_bias(b1, b2), optax.scale_by_learning_rate(lr)
+    finish = lambda decay: optax.chain(correct, descend, decay_after(lr)(decay))
+    return WeightRule(scale_by_raw_adam(b1, b2, eps), finish)
+
+
+def apart(own: WeightRule, others: WeightRule, decay: Decay) -> WeightRule:
+    """A rule whose other half, for what is not projected, is another rule's.
+
+    Args:
+      own: Of what is projected.
+      others: Of all else.
+      decay: What decays.
+    """
+    after_lift = own.after_lift or (lambda subspace: subspace)
+    return own._replace(
+        finish=lambda decay: optax.identity(),
+        full_rank=others.full_rank or others.low_rank,
+        after_full_rank=lambda rest: optax.chain(rest, others.finish(decay)),
+        after_lift=lambda subspace: optax.chain(after_lift(subspace), own.finish(decay)),
+    )
+
+
+def adam8bit_rule(
+    lr: Any,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    *,
+    slice_size: int | None = None,
+    linear: bool = True,
+) -> WeightRule:
+    """AdamW with 8-bit moments; with a lift that is not linear, the learning rate follows it."""
+    tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
+    if linear:
+        return WeightRule(descending(tx, lr), decay_after(lr), reads_matrices=True)
+    descend = optax.scale_by_learning_rate(lr)
+    finish = lambda decay: optax.chain(descend, decay_after(lr)(decay))
+    return WeightRule(tx, finish, reads_matrices=True)
+
+
+def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -> WeightRule:
+    """Lion, with its sign after the lift or of the low-rank direction."""
+    descend, lion = optax.scale_by_learning_rate(lr), optax.scale_by_lion(b1, b2)
+    if sign == "subspace":
+        # Signs are exact in any dtype of P; times the learning rate they are not.
+        finish = lambda decay: optax.chain(descend, decay_after(lr)(decay))
+        return WeightRule(lion, finish)
+    # The identity has the place that the sign once had here, and has in checkpoints.
+    finish = lambda decay: optax.chain(optax.identity(), descend, decay_after(lr)(decay))
+    low_rank = interpolate_momentum(b1, b2)
+    return WeightRule(low_rank, finish, lift=sign_after_lift(), full_rank=lion)
+
+
+def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> WeightRule:
+    """Adafactor, with weight decay before the update.
+
+    The learning rate is inside, since the first moment averages scaled updates; with a lift that is
+    not linear it follows the lift, and the moment in the subspace averages what is not scaled.
+    """
+    schedule = lr if callable(lr) else lambda count: lr
+    tx = in_float32(scale_by_adafactor(schedule, beta1))
+    finish = lambda decay: optax.chain(optax.scale(-1.0), decay(decay_before_update, lr))
+    if linear:
+        return WeightRule(tx, finish, reads_matrices=True)
+    times_lr = optax.scale_by_learning_rate(lr, flip_sign=False)
+    return WeightRule(
+        in_float32(scale_by_adafactor(lambda count: 1.0, beta1)),
+        finish,
+        reads_matrices=True,
+        full_rank=tx,
+        after_lift=lambda subspace: optax.chain(subspace, times_lr),
+    )
+
+
+def muon_rule(
+    lr: Any,
+    full_lr: Any,
+    decay: Decay,
+    lift: Lift,
+    *,
+    trace: optax.GradientTransformation,
+    adam: optax.GradientTransformation,
+) -> WeightRule:
+    """Momentum in the subspace, AdamW elsewhere at a rate of its own; weight decay before both.
+
+    Args:
+      lr: Learning rate of what is projected.
+      full_lr: That of all else.
+      decay: What decays.
+      lift: Such as an orthogonalized one.
+      trace: The momentum; see `scale_by_momentum`.
+      adam: The rule of all else.
+    """
+    decayed = lambda tx, lr: optax.chain(descending(tx, lr), decay(decay_before_update, lr))
+    return WeightRule(
+        trace,
+        lambda decay: optax.identity(),
+        lift=lift,
+        full_rank=decayed(adam, full_lr),
+        after_lift=lambda subspace: decayed(subspace, lr),
+    )
+
+
+def scale_by_momentum(
+    momentum: Any, nesterov: bool, *, in_8bit: bool = False
+) -> optax.GradientTransformation:
+    """`optax.trace`, without a moment where the momentum is 0, or with one in 8 bits."""
+    if known_zero(momentum):
+        return optax.identity()
+    trace = optax.trace(momentum, nesterov)
+    return in_float32(quantize_state(trace, rounding="nearest")) if in_8bit else trace
+
+
+def full_rank_muon(
+    lr: Any,
+    decay: Decay,
+    trace: optax.GradientTransformation,
+    dimension_numbers: DimensionNumbers,
+    options: dict[str, Any],
+) -> optax.GradientTransformation:
+    """Muon: momentum, orthogonalized; weight decay before the update."""
+    by_us = lambda x: orthogonalize(x, "input", **options)
+    orthogonal = optax.stateless(lambda updates, params: jax.tree.map(by_us, updates))
+    tx = on_matrices(optax.chain(trace, orthogonal), dimension_numbers)
+    return optax.chain(descending(tx, lr), decay(decay_before_update, lr))
+
+
+def by_selection(
+    selected: optax.GradientTransformation,
+    others: optax.GradientTransformation,
+    select: Select | None,
+    dimension_numbers: DimensionNumbers,
+) -> optax.GradientTransformation:
+    """One transformation for the parameters that are selected, another for all else."""
+    labels = _labels(select, dimension_numbers)
+    return optax.partition({"subspace": selected, "full": others}, labels)
+
+
+def _in_8bit(
+    tx: optax.GradientTransformation, slice_size: int | None = None
+) -> optax.GradientTransformation:
+    tx = in_float32(quantize_state(tx))
+    return tx if slice_size is None else slice_by_slice(tx, slice_size)
+
+
+def _labels(
+    select: Select | None, dimension_numbers: DimensionNumbers
+) -> Callable[[optax.Params], optax.Params]:
+    def labels(params: optax.Params) -> optax.Params:
+        bare = unboxed(params)
+        chosen = select or _kinds(bare, dimension_numbers).selects
+        label = lambda name, x: "subspace" if chosen(name, x) else "full"
+        return boxed_like(params, _by_name(label, bare))
+
+    return labels
+
+
+def mask_of(select: Select) -> Callable[[optax.Params], Any]:
+    """(parameters) -> a tree like them of whether each is selected."""
+    chosen = lambda name, x: bool(select(name, x))
+    return lambda params: boxed_like(params, _by_name(chosen, unboxed(params)))
+
+
+def _by_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """A tree like `tree` of what a function makes of each leaf's name and of it."""
+    name_of = {path_of(path): name for name, path in paths_by_name(tree).items()}
+    one = lambda path, x: function(name_of[path_of(path)], x)
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _kinds(
+    params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
+) -> Kinds:
+    numbers = dimension_numbers_by_path(dimension_numbers, params)
+    paths = paths_by_name(params)
+
+    def numbers_of(name: str) -> SubspaceDimensionNumbers | None:
+        with contextlib.suppress(ValueError) if some_have_none else contextlib.nullcontext():
+            return numbers(paths[name])
+        return None
+
+    return Kinds(paths, numbers_of)
+
+
+def _announcer(
+    select: Select | None, dimension_numbers: DimensionNumbers, rank: int
+) -> Callable[[optax.Params, optax.OptState], None]:
+    """(parameters, state) -> None: logs what is projected, once for the same parameters."""
+    by_us = select is None or isinstance(select, LinearSelection)
+    said: list[dict[str, tuple[int, ...]]] = []
+
+    def announce(params: optax.Params, state: optax.OptState) -> None:
+        arrays, is_projected = by_path(unboxed(params)), set(map(path_of, projected_paths(state)))
+        paths = {name: path_of(path) for name, path in paths_by_name(params).items()}
+        shapes = {name: tuple(arrays[path].shape) for name, path in paths.items()}
+        projected = [name for name, path in paths.items() if path in is_projected]
+        if shapes and not projected:
+            first = next(iter(shapes))
+            warnings.warn(
+                f"none of the {len(shapes)} parameters is projected ({first!r} first): every one "
+                "is trained at full rank. select= says which to project, dimension_numbers= what "
+                "the matrices are of those that are not 2-D",
+                stacklevel=3,
+            )
+        if shapes not in said:
+            said.append(shapes)
+            # The axes of what the user's own selection leaves are nobody's concern.
+            kinds = _kinds(params, dimension_numbers, some_have_none=select is not None)
+            say_what_is_projected(shapes, projected, kinds=kinds, rank=rank, chosen_here=by_us)
+
+    return announce

@@ -1,0 +1,208 @@
+"""How the axes of an array become those of a matrix, and which side of it P projects."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from osd_jax.bases import (
+    ResolvedSide,
+)
+from osd_jax.trees import (
+    KeyPath,
+    by_path,
+    flatten,
+    names,
+    path_name,
+    path_of,
+    unboxed,
+)
+
+Side = Literal["shorter", "longer", "input", "output", "both"]
+SIDES = get_args(Side)
+SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))
+
+
+class SubspaceDimensionNumbers(NamedTuple):
+    """Which axes of a parameter form its matrix; all others are batch axes.
+
+    Attributes:
+      reduction_axis: The input side, the axes that a layer sums over. An empty tuple says that the
+        parameter holds vectors, which have no subspace.
+      output_axis: The output side.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, osd_jax
+      >>> numbers = osd_jax.SubspaceDimensionNumbers(1, (2, 3))  # layers, embed, heads, head_dim
+      >>> tx = osd_jax.scale_by_subspace(
+      ...     optax.scale_by_adam(), osd_jax.svd(200), rank=4, dimension_numbers=numbers)
+      >>> osd_jax.projectors(tx.init({"query": jnp.ones((2, 8, 4, 4))}))["query"].shape
+      (2, 8, 4)
+    """
+
+    reduction_axis: int | tuple[int, ...] = 0
+    output_axis: int | tuple[int, ...] = 1
+
+
+# One for all parameters, a tree of them, a function from parameters to a tree, or None.
+DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any], Any] | Any | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLayout:
+    """How one parameter is read as matrices M of shape (..., p, q), and written back."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
+    matrix_shape: tuple[int, ...]  # (batch..., p, q)
+    side: ResolvedSide
+    draw: int = 0  # what is folded into the key of its random draws
+
+    @property
+    def is_flipped(self) -> bool:
+        """Whether M is a transposed view of the array."""
+        first_of_p = len(self.matrix_shape) - 2
+        return self.axes[-1] < self.axes[first_of_p]
+
+    def to_matrix(self, array: jax.Array) -> jax.Array:
+        """(the parameter's shape) -> (..., p, q)."""
+        return array.transpose(self.axes).reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """(..., p, q) -> (the parameter's shape)."""
+        permuted = tuple(self.shape[axis] for axis in self.axes)
+        inverse = tuple(sorted(range(len(self.axes)), key=self.axes.__getitem__))
+        return matrix.reshape(permuted).transpose(inverse)
+
+
+def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axis,) if isinstance(axis, int) else tuple(axis)
+
+
+def matrix_layout(
+    name: str, array: jax.Array, numbers: SubspaceDimensionNumbers | None, side: Side = "input"
+) -> MatrixLayout:
+    """Reads one parameter as matrices.
+
+    Args:
+      name: For messages.
+      array: The parameter, or anything with its `shape` and `ndim`.
+      numbers: Its matrix axes; None: the two axes of a 2-D array.
+      side: The side that P projects. "both" lays the matrix out as (input, output).
+
+    Raises:
+      ValueError: if the axes do not describe a matrix of this parameter.
+    """
+    shape = tuple(array.shape)
+    if numbers is None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"parameter '{name}' has shape {shape}, which is not a matrix: give its matrix "
+                "axes in dimension_numbers, or leave it out of the subspace (select=, optax.masked)"
+            )
+        numbers = SubspaceDimensionNumbers()
+    sides = [_as_tuple(numbers.reduction_axis), _as_tuple(numbers.output_axis)]
+    used = [axis for axes in sides for axis in axes]
+    in_range = all(-len(shape) <= axis < len(shape) for axis in used)
+    sides = [tuple(axis % len(shape) for axis in axes) for axes in sides] if in_range else sides
+    used = [axis for axes in sides for axis in axes]
+    if not in_range or len(set(used)) != len(used) or not all(sides):
+        raise ValueError(
+            f"parameter '{name}' of shape {shape} has {numbers}: expected two disjoint, non-empty "
+            "sets of its axes"
+        )
+    n_in, n_out = (math.prod(shape[axis] for axis in axes) for axes in sides)
+    resolved: ResolvedSide
+    if side == "shorter" or side == "longer":
+        resolved = "input" if (n_in <= n_out) == (side == "shorter") else "output"
+    else:
+        resolved = side
+    if resolved == "output":
+        sides.reverse()
+    batch = tuple(axis for axis in range(len(shape)) if axis not in used)
+    return MatrixLayout(
+        name=name,
+        shape=shape,
+        axes=batch + sides[0] + sides[1],
+        matrix_shape=tuple(shape[axis] for axis in batch)
+        + tuple(math.prod(shape[axis] for axis in axes) for axes in sides),
+        side=resolved,
+    )
+
+
+def dimension_numbers_by_path(
+    dimension_numbers: DimensionNumbers, params: optax.Params
+) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
+    """Looks up a parameter's matrix axes by its path.
+
+    By path and not by structure, so that a full tree of dimension numbers serves parameters of
+    which `optax.masked` or `optax.partition` has hidden some. A tree of other containers, whose
+    paths only read like the parameters', serves too where no two of them read alike.
+    """
+    params = unboxed(params)
+    tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+    if tree is None or isinstance(tree, SubspaceDimensionNumbers):
+        return lambda path: tree
+    is_leaf = lambda x: x is None or isinstance(x, (SubspaceDimensionNumbers, optax.MaskedNode))
+    tree = unboxed(tree)
+    paths = [path for path, _ in flatten(tree, is_leaf)]
+    numbers = by_path(tree, is_leaf)
+    for path in paths:
+        if not is_leaf(leaf := numbers[path_of(path)]):
+            raise ValueError(
+                f"dimension_numbers holds {leaf!r} for '{path_name(path)}': expected "
+                "SubspaceDimensionNumbers(reduction_axis, output_axis) or None"
+            )
+    of_params = by_path(params)
+    unclaimed = [path for path in paths if path_of(path) not in of_params]
+    unserved = [path for path, _ in flatten(params) if path_of(path) not in numbers]
+
+    def lookup(path: KeyPath) -> SubspaceDimensionNumbers | None:
+        if path_of(path) in numbers:
+            return numbers[path_of(path)]
+        name = path_name(path)
+        alike = [other for other in unclaimed if path_name(other) == name]
+        if not alike:
+            raise ValueError(
+                f"dimension_numbers has nothing for parameter '{name}'; it has "
+                f"{sorted(names(paths))}"
+            )
+        rivals = [other for other in unserved if path_name(other) == name]
+        for kind, several in (("dimension_numbers has", alike), ("there are", rivals)):
+            if len(several) > 1:
+                both = " and ".join(jax.tree_util.keystr(other) for other in several)
+                raise ValueError(
+                    f"{kind} {both}, which both read '{name}', and none has the keys of "
+                    f"the other tree: give dimension_numbers the parameters' own keys"
+                )
+        return numbers[path_of(alike[0])]
+
+    return lookup
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is a whole number of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
+
+
+def check_dtype(name: str, array: jax.Array) -> None:
+    """Raises ValueError for a dtype that the optimizers do not train."""
+    if array.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
+            "(float16 overflows in squared gradients; use bfloat16)"
+        )
+
+
+def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dtype") -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
+    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")

@@ -1,0 +1,72 @@
+"""A LLaMA in Flax NNX and what trains it: model, weights, partition, steps, checkpoints.
+
+The names here are those of the model and its weights. `train`, `layerwise`, `checkpoint` and
+`partition` are modules of their own. This package alone imports Flax, Orbax and safetensors.
+"""
+
+from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.cross_entropy import (
+    LOGITS_BYTES,
+    MIN_VOCABULARY_SLICE,
+    loss,
+    loss_of_output,
+    num_predicted,
+)
+from osd_jax.llama.model import (
+    Attention,
+    Block,
+    Llama,
+    Mlp,
+    Params,
+    Tokens,
+    attend,
+    causal_bias,
+    dimension_numbers,
+    embed,
+    forward,
+    head_kernel,
+    init,
+    is_projected,
+    layer,
+    num_parameters,
+    positions,
+    rms_norm,
+    rotary_angles,
+    rotate,
+    wide_einsum,
+)
+from osd_jax.llama.weights import WEIGHTS, load_hf, save_hf, weight_files
+
+__all__ = [
+    "Attention",
+    "Block",
+    "LOGITS_BYTES",
+    "Llama",
+    "LlamaConfig",
+    "MIN_VOCABULARY_SLICE",
+    "Mlp",
+    "Params",
+    "Tokens",
+    "WEIGHTS",
+    "attend",
+    "causal_bias",
+    "dimension_numbers",
+    "embed",
+    "forward",
+    "head_kernel",
+    "init",
+    "is_projected",
+    "layer",
+    "load_hf",
+    "loss",
+    "loss_of_output",
+    "num_parameters",
+    "num_predicted",
+    "positions",
+    "rms_norm",
+    "rotary_angles",
+    "rotate",
+    "save_hf",
+    "weight_files",
+    "wide_einsum",
+]

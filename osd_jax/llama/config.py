@@ -1,0 +1,134 @@
+"""The shape of a LLaMA, as Hugging Face's configs give it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+# ---------------------------------------------------------------------------- configuration
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA; the fields are named as in Hugging Face's `LlamaConfig`.
+
+    Frozen and hashable, so that it can be a static argument of a jitted function. `head_dim` and
+    `num_key_value_heads` may be left out and are then filled in.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or sizes that do not divide.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        """Fills in what was left out, and checks the sizes."""
+        heads = self.num_attention_heads
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if not self.head_dim and isinstance(heads, int) and heads > 0:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{heads}: change one, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // heads)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}: expected a positive integer")
+            if field.type is float and (type(value) not in (int, float) or value <= 0):
+                raise ValueError(f"{field.name} is {value!r}: expected a positive number")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}: expected true or false")
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}: rotary embedding needs an even one")
+
+    @classmethod
+    def from_hf_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Reads a Hugging Face `config.json`, of transformers 5 or older, as a dictionary.
+
+        Raises:
+            ValueError: not a LLaMA, a size is missing, or an option that this model lacks.
+        """
+        if values.get("model_type") != "llama":
+            raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'llama'")
+        for key, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+            if values.get(key, only) != only:
+                raise ValueError(f"{key} is {values[key]!r}: this model has only {only!r}")
+        # transformers 5 writes rope_parameters; older versions rope_theta beside rope_scaling.
+        rope = {"rope_theta": values.get("rope_theta") or cls.rope_theta}
+        for key in ("rope_scaling", "rope_parameters"):
+            given = values.get(key) or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{key} is {given!r}: expected an object, or none")
+            rope |= given
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope_type is {rope_type!r}: this model has only 'default'")
+        # null stands for "work it out" in sizes, and for "none" in token ids.
+        known = {
+            field.name: values[field.name]
+            for field in dataclasses.fields(cls)
+            if values.get(field.name) is not None
+            or (field.name in values and field.name.endswith("_token_id"))
+        }
+        known["rope_theta"] = rope["rope_theta"]
+        # The published LLaMA configs call the longest sequence by another name.
+        if "max_sequence_length" in values:
+            known.setdefault("max_position_embeddings", values["max_sequence_length"])
+        if isinstance(known.get("eos_token_id"), list):
+            known["eos_token_id"] = tuple(known["eos_token_id"])
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in known]
+        if missing:
+            raise ValueError(f"the LLaMA config lacks {', '.join(missing)}")
+        return cls(**known)
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The `config.json` from which transformers 5 and older build the same model."""
+        values = dataclasses.asdict(self)
+        theta = values.pop("rope_theta")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **values,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a config file, such as `configs/llama_60m.json`.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not JSON, or not the config of a LLaMA; the message names the file.
+        """
+        try:
+            return cls.from_hf_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error

@@ -1,0 +1,360 @@
+"""LLaMA in Flax NNX, with the layers stacked and scanned, and its Hugging Face weights.
+
+The module classes say what the network is; everything a trainer calls is a pure function of
+`params`, a plain nested dict of arrays. With L layers, hidden size H, intermediate size F,
+vocabulary V, N query heads and K key heads of D entries each:
+
+    embedding                (V, H)
+    layers/attention_norm    (L, H)
+    layers/attention/query   (L, H, N*D)     key, value: (L, H, K*D)     output: (L, N*D, H)
+    layers/mlp_norm          (L, H)
+    layers/mlp/gate, up      (L, H, F)       down: (L, F, H)
+    norm                     (H,)
+    head                     (H, V), absent when the embedding is tied
+
+Kernels are (input, output). Matrix products run in `dtype`; norms, rotary angles, softmax and the
+loss are float32.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from osd_jax.layout import SubspaceDimensionNumbers
+from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.partition import look_up, split_batch
+
+Params = dict[str, Any]
+Tokens = jax.Array | np.ndarray
+
+
+# ------------------------------------------------------------------------------- the network
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis: float32 inside, `x`'s dtype outside."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions 0 to length - 1: two float32 (length, 1, head_dim / 2)."""
+    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns (B, S, heads, D) by its positions' angles; entry i is paired with entry i + D / 2."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wide_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two arrays with a float32 result, for a softmax to follow.
+
+    Its gradient is rounded to the inputs' dtype before it is multiplied: JAX's own rule would
+    multiply it as float32 with a bfloat16 array, at float32's speed.
+    """
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _wide_einsum_forward(
+    subscripts: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return wide_einsum(subscripts, x, y), (x, y)
+
+
+def _wide_einsum_backward(
+    subscripts: str, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    pullback = jax.vjp(functools.partial(jnp.einsum, subscripts), *inputs)[1]
+    return pullback(gradient.astype(inputs[0].dtype))
+
+
+wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
+
+
+def causal_bias(length: int, mask: Tokens | None = None) -> jax.Array:
+    """What to add to attention's scores, so that no query sees later keys or padding.
+
+    Finite, so that a query that may see nothing, on left padding, gives no NaN.
+
+    Args:
+        length: S, of the sequence.
+        mask: booleans (B, S), False where a key is padding.
+
+    Returns:
+        Float32, (S, S) or (B, 1, 1, S, S): last the query's position, then the key's.
+    """
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    if mask is not None:
+        seen = seen & mask[:, None, None, None, :].astype(bool)
+    return jnp.where(seen, 0.0, -1e30).astype(jnp.float32)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
+    """Softmax attention; each of the K key heads serves N / K neighbouring query heads.
+
+    Written out, with heads moved before positions first: on a CPU a training step of the
+    quickstart's shape took a tenth longer with `jax.nn.dot_product_attention`, and more with
+    products that leave the heads where they are.
+
+    Args:
+        query: (B, S, N, D).
+        key: (B, S, K, D).
+        value: (B, S, K, D).
+        bias: see `causal_bias`.
+
+    Returns:
+        (B, S, N * D) in the dtype of `value`.
+    """
+    batch, length, _, size = query.shape
+    groups = query.reshape(batch, length, key.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
+    scores = wide_einsum("bkgsd,bktd->bkgst", groups, key.swapaxes(1, 2))
+    weights = jax.nn.softmax(scores * size**-0.5 + bias, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bkgst,bktd->bkgsd", weights, value.swapaxes(1, 2))
+    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
+
+
+def _normal(config: LlamaConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param[jax.Array]:
+    return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key and value heads."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        """Draws the four kernels."""
+        hidden, size = config.hidden_size, config.head_dim
+        self.head_dim = size
+        self.query = _normal(config, rngs, hidden, config.num_attention_heads * size)
+        self.key = _normal(config, rngs, hidden, config.num_key_value_heads * size)
+        self.value = _normal(config, rngs, hidden, config.num_key_value_heads * size)
+        self.output = _normal(config, rngs, config.num_attention_heads * size, hidden)
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array
+    ) -> jax.Array:
+        """(B, S, H) -> (B, S, H), given `rotary_angles` and `causal_bias`."""
+
+        def heads(kernel: nnx.Param[jax.Array]) -> jax.Array:
+            return _dot(x, kernel).reshape(*x.shape[:2], -1, self.head_dim)
+
+        query, key = rotate(heads(self.query), angles), rotate(heads(self.key), angles)
+        return _dot(attend(query, key, heads(self.value), bias), self.output)
+
+
+class Mlp(nnx.Module):
+    """Gated feed-forward layer with SiLU."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        """Draws the three kernels."""
+        self.gate = _normal(config, rngs, config.hidden_size, config.intermediate_size)
+        self.up = _normal(config, rngs, config.hidden_size, config.intermediate_size)
+        self.down = _normal(config, rngs, config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, S, H) -> (B, S, H)."""
+        return _dot(jax.nn.silu(_dot(x, self.gate)) * _dot(x, self.up), self.down)
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each on the normed input and added to it."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        """Draws the kernels; norms start at one."""
+        self.eps = config.rms_norm_eps
+        self.attention_norm = nnx.Param(jnp.ones(config.hidden_size))
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = nnx.Param(jnp.ones(config.hidden_size))
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array
+    ) -> jax.Array:
+        """(B, S, H) -> (B, S, H), arguments as in `Attention`."""
+        x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), angles, bias)
+        return split_batch(x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)))
+
+
+class Llama(nnx.Module):
+    """The whole network. Its layers are one `Block` whose arrays have a leading layer axis.
+
+    Weights start as in Hugging Face's `LlamaForCausalLM`: kernels and embedding normal with
+    standard deviation `initializer_range`, norms one.
+    """
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        """Draws all weights in float32."""
+        self.config = config
+        self.embedding = _normal(config, rngs, config.vocab_size, config.hidden_size)
+        self.layers = nnx.vmap(lambda layer: Block(config, layer))(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        if not config.tie_word_embeddings:
+            self.head = _normal(config, rngs, config.hidden_size, config.vocab_size)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        mask: Tokens | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        remat: bool = False,
+    ) -> jax.Array:
+        """Output of the last layer, (B, S, H) in `dtype`; arguments as in `forward`."""
+        x = embed(self.embedding[...], tokens, dtype)
+        angles, bias = positions(self.config, tokens.shape[1], mask)
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, weights)(x, angles, bias), None
+
+        # What the backward pass finds ready: the outputs of the linear layers, or nothing. Scores
+        # and all that is elementwise are cheaper to make again than to store, also on a CPU.
+        # A scan's body needs no barrier against common subexpressions.
+        kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(layer, prevent_cse=False, policy=kept)
+        return jax.lax.scan(body, x, stacked)[0]
+
+
+def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
+    # As a matrix: the kernel's gradient sums over one axis then. Over two, XLA for CPUs transposes
+    # the output's gradient first, which takes as long as the product.
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+
+
+def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Float32 logits: (..., H), (H, V) -> (..., V)."""
+    return wide_einsum("...h,hv->...v", x, head.astype(x.dtype))
+
+
+# --------------------------------------------------------------------------- pure functions
+@functools.cache
+def abstract(config: LlamaConfig) -> tuple[nnx.GraphDef[Llama], Params]:
+    """Structure of the module, and `params` as shapes."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+@functools.cache
+def _abstract_layer(config: LlamaConfig) -> nnx.GraphDef[Block]:
+    """Structure of one layer."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
+
+
+def module_of(params: Params, config: LlamaConfig) -> Llama:
+    """The module that holds these weights."""
+    return nnx.merge(abstract(config)[0], params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(config: LlamaConfig, seed: int | jax.Array) -> Params:
+    """Fresh weights, float32, drawn from an integer seed; see `Llama`."""
+    return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(jax.random.key(seed)))))
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Tokens,
+    mask: Tokens | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    remat: bool = False,
+) -> jax.Array:
+    """Logits of the next token at every position.
+
+    Args:
+        params: the weights, as `init` or `load_hf` give them.
+        config: their shape.
+        tokens: integers (B, S), each below `vocab_size`.
+        mask: booleans (B, S), False where a token is padding and must not be attended to. Padding
+            on the right needs none, since attention is causal.
+        dtype: of activations and matrix products, such as bfloat16; None: that of the embedding.
+        remat: keep only each layer's input for the backward pass and compute the rest again;
+            otherwise the outputs of its seven linear layers are kept too.
+
+    Returns:
+        Float32 (B, S, V).
+    """
+    x = module_of(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
+    return logits_of(rms_norm(x, params["norm"], config.rms_norm_eps), head_kernel(params, config))
+
+
+def head_kernel(params: Params, config: LlamaConfig) -> jax.Array:
+    """Kernel of the output layer, (H, V)."""
+    return params["embedding"].T if config.tie_word_embeddings else params["head"]
+
+
+def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
+    """The first layer's input: (V, H), (B, S) -> (B, S, H), in `dtype` or the embedding's."""
+    return look_up(embedding, tokens).astype(dtype or embedding.dtype)
+
+
+def positions(
+    config: LlamaConfig, length: int, mask: Tokens | None = None
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """What every layer knows of the positions: `rotary_angles` and `causal_bias`."""
+    angles = rotary_angles(length, config.head_dim, config.rope_theta)
+    return angles, causal_bias(length, mask)
+
+
+def layer(
+    weights: Params,
+    config: LlamaConfig,
+    x: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    bias: jax.Array,
+) -> jax.Array:
+    """One layer: (B, S, H) -> (B, S, H).
+
+    Args:
+        weights: its part of `params["layers"]`, without the axis of the layers.
+        config: the model's shape.
+        x: the layer's input.
+        angles: from `positions`.
+        bias: from `positions`.
+    """
+    return nnx.merge(_abstract_layer(config), weights)(x, angles, bias)
+
+
+def num_parameters(config: LlamaConfig) -> int:
+    """Number of weights; nothing is allocated."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
+
+
+def is_projected(path: str, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether a parameter is projected by default: the kernels of attention and MLP.
+
+    Args:
+        path: keys from the root of `params`, joined by slashes: "layers/attention/query".
+        array: the parameter, or its shape; a norm's vector is not a kernel.
+    """
+    return array.ndim >= 2 and not {"attention", "mlp"}.isdisjoint(path.split("/"))
+
+
+def dimension_numbers(params: Params) -> Params:
+    """For each parameter, which axes are a kernel's input and output, in the tree of `params`.
+
+    Other axes, the layers', are batch axes; a norm has no reduction axis.
+    """
+
+    def numbers(path: tuple[Any, ...], array: jax.Array) -> SubspaceDimensionNumbers:
+        stacked = path[0].key == "layers"
+        if array.ndim - stacked < 2:
+            return SubspaceDimensionNumbers(reduction_axis=(), output_axis=int(stacked))
+        return SubspaceDimensionNumbers(reduction_axis=int(stacked), output_axis=1 + stacked)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)

@@ -1,0 +1,140 @@
+"""How LLaMA's weights and batches are split over a mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count
+from osd_jax.trees import path_name
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------ LLaMA's weights
+
+# The mesh axes of a kernel's (input, output). A product whose input axis is split over `tensor`
+# follows one whose output axis is, so that between the two nothing is exchanged.
+_COLUMN = ("fsdp", "tensor")
+_ROW = ("tensor", "fsdp")
+_KERNELS = {
+    "embedding": _ROW,  # (vocabulary, hidden)
+    "head": _COLUMN,
+    "layers/attention/query": _COLUMN,
+    "layers/attention/key": _COLUMN,
+    "layers/attention/value": _COLUMN,
+    "layers/attention/output": _ROW,
+    "layers/mlp/gate": _COLUMN,
+    "layers/mlp/up": _COLUMN,
+    "layers/mlp/down": _ROW,
+}
+
+
+def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
+    """How the weights of `osd_jax.llama` are split over a mesh from `make_mesh`.
+
+    Args:
+      params: The weights, or their shapes.
+      mesh: Their mesh.
+
+    Returns:
+      A tree of `PartitionSpec`, one entry for each axis of an array. Norms are whole everywhere. So
+      is an axis whose size the mesh axis does not divide, which is logged as a warning.
+
+    Raises:
+      ValueError: for a matrix that is not one of LLaMA's: give `state_sharding` your own specs.
+    """
+
+    def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
+        name = path_name(path)
+        wanted: tuple[str | None, ...] = (None,) * array.ndim
+        if name in _KERNELS:
+            wanted = wanted[:-2] + _KERNELS[name]
+        elif not name.endswith("norm"):
+            raise ValueError(
+                f"parameter '{name}' is none of osd_jax.llama's: write the PartitionSpecs of your "
+                "own model, and give them to state_sharding"
+            )
+        return _where_divisible(name, array.shape, wanted, mesh)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _where_divisible(
+    name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh
+) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide an array's axis, saying so."""
+    spec = []
+    for size, axes in zip(shape, wanted, strict=True):
+        shards = shard_count(mesh, axes)
+        if size % shards:
+            _warn_once(
+                f"{name} {tuple(shape)}: {size} does not divide by {axes}={shards}, so each of "
+                "them holds that axis whole"
+            )
+        spec.append(None if size % shards else axes)
+    return PartitionSpec(*spec)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How (K, B, S) micro-batches are split: B over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Within it, `split_batch` in a function that is being traced knows its mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+
+
+def split_batch(array: jax.Array) -> jax.Array:
+    """Splits the first axis over `data` and `fsdp`, under a mesh that has these.
+
+    The mesh is that of `on`, or of `jax.set_mesh`.
+    Without one, or where the axis does not divide, nothing is done. The compiler, left to itself,
+    may split the hidden axis of activations over `fsdp`, as the embedding's is, and exchange
+    activations in every layer.
+    """
+    return _split(array, BATCH_AXES)
+
+
+def look_up(table: jax.Array, tokens: jax.typing.ArrayLike) -> jax.Array:
+    """`table[tokens]` as `split_batch` lays it out, (V, H), (B, S) -> (B, S, H).
+
+    The table is split (tensor, fsdp), so B is split over `data` alone and H over `fsdp`, and then
+    exchanged. Left to find the way itself, the compiler may gather the whole batch's rows on each
+    device.
+    """
+    rows = table[_split(jnp.asarray(tokens), "data")]
+    return split_batch(_split(rows, "data", None, "fsdp"))
+
+
+def _split(array: jax.Array, *spec: Any) -> jax.Array:
+    """Constrains leading axes, to the part of each entry that the mesh has and that divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto
+    }
+    wanted = [tuple(name for name in mesh_axes(axes) if name in auto) for axes in spec]
+    sizes = [math.prod(mesh.shape[name] for name in axes) for axes in wanted]
+    if auto.isdisjoint(BATCH_AXES) or any(
+        n % size for n, size in zip(array.shape, sizes, strict=False)
+    ):
+        return array
+    return jax.lax.with_sharding_constraint(
+        array, PartitionSpec(*(axes or None for axes in wanted))
+    )

@@ -1,0 +1,226 @@
+"""LLaMA's weights in Hugging Face's format: found, read and written."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.model import Params, abstract
+
+# ----------------------------------------------------------------------- Hugging Face weights
+
+_LAYER_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+_TOP_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+WEIGHTS = (
+    "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
+    "*.gguf",
+)  # fmt: skip
+"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
+
+
+def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
+
+    Reads their headers only, so that a run can refuse a folder before it does any work.
+
+    Args:
+        directory: of the model.
+
+    Raises:
+        OSError: there is none, or a shard is missing; the message names what is there instead.
+        ValueError: the index or a file is damaged.
+    """
+    folder = Path(directory)
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = _shards(index)
+    else:
+        there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
+        raise FileNotFoundError(
+            f"{folder} has neither {whole.name} nor {index.name}"
+            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
+            "transformers and write it by save_pretrained, which writes safetensors"
+        )
+    for path in files:
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a readable safetensors file: {error}; fetch or save it again"
+                f"{' (git lfs pull: it is a pointer of Git LFS)' if _is_pointer(path) else ''}"
+            ) from error
+    return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        OSError: one is missing.
+        ValueError: it is no index of safetensors files.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(name.endswith(".safetensors") for name in names):
+            raise ValueError(f"it names {names[:3]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not an index of safetensors shards: {error!r}; fetch or save it again"
+        ) from error
+    files = [index.parent / name for name in names]
+    if lost := [path.name for path in files if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
+            "first: fetch them, or save the model again"
+        )
+    return files
+
+
+def _is_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
+def load_hf(
+    directory: str | os.PathLike[str], shardings: Params | None = None
+) -> tuple[LlamaConfig, Params]:
+    """Reads a LLaMA that transformers saved: `config.json` and safetensors, whole or in shards.
+
+    Weights keep the dtype of the file.
+
+    Args:
+        directory: of the model.
+        shardings: for each parameter the `jax.sharding.Sharding` to lay it out by: each device is
+            then given its own part only. None: all on the default device.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: the config is not a LLaMA's, or the tensors are not those it asks for; the
+            message names the tensor.
+    """
+    folder = Path(directory)
+    config = LlamaConfig.load(folder / "config.json")
+    specs = abstract(config)[1]
+    expected = {name for path, spec in _named_leaves(specs) for name in _hf_names(path, spec)}
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path in weight_files(folder):
+            file = stack.enter_context(safe_open(path, "numpy"))
+            files |= dict.fromkeys(file.keys(), file)
+        # Old files carry the rotary frequencies, and sometimes a tied head a second time.
+        ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
+        if config.tie_word_embeddings:
+            ignored.add("lm_head.weight")
+        for problem, names in (
+            ("lacks", expected - files.keys()),
+            ("has, and a LLaMA of this config has not,", files.keys() - expected - ignored),
+        ):
+            if names:
+                raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
+
+        def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            tensor = files[name].get_tensor(name)
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{folder}: {name} has shape {tensor.shape}, the config asks for {shape}"
+                )
+            return tensor
+
+        def load(
+            path: tuple[Any, ...],
+            spec: jax.ShapeDtypeStruct,
+            sharding: jax.sharding.Sharding | None = None,
+        ) -> jax.Array:
+            key = _key(path)
+            names, stacked = _hf_names(key, spec), key.startswith("layers/")
+            shape = spec.shape[stacked:]
+            if _is_transposed(key, len(shape)):
+                tensors = [read(name, shape[::-1]).T for name in names]
+            else:
+                tensors = [read(name, shape) for name in names]
+            whole = np.stack(tensors) if stacked else tensors[0]
+            if sharding is None:
+                return jnp.asarray(whole)
+            return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+        layout = () if shardings is None else (shardings,)
+        return config, jax.tree_util.tree_map_with_path(load, specs, *layout)
+
+
+def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:
+    """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
+
+    The weights keep their dtype. Each file appears whole or not at all, the config last.
+
+    Raises:
+        OSError: the directory cannot be made or written.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in _named_leaves(params):
+        host = np.asarray(leaf)
+        for name, array in zip(
+            _hf_names(path, leaf), host if path.startswith("layers/") else [host], strict=True
+        ):
+            tensors[name] = np.ascontiguousarray(
+                array.T if _is_transposed(path, array.ndim) else array
+            )
+    dtype = str(params["embedding"].dtype)
+    text = json.dumps({**config.to_hf_dict(), "dtype": dtype, "torch_dtype": dtype}, indent=2)
+    # transformers refuses a file that does not say which framework's layout it has.
+    _replace(folder / "model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
+    _replace(folder / "config.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside `path`, then puts the finished file in its place."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        written = Path(scratch) / path.name
+        write(written)
+        os.replace(written, path)
+
+
+def _key(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named_leaves(params: Params) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield _key(path), leaf
+
+
+def _hf_names(path: str, leaf: Any) -> list[str]:
+    """Hugging Face's names for one parameter, one for each layer if it is stacked."""
+    if path.startswith("layers/"):
+        suffix = _LAYER_NAMES[path.removeprefix("layers/")]
+        return [f"model.layers.{layer}.{suffix}.weight" for layer in range(leaf.shape[0])]
+    return [f"{_TOP_NAMES[path]}.weight"]
+
+
+def _is_transposed(path: str, ndim: int) -> bool:
+    """PyTorch's linear weights are (output, input); its embedding is laid out as ours."""
+    return ndim == 2 and path != "embedding"

@@ -1,0 +1,69 @@
+"""Clipping by the norm of all gradients, in a plain step and in the backward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from osd_torch.diagnostics import inner_optimizer
+from osd_torch.numerics import (
+    check_number,
+    without_autocast,
+)
+from osd_torch.sharding import (
+    local,
+    total_norm,
+)
+from osd_torch.subspace import SubspaceOptimizer, all_params
+
+
+@torch.no_grad()
+@without_autocast()
+def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scales what the next step applies to a largest norm, in place.
+
+    The norm is that of the whole vector of R for each projected parameter with a held sketch, and
+    of G for each other parameter. Sketches are held after `accumulate`, and with `reduce` set.
+
+    Args:
+        optimizer: Any, or a wrapper around one; with gradients, or held sketches, in place.
+        max_norm: 0 does not scale.
+
+    Returns:
+        The norm before, 0-dimensional float32 (float64 for float64), the same on every process
+        if gradients are.
+
+    Raises:
+        ValueError: for a negative or infinite `max_norm`.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> layer(torch.ones(2, 24)).square().sum().backward()
+        >>> norm = osd_torch.clip_(optimizer, 1.0)
+        >>> bool(torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]) < 1.001)
+        True
+    """
+    check_number("max_norm", max_norm)
+    optimizer, held = inner_optimizer(optimizer), {}
+    if isinstance(optimizer, SubspaceOptimizer):
+        optimizer.reduce_()
+        held = optimizer.held
+    params = all_params(optimizer)
+    gradients = [p.grad for p in params if p.grad is not None and p not in held]
+    # In the optimizer's order: sketches are held in the backward pass', and sums round by theirs.
+    norm = total_norm([*(held[p].low_rank for p in params if p in held), *gradients])
+    if max_norm:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in gradients:
+            scale_(gradient, factor)
+        for sketch in held.values():
+            sketch.scale_(factor)
+    return norm
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """Multiplies a tensor in place."""
+    part = local(tensor)
+    part.mul_(factor.to(part.device))

@@ -1,0 +1,69 @@
+"""Which side of a matrix P projects, and what a parameter has to be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from osd_names import Side
+from osd_torch.rules import Change
+from osd_torch.sharding import (
+    has_plain_placement,
+)
+from osd_torch.sketch import (
+    Basis,
+    TwoSided,
+    product,
+)
+
+OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def resolve_side(side: Side, tensor: Tensor) -> Side:
+    """Which of "input", "output" and "both" a `side` is for a matrix (output, input)."""
+    if side not in ("shorter", "longer"):
+        return side
+    outputs, inputs = tensor.shape
+    return "input" if (inputs <= outputs) == (side == "shorter") else "output"
+
+
+def change_of(old: Basis, new: Basis, side: Side) -> Change:
+    """P_new^T P_old of each side of a matrix (output, input) that P projects."""
+    if isinstance(old, TwoSided) and isinstance(new, TwoSided):
+        return Change(product(new.output.mT, old.output), product(new.input.mT, old.input))
+    assert isinstance(old, Tensor) and isinstance(new, Tensor)
+    change = product(new.mT, old)
+    return Change(change, None) if side == "output" else Change(None, change)
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is a whole number of at least 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
+
+
+def check_dtype(name: str, param: Tensor) -> None:
+    """Raises ValueError for a dtype that the optimizers do not train."""
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
+            "(float16 overflows in squared gradients; use bfloat16)"
+        )
+
+
+def check_placement(name: str, param: Tensor) -> None:
+    """Raises ValueError for a sharded matrix with an axis that two mesh dimensions share."""
+    if not has_plain_placement(param):
+        placements = getattr(param, "placements", ())
+        raise ValueError(
+            f"parameter '{name}' is placed as {placements}: expected each of its axes sharded "
+            "over one dimension of the mesh at the most (fully_shard with tensor parallelism over "
+            "the same axis is not supported); put it into a group without rank"
+        )
+
+
+def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> None:
+    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
+    if dtype is not None and dtype not in SUPPORTED_DTYPES:
+        raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
