@@ -1,4 +1,4 @@
-"""How arrays are laid out over a mesh of devices: weights, optimizer state, batches.
+"""How arrays are laid out over a mesh of devices: the mesh, and optimizer state.
 
 A mesh has three axes. Over `data` and `fsdp` the batch is split; over `fsdp` and `tensor` each
 weight: one of its matrix axes over `fsdp`, to be gathered where it is used, the other over

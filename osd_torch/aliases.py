@@ -260,7 +260,7 @@ class PublishedOptimizer(SubspaceOptimizer):
         return (lr / peak if peak else 1.0) / group["update_proj_gap"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy, a pickle of an earlier version too."""
+        """Restores a copy, or a pickle with fewer entries in its groups."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.update(with_seen_rates(group))
@@ -309,7 +309,7 @@ class SubspaceAdamW(PublishedOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, times lr.
         second_moment: Of matrices that are not projected: "full", or "row", one number for each
-            entry of the longer axis; see `osd_torch.rules.AdamOfRows`.
+            entry of the longer axis; see `osd_torch.rules_8bit.AdamOfRows`.
         first_moment: Of these with "row": "full", or "8bit".
         **subspace: See `Subspace`.
 
@@ -557,7 +557,7 @@ class SubspaceMuon(PublishedOptimizer):
         betas: AdamW's, of what is not projected.
         eps: Likewise.
         second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
-            longer axis; see `osd_torch.rules.AdamOfRows`.
+            longer axis; see `osd_torch.rules_8bit.AdamOfRows`.
         first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
         ns_steps: Steps of Newton-Schulz.
         ns_coefficients: Its polynomial.
@@ -746,7 +746,7 @@ class FullRankAdam(PublishedOptimizer):
         weight_decay: Decoupled, times lr, before the update.
         l2: Weight decay that is added to the gradient.
         second_moment: Of matrices: "full", or "row", one number for each entry of the longer axis;
-            see `osd_torch.rules.AdamOfRows`.
+            see `osd_torch.rules_8bit.AdamOfRows`.
         first_moment: Of these with "row": "full", or "8bit".
         stochastic_rounding: Round weights up or down at random; see `make_optimizer`.
         seed: Of that.

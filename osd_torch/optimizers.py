@@ -1,9 +1,4 @@
-"""The optimizers: classes that compose a rule, a basis rule and a lift; and `make_optimizer`.
-
-Each class is a short composition: the rule of W; the basis rule, given as an object or by the
-published name in a parameter group; the lift; decoupled weight decay. `make_optimizer` parses the
-published names (`osd_names`) into them.
-"""
+"""The published names -> a built optimizer (`make_optimizer`), of the classes in `aliases`."""
 
 from __future__ import annotations
 

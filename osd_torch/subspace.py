@@ -169,7 +169,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         forward_reduce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy, a loaded state or a pickle of an earlier version; nothing is held."""
+        """Restores a copy, a loaded state or a pickle; nothing is held."""
         super().__setstate__(state)
         self.held = {}
         if "rank" in self.defaults:  # for groups that are added to a pickle

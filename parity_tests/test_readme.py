@@ -15,7 +15,7 @@ import osd_jax
 import osd_torch
 
 LIBRARIES = (osd_jax, osd_torch)
-MODULES = ("launch.hosts", "launch.training", "osd_names") + tuple(
+MODULES = ("launch.hlo", "launch.hosts", "launch.training", "osd_names") + tuple(
     module.name
     for library in LIBRARIES
     for module in pkgutil.walk_packages(library.__path__, f"{library.__name__}.")

@@ -1,7 +1,8 @@
 """A LLaMA in Flax NNX and what trains it: model, weights, partition, steps, checkpoints.
 
 The names here are those of the model and its weights. `train`, `layerwise`, `checkpoint` and
-`partition` are modules of their own. This package alone imports Flax, Orbax and safetensors.
+`partition` are modules of their own. Nothing else in the library imports Orbax or safetensors, or
+Flax when it is imported: `select_linear` imports Flax where it is called.
 """
 
 from osd_jax.llama.config import LlamaConfig

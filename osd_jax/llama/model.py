@@ -1,4 +1,4 @@
-"""LLaMA in Flax NNX, with the layers stacked and scanned, and its Hugging Face weights.
+"""LLaMA in Flax NNX, with the layers stacked and scanned.
 
 The module classes say what the network is; everything a trainer calls is a pure function of
 `params`, a plain nested dict of arrays. With L layers, hidden size H, intermediate size F,

@@ -1,4 +1,4 @@
-"""Hugging Face's LLaMA: built from a config, its weights read and written, and its loss.
+"""Hugging Face's LLaMA: built from a config, and its loss.
 
 The model is transformers' own `LlamaForCausalLM` with PyTorch's scaled dot product attention, so
 that all that works with one works with this. Only the loss is ours: a sum and a count, in float32,
