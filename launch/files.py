@@ -45,10 +45,11 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected the directory of a run")
-    return list(_records(path.read_text(encoding="utf-8").splitlines()))
+    return list(records_of(path.read_text(encoding="utf-8").splitlines()))
 
 
-def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
+def records_of(lines: list[str]) -> Iterator[dict[str, Any]]:
+    """The records of lines of JSON, up to the first that is damaged."""
     for line in lines:
         try:
             yield json.loads(line)

@@ -22,7 +22,7 @@ from typing import Any, Self, SupportsFloat
 
 from tqdm import tqdm
 
-from launch.files import _records, telling, write_atomic
+from launch.files import records_of, telling, write_atomic
 from launch.options import Options
 
 TIMING = ("seconds", "tokens_per_second")
@@ -200,7 +200,7 @@ class RunLog:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [
             record
-            for record in _records(lines)
+            for record in records_of(lines)
             if record["kind"] in ("train", "eval") and record["step"] <= resume_step
         ]
         write_atomic(path, "".join(f"{json.dumps(record)}\n" for record in kept))

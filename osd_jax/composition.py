@@ -24,9 +24,7 @@ from osd_jax.lift import Lift, sign_after_lift
 from osd_jax.numerics import known_zero
 from osd_jax.parts import in_parts
 from osd_jax.quantization import quantize_state, slice_by_slice
-from osd_jax.residuals import (
-    orthogonalize,
-)
+from osd_jax.residuals import orthogonalize
 from osd_jax.rules import (
     correct_adam_bias,
     decay_after_update,
@@ -195,7 +193,7 @@ def adam8bit_rule(
     linear: bool = True,
 ) -> WeightRule:
     """AdamW with 8-bit moments; with a lift that is not linear, the learning rate follows it."""
-    tx = _in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
+    tx = in_8bit(optax.scale_by_adam(b1, b2, eps), slice_size)
     if linear:
         return WeightRule(descending(tx, lr), decay_after(lr), reads_matrices=True)
     descend = optax.scale_by_learning_rate(lr)
@@ -301,9 +299,10 @@ def by_selection(
     return optax.partition({"subspace": selected, "full": others}, labels)
 
 
-def _in_8bit(
+def in_8bit(
     tx: optax.GradientTransformation, slice_size: int | None = None
 ) -> optax.GradientTransformation:
+    """`tx` in float32 with its state in 8 bits, read back `slice_size` numbers at a time."""
     tx = in_float32(quantize_state(tx))
     return tx if slice_size is None else slice_by_slice(tx, slice_size)
 

@@ -16,9 +16,7 @@ from osd_jax.layout import (
     dimension_numbers_by_path,
     matrix_layout,
 )
-from osd_jax.numerics import (
-    contract,
-)
+from osd_jax.numerics import contract
 from osd_jax.sketch import (
     Basis,
     TwoSided,

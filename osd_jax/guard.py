@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.layout import check_dtype
-from osd_jax.numerics import (
-    accumulator_dtype,
-)
+from osd_jax.numerics import accumulator_dtype
 from osd_jax.rounding import round_updates
 from osd_jax.sharding import takes_shapes
 from osd_jax.sketch import (

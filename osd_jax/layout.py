@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.bases import (
-    ResolvedSide,
-)
+from osd_jax.bases import ResolvedSide
 from osd_jax.trees import (
     KeyPath,
     by_path,

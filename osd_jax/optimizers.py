@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import optax
 
-from osd_jax.bases import PROJECTOR_INITS, BasisRule, gaussian, oja, online_pca, random, svd
+from osd_jax.bases import PROJECTOR_INITS
 from osd_jax.composition import (
     Decay,
     WeightRule,
-    _in_8bit,
     adafactor_rule,
     adam8bit_rule,
     adamw_rule,
@@ -29,6 +28,7 @@ from osd_jax.composition import (
     decaying,
     descending,
     full_rank_muon,
+    in_8bit,
     lion_rule,
     mask_of,
     muon_rule,
@@ -40,29 +40,23 @@ from osd_jax.layout import (
     check_basis_dtype,
     check_rank,
 )
-from osd_jax.lift import Lift, scaled
+from osd_jax.lift import scaled
 from osd_jax.numerics import check_number, check_static, known_zero
 from osd_jax.parts import in_parts
+from osd_jax.published import RESIDUAL_LIFTS, published_basis
 from osd_jax.quantization import MIN_SIZE
 from osd_jax.residuals import (
     add_gradient,
-    column_ema,
-    gradient_only,
-    norm_ratio,
     orthogonalized,
-    residual_sign,
 )
 from osd_jax.rules import (
     Schedule,
-    clip_by_matrix_rms,
     decay_after_update,
     decay_before_update,
     in_float32,
     on_matrices,
     scale_by_adafactor,
-    scale_by_adam_of_age,
     scale_by_adam_of_rows,
-    scale_by_factored_second_moment,
 )
 from osd_jax.selection import LinearSelection, Select
 from osd_jax.subspace import SubspaceTransformation
@@ -400,7 +394,7 @@ def make_optimizer(
         return projector_lr_multiple * lr(step)
 
     rounding: Any = "nearest" if kind == "muon" else "table"
-    projector = _projector(
+    projector = published_basis(
         proj_type,
         gap=update_proj_gap,
         every=update_proj_every,
@@ -470,7 +464,7 @@ def _full_rank(
             rule = on_matrices(scale_by_adafactor(lr, beta1), dimension_numbers)
             return optax.chain(rule, optax.scale(-1.0), decay(decay_before_update, lr))
         case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
-            tx = _in_8bit(optax.scale_by_adam(*adam), slice_size)
+            tx = in_8bit(optax.scale_by_adam(*adam), slice_size)
             return optax.chain(on_matrices(tx, dimension_numbers), l2, descend)
         case "sgd":
             return optax.chain(l2, descend)
@@ -482,55 +476,3 @@ def _l2(weight_decay: Any, learning_rate: Any) -> optax.GradientTransformation:
     if known_zero(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay)
-
-
-# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
-PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": scale_by_adam_of_age,
-    "adam8bit": lambda: _in_8bit(scale_by_adam_of_age()),
-    "lion": optax.scale_by_lion,
-    "adafactor": lambda: optax.chain(scale_by_factored_second_moment(), clip_by_matrix_rms()),
-    "sgd": optax.identity,
-}
-
-
-# The rules that set P every so many steps, by their names there.
-REFRESHED: dict[str, Callable[[int], BasisRule]] = {
-    "svd": svd, "random": random, "gaussian": gaussian
-}  # fmt: skip
-# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
-RESIDUAL_LIFTS: dict[str, Callable[[Any, Any, bool], Lift | None]] = {
-    "none": lambda a, own, limiter: None,
-    "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
-    "norm_ratio_released": lambda a, own, limiter: norm_ratio(a, limiter=limiter, release=True),
-    "column_ema": lambda a, own, limiter: column_ema(own),
-    "gradient_only": lambda a, own, limiter: gradient_only(a, limiter=limiter),
-    "gradient_only_matrix": lambda a, own, limiter: gradient_only(a, per="matrix", limiter=limiter),
-    "sign": lambda a, own, limiter: residual_sign(own, a),
-}
-
-
-def _projector(
-    proj_type: str,
-    *,
-    gap: int,
-    every: int,
-    step_size: Schedule,
-    weight_decay: float | None,
-    penalty: float,
-    order: Any,
-    init: str,
-) -> BasisRule:
-    """The rule for P that a published name stands for."""
-    named = PROJECTIONS[proj_type]
-    if named.basis in REFRESHED:
-        return REFRESHED[named.basis](gap)
-    decay = named.weight_decay if weight_decay is None else weight_decay
-    optimizer = optax.chain(
-        PROJECTOR_RULES[named.rule](),
-        optax.identity() if known_zero(decay) else optax.add_decayed_weights(decay),
-        optax.scale_by_learning_rate(step_size),
-    )
-    if named.basis == "oja":
-        return oja(optimizer, init=init, order=order, every=every)
-    return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)

@@ -105,7 +105,6 @@ def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape[name] for name in mesh_axes(axes))
 
 
-# ------------------------------------------------------------------------------ optimizer state
 def state_sharding(
     tx: optax.GradientTransformation, params: optax.Params, specs: Any, mesh: Mesh
 ) -> Any:

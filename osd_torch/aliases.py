@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
@@ -16,7 +15,6 @@ from osd_names import (
     LION_SIGNS,
     MOVE_PROJECTOR,
     PROJ_TYPES,
-    PROJECTIONS,
     Side,
     check_choice,
     check_moments,
@@ -26,11 +24,7 @@ from osd_torch.bases import (
     BasisRule,
     Order,
     check_period,
-    gaussian,
-    oja,
     online_pca,
-    random,
-    svd,
 )
 from osd_torch.groups import (
     BASIS_OPTIONS,
@@ -46,50 +40,22 @@ from osd_torch.groups import (
 from osd_torch.layout import check_basis_dtype, check_rank, resolve_side
 from osd_torch.lift import Lift, scaled, sign_after_lift
 from osd_torch.numerics import check_number
+from osd_torch.published import published_basis
 from osd_torch.residuals import (
     MUON_COEFFICIENTS,
     add_gradient,
-    column_ema,
-    gradient_only,
-    norm_ratio,
     orthogonalize,
     orthogonalized,
-    residual_sign,
 )
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule, Trace
 from osd_torch.rules_8bit import Adam8bit, AdamOfRows, Trace8bit
 from osd_torch.schedules import SEEN, first_rates, schedule_keys, seen_rates, with_seen_rates
-from osd_torch.selection import (
-    Select,
-)
+from osd_torch.selection import Select
 from osd_torch.state import Group, named_parameters
 from osd_torch.subspace import SubspaceOptimizer, log
 
 LionSign = Literal["lifted", "subspace"]
 MoveProjector = Order
-
-# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
-PROJECTOR_RULES: dict[str, Rule] = {
-    "adam": Adam(),
-    "adam8bit": Adam8bit(),
-    "lion": Lion(),
-    "adafactor": Adafactor(),
-    "sgd": SGD(),
-}
-# The rules that set P every so many steps, by their names there.
-REFRESHED: dict[str, Callable[[int], BasisRule]] = {
-    "svd": svd, "random": random, "gaussian": gaussian
-}  # fmt: skip
-# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
-RESIDUAL_LIFTS: dict[str, Callable[[float, float, bool], Lift | None]] = {
-    "none": lambda a, own, limiter: None,
-    "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
-    "norm_ratio_released": lambda a, own, limiter: norm_ratio(a, limiter=limiter, release=True),
-    "column_ema": lambda a, own, limiter: column_ema(own),
-    "gradient_only": lambda a, own, limiter: gradient_only(a, limiter=limiter),
-    "gradient_only_matrix": lambda a, own, limiter: gradient_only(a, per="matrix", limiter=limiter),
-    "sign": lambda a, own, limiter: residual_sign(own, a),
-}
 # The options of Muon's orthogonalization.
 MUON_DEFAULTS: dict[str, Any] = {
     "ns_steps": 5, "ns_coefficients": MUON_COEFFICIENTS, "ns_dtype": None, "muon_scale": "adamw",
@@ -210,7 +176,7 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def basis_rule(self, group: Group) -> BasisRule:
         """The rule for P, `basis` or what `proj_type` names."""
-        return group["basis"] or _basis_rule(*(group[name] for name in BASIS_OPTIONS))
+        return group["basis"] or published_basis(*(group[name] for name in BASIS_OPTIONS))
 
     def lift(self, group: Group) -> Lift:
         """The group's `lift`, or the plain one times `scale`."""
@@ -269,21 +235,6 @@ class PublishedOptimizer(SubspaceOptimizer):
         """Restores what `state_dict` returned; see `SubspaceOptimizer.load_state_dict`."""
         groups = [with_seen_rates(group) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
-
-
-@functools.cache
-def _basis_rule(
-    proj_type: str, gap: int, every: int, penalty: float, weight_decay: float | None, order: Order
-) -> BasisRule:
-    """The rule for P that `BASIS_OPTIONS` describe."""
-    named = PROJECTIONS[proj_type]
-    if named.basis in REFRESHED:
-        return REFRESHED[named.basis](gap)
-    if named.basis == "oja":
-        return oja(PROJECTOR_RULES[named.rule], order=order, every=every)
-    decay = named.weight_decay if weight_decay is None else weight_decay
-    rule = PROJECTOR_RULES[named.rule]
-    return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
 
 
 @functools.cache

@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from osd_torch.sketch import (
-    Basis,
-)
+from osd_torch.sketch import Basis
 from osd_torch.state import basis_of, named_parameters
 from osd_torch.subspace import SubspaceOptimizer
 

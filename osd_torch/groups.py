@@ -24,9 +24,7 @@ from osd_torch.bases import (
 )
 from osd_torch.lift import Lift
 from osd_torch.numerics import check_number
-from osd_torch.schedules import (
-    SCHEDULER_KEYS,
-)
+from osd_torch.schedules import SCHEDULER_KEYS
 from osd_torch.selection import (
     Kinds,
     LinearSelection,

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_torch.sharding import (
-    all_finite,
-)
+from osd_torch.sharding import all_finite
 
 
 def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from osd_names import Side
 from osd_torch.rules import Change
-from osd_torch.sharding import (
-    has_plain_placement,
-)
+from osd_torch.sharding import has_plain_placement
 from osd_torch.sketch import (
     Basis,
     TwoSided,

@@ -24,7 +24,6 @@ from osd_names import (
     check_residual,
 )
 from osd_torch.aliases import (
-    RESIDUAL_LIFTS,
     FullRankAdam,
     LionSign,
     MoveProjector,
@@ -34,9 +33,7 @@ from osd_torch.aliases import (
     SubspaceLion,
     SubspaceMuon,
 )
-from osd_torch.bases import (
-    check_period,
-)
+from osd_torch.bases import check_period
 from osd_torch.groups import (
     check_beta,
     check_seed,
@@ -54,10 +51,9 @@ from osd_torch.guard import (
 )
 from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
 from osd_torch.numerics import check_number
+from osd_torch.published import RESIDUAL_LIFTS
 from osd_torch.quantization import import_bitsandbytes
-from osd_torch.selection import (
-    Select,
-)
+from osd_torch.selection import Select
 from osd_torch.sharding import is_distributed
 from osd_torch.state import Group
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from osd_torch.numerics import float32_by_default
-from osd_torch.sharding import (
-    first_axis_parts,
-)
+from osd_torch.sharding import first_axis_parts
 
 BLOCK_SIZE = 256  # values that share one scale; fixed by bitsandbytes
 MIN_8BIT_SIZE = 4096  # fewest values that are worth 8 bits, as in bitsandbytes' own optimizers

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_torch.bases import (
-    name_of_rule,
-)
+from osd_torch.bases import name_of_rule
 from osd_torch.lift import Lift
 from osd_torch.sketch import (
     Basis,

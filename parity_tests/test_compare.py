@@ -56,6 +56,14 @@ def test_the_rates_take_half_of_the_trials_before_the_flags() -> None:
     assert [config.own for config in asked[:5]] == ["a", "a", "a", "a", "b"]
 
 
+def test_a_rate_at_an_edge_of_its_trials_is_marked() -> None:
+    trials = {Config(lr, 0.03, own): 4.0 for lr in (0.01, 0.02, 0.04) for own in ("a", "b")}
+    one = report.Summary(Config(0.02, 0.03, "b"), {}, trials, [])
+    assert report.rate_text(one) == "0.02"
+    del trials[Config(0.04, 0.03, "b")]
+    assert report.rate_text(one) == "0.02, an edge of its trials"
+
+
 def test_a_rate_that_fails_is_not_chosen() -> None:
     loss = lambda config: math.inf if config.lr > 0.01 else -config.lr
     assert tune.search(loss, Config(0.01, 0.03, ""), ("",))[0].lr == 0.01

@@ -83,7 +83,7 @@ METHODS: Mapping[str, Method] = {
         0.01, _MOMENTA,
     ),
     "stateless": Method(
-        "orthogonalized gradient, no state", "--optimizer muon --momentum 0", 0.01
+        "orthogonalized gradient, matrices without state", "--optimizer muon --momentum 0", 0.01
     ),
     "osd_muon_fixed": Method(
         "osd_muon, P of the first gradient kept, rank 1/4",

@@ -155,7 +155,8 @@ def _head(runs: Sequence[Run]) -> list[str]:
         "rate is doubled or halved as long as that is better, for half of the trials at most; then "
         "three settings of Adam's betas or of the momentum are tried, a fourth beyond them where "
         f"the best is at the edge. With the best the rate is doubled or halved again, {MORE} times "
-        "at most beyond these trials, so that the best does not lie at an edge. "
+        "at most beyond these trials; a rate that still is the least or the largest that was tried "
+        "with its flags is marked. "
         "The two best are trained with a second seed, and the better of the two with the seeds "
         "below, which pair the methods: the same data and, for a seed, the same start. Loss is the "
         "mean over held-out tokens, in nats, at the end of a whole schedule.",
@@ -184,7 +185,7 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
         off = difference(one.losses, bar.losses) if bar and name != BAR else None
         each = ", ".join(f"{x:.3f}" for x in one.losses.values()) or "being tuned"
         lines.append(
-            f"| {METHODS[name].title} | {numbers:.0f} | {size:.0f} | {one.config.lr:g} | "
+            f"| {METHODS[name].title} | {numbers:.0f} | {size:.0f} | {rate_text(one)} | "
             f"{_plain(one.config.own)} | {_text(one.mean) if one.losses else ''} | {off or ''} | "
             f"{each} |"
         )
@@ -205,6 +206,13 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
     for name, one in ranked:
         lines.append(f"| {METHODS[name].title} | {trials_text(one)} |")
     return lines
+
+
+def rate_text(one: Summary) -> str:
+    """The rate, and whether a trial with the same flags is lacking on one side of it."""
+    rates = [x.lr for x in one.trials if x._replace(lr=one.config.lr) == one.config]
+    inside = bool(rates) and min(rates) < one.config.lr < max(rates)
+    return f"{one.config.lr:g}" + ("" if inside else ", an edge of its trials")
 
 
 def trials_text(one: Summary) -> str:

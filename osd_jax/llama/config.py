@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 
-# ---------------------------------------------------------------------------- configuration
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA; the fields are named as in Hugging Face's `LlamaConfig`.

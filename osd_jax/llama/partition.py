@@ -19,8 +19,6 @@ from osd_jax.trees import path_name
 logger = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------------------ LLaMA's weights
-
 # The mesh axes of a kernel's (input, output). A product whose input axis is split over `tensor`
 # follows one whose output axis is, so that between the two nothing is exchanged.
 _COLUMN = ("fsdp", "tensor")

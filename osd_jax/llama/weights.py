@@ -17,8 +17,6 @@ from safetensors.numpy import save_file
 from osd_jax.llama.config import LlamaConfig
 from osd_jax.llama.model import Params, abstract
 
-# ----------------------------------------------------------------------- Hugging Face weights
-
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "attention/query": "self_attn.q_proj",

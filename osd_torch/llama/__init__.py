@@ -17,13 +17,13 @@ from osd_torch.llama.model import (
     kind,
     load_config,
     loss,
+    prepare,
 )
 from osd_torch.llama.partition import fully_shard_llama
 from osd_torch.llama.weights import (
     WEIGHTS,
     hf_tensors,
     load_hf,
-    prepare,
     save_hf,
     weight_files,
     write_safetensors,

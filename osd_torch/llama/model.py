@@ -221,3 +221,22 @@ def finished(model: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
     model.config.use_cache = False
     model.model.embed_tokens.padding_idx = None
     return model.train()
+
+
+def prepare(
+    model: LlamaForCausalLM, *, activation_checkpointing: bool = False, compile_layers: bool = False
+) -> None:
+    """Sets how a model computes; call it before it is sharded.
+
+    Args:
+        model: Changed in place.
+        activation_checkpointing: Keep only each layer's input for the backward pass.
+        compile_layers: Compile each layer; they share what is compiled.
+    """
+    if activation_checkpointing:
+        # transformers renames it.
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+    if compile_layers:
+        for layer in model.model.layers:
+            layer.compile()
