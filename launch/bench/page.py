@@ -260,8 +260,8 @@ def _memory(found: Mapping[str, Any]) -> Iterator[str]:
         "## Memory",
         "",
         _trained(found["how"])
-        + f"{found['how']['dtype']}. The state is counted on the arrays. The peak covers all memory "
-        "that is alive within a train step: in JAX as planned by the compiler; in PyTorch as "
+        + f"{found['how']['dtype']}. The state is counted on the arrays. The peak covers all "
+        "memory alive within a train step: in JAX as planned by the compiler; in PyTorch as "
         "handed out by the allocator, on a CPU as recorded by the profiler, in addition to weights "
         "and state.",
         "",
