@@ -71,14 +71,14 @@ def train(args: argparse.Namespace, checkpoint: Path, resume: bool = False) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, resumes and compares; returns `losses`, and `resumed`, the losses after halfway."""
+    """Trains, resumes and compares; returns `losses` and `resumed`, those after halfway."""
     parser = argparse.ArgumentParser(description="A plain training loop that resumes.")
     parser.add_argument("--steps", type=int, default=200, help="training steps, at least 2")
-    parser.add_argument("--optimizer", default="galore_adamw", help="published name of the optimizer")
-    parser.add_argument("--proj_type", default="continuous", help="published name of the basis rule")
+    parser.add_argument("--optimizer", default="galore_adamw", help="name of the optimizer")
+    parser.add_argument("--proj_type", default="continuous", help="name of the projection")
     args = parser.parse_args(argv)
     if args.steps < 2:
-        parser.error(f"--steps: {args.steps} is too few; expected at least 2, to save halfway")
+        parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory) / "checkpoint.pt"
         losses = train(args, checkpoint)

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rank", type=int, default=16, help="dimensions of the subspace")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error(f"--steps: {args.steps} is too few; expected at least 1")
+        parser.error(f"--steps: {args.steps} is too few; expected 1 or more")
 
     torch.manual_seed(0)
     train, test = read_pieces()
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = pretrained(args.model) if args.model else small_llama(texts)
     model.to(DEVICE)
 
-    # Projects the matrices inside the layers; embeddings, norms and the new layer stay at full rank.
+    # Projects the matrices inside the layers; embeddings, norms and the new layer keep full rank.
     optimizer = osd_torch.make_optimizer(
         model.named_parameters(), "galore_adamw", "continuous", lr=args.lr, rank=args.rank
     )

@@ -76,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains, resumes and compares; returns the `losses` and whether the weights are `equal`."""
     parser = argparse.ArgumentParser(description="Trainer with a subspace optimizer.")
     parser.add_argument("--steps", type=int, default=200, help="training steps, at least 2")
-    parser.add_argument("--optimizer", default="galore_adamw", help="published name of the optimizer")
-    parser.add_argument("--proj_type", default="continuous", help="published name of the basis rule")
+    parser.add_argument("--optimizer", default="galore_adamw", help="name of the optimizer")
+    parser.add_argument("--proj_type", default="continuous", help="name of the projection")
     args = parser.parse_args(argv)
     if args.steps < 2:
-        parser.error(f"--steps: {args.steps} is too few; expected at least 2, to save halfway")
+        parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
     half = args.steps // 2
     state = PartialState(cpu=ON_CPU)  # the processes that torchrun started, if any
     with tempfile.TemporaryDirectory() as own:
@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     equal = all(torch.equal(a, b) for a, b in weights)
     if state.is_main_process:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
-        print(f"resumed from step {half}: {'the same' if equal else 'different'} weights at the end")
+        print(
+            f"resumed from step {half}: {'the same' if equal else 'different'} weights at the end"
+        )
     return {"losses": losses, "equal": equal}
 
 
