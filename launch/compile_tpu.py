@@ -32,8 +32,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch import hosts, training
-from launch.options import Options, UsageError, run_cli
 from launch.train_jax import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.options import Options
 
 if TYPE_CHECKING:
     import jax
@@ -156,25 +157,31 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
 
     processes = hosts.Processes(count=len({device.process_index for device in devices}))
     with tempfile.TemporaryDirectory() as nowhere:  # no earlier run is in the way
-        options = dataclasses.replace(options, run_dir=nowhere, save_dir=None)
+        options = options.replace(run_dir=nowhere, save_dir=None)
         options = options.check(processes=processes.count)
     refuse_torch_only(options)
     mesh = hosts.make_mesh(options, processes, devices)
     refuse_layers_on(mesh, options)
     with training.user_errors():
-        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
-        schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
+        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
+        schedule = learning_rate_schedule(
+            options.optimizer.scheduler, **training.schedule_options(options)
+        )
         tx, train_step = make_step(options, config, schedule, mesh)
 
     dtype = weights_dtype(options, "tpu")
     like = jax.eval_shape(
         lambda: init_state(
-            jax.tree.map(lambda x: x.astype(dtype), llama.init(config, options.seed)), tx
+            jax.tree.map(lambda x: x.astype(dtype), llama.init(config, options.run.seed)), tx
         )
     )
     one = jax.sharding.SingleDeviceSharding(devices[0])
     rows = jax.ShapeDtypeStruct(
-        (options.gradient_accumulation, options.batch_size * processes.count, options.max_length),
+        (
+            options.data.gradient_accumulation,
+            options.data.batch_size * processes.count,
+            options.data.max_length,
+        ),
         jnp.int32,
         sharding=batch_sharding(mesh) if mesh else one,
     )

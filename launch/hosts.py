@@ -28,7 +28,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch import training
-from launch.options import Options, UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -157,7 +158,7 @@ def _explicit(options: Options) -> dict[str, Any] | None:
         UsageError: the flags are incomplete or contradict each other.
     """
     names = ("coordinator_address", "num_processes", "process_id")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options.devices, name) for name in names}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == 3 or given["num_processes"] == 1:
         return None
@@ -344,8 +345,8 @@ def make_mesh(
 
     devices = devices or jax.devices()
     try:
-        asked = options.mesh or ("fsdp=-1" if options.fsdp else "data=-1")
-        sizes = sharding.parse_mesh("data=1" if options.single_gpu else asked)
+        asked = options.devices.mesh or ("fsdp=-1" if options.devices.fsdp else "data=-1")
+        sizes = sharding.parse_mesh("data=1" if options.devices.single_gpu else asked)
         product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
         if processes.count == 1 and 0 < product < len(devices):
             devices = devices[:product]
@@ -353,7 +354,7 @@ def make_mesh(
     except ValueError as error:
         raise UsageError(f"--mesh: {error}") from None
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.compress_gradients and mesh.shape["data"] == 1:
+    if options.devices.compress_gradients and mesh.shape["data"] == 1:
         raise UsageError(
             "--compress_gradients: gradients are reduced over the mesh's data axis, and here it is "
             "1 device long; leave it out, or use --mesh data=-1 on several devices"
@@ -371,11 +372,11 @@ def make_mesh(
             f"tensor={len(devices) // processes.count}, the devices of a process"
         )
     each = shards // processes.count
-    if options.batch_size % each:
+    if options.data.batch_size % each:
         raise UsageError(
-            f"--batch_size: {options.batch_size} rows do not divide by {each}, the data x fsdp "
-            f"parts of the mesh ({mesh_text(mesh)}) in a process; use "
-            f"{each * max(1, round(options.batch_size / each))}, or another --mesh"
+            f"--batch_size: {options.data.batch_size} rows do not divide by {each}, the data x "
+            f"fsdp parts of the mesh ({mesh_text(mesh)}) in a process; use "
+            f"{each * max(1, round(options.data.batch_size / each))}, or another --mesh"
         )
     return mesh
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from launch.files import read_metrics
-from launch.options import run_cli, user_errors
+from launch.trainer.cli import run_cli, user_errors
 
 _UNITS = ((2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from launch.compile_tpu import GIB, IN_BRANCH, Report, find_topology
 from launch.files import write_atomic
-from launch.options import run_cli
+from launch.trainer.cli import run_cli
 
 RECIPE = "launch/recipes/tpu.sh"
 SIZES = ("60m", "130m", "350m", "1b", "7b")

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from launch import hosts, training
 from launch.cpu import keep_lapack_to_one_thread, keep_memory
-from launch.options import Options, UsageError, run_cli
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.options import Options
 
 if TYPE_CHECKING:
     import optax
@@ -62,7 +63,7 @@ def refuse_torch_only(options: Options) -> None:
         "timeout_minutes": "the JAX side has a time of its own, in launch/hosts.py",
     }
     for name, reason in reasons.items():
-        if getattr(options, name):
+        if options.is_given(name):
             raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_torch")
 
 
@@ -92,7 +93,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
     if jax.default_backend() == "cpu":
         keep_memory()
     with processes.together(in_turn=True):
-        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
+        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
         weights = training.hugging_face_weights(options)
         if weights:
             found = llama.LlamaConfig.load(weights / "config.json")
@@ -102,10 +103,12 @@ def train(options: Options, processes: hosts.Processes) -> int:
         tokenizer, data = training.open_text(options, config.vocab_size)
         config = dataclasses.replace(config, **training.special_tokens(tokenizer))
     process = (processes.index, processes.count)
-    batches = data.train(options.batch_size, *process, workers=options.workers)
+    batches = data.train(options.data.batch_size, *process, workers=options.data.workers)
 
     # Optimizer and steps.
-    schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
+    schedule = learning_rate_schedule(
+        options.optimizer.scheduler, **training.schedule_options(options)
+    )
     with processes.together():
         tx, train_step = make_step(options, config, schedule, mesh)
     eval_step = make_eval_step(config)
@@ -118,7 +121,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
         """The state before the first update."""
         return init_state(jax.tree.map(lambda x: x.astype(dtype), params), tx, mesh)
 
-    like = jax.eval_shape(lambda: fresh(llama.init(config, options.seed)))
+    like = jax.eval_shape(lambda: fresh(llama.init(config, options.run.seed)))
     layout = None
     if mesh:
         layout = train_state_sharding(tx, like.params, mesh)
@@ -144,8 +147,8 @@ def train(options: Options, processes: hosts.Processes) -> int:
             state = fresh(llama.load_hf(weights, layout and layout.params)[1])
     if not (steps or weights):
         init = jax.jit(llama.init, static_argnums=0, out_shardings=layout and layout.params)
-        state = fresh(init(config, options.seed))
-    micro_batches = training.stacked(batches, options.gradient_accumulation)
+        state = fresh(init(config, options.run.seed))
+    micro_batches = training.stacked(batches, options.data.gradient_accumulation)
     with (
         contextlib.ExitStack() as held,
         training.StopSignal(shows=processes.is_first) as stop,
@@ -157,7 +160,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
         log = held.enter_context(
             RunLog(options, resume_step=start or None, active=processes.is_first)
         )
-        checkpoints = Checkpoints(options.save_path / "checkpoints", options.keep)
+        checkpoints = Checkpoints(options.run.save_path / "checkpoints", options.run.keep)
         checkpoints.set_aside_after(start)  # damaged, or younger than the one that was asked for
         log.note(about)
         if note:
@@ -186,7 +189,7 @@ def train(options: Options, processes: hosts.Processes) -> int:
             eval_step=evaluate,
             save=save,
             sample=lambda prompt, length: sample(
-                state.params, config, prompt, length=length, seed=options.seed
+                state.params, config, prompt, length=length, seed=options.run.seed
             ),
             save_model=save_model,
             process=process,
@@ -203,7 +206,7 @@ def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
     Raises:
         UsageError: they are asked for.
     """
-    if mesh and options.per_layer:
+    if mesh and options.devices.per_layer:
         raise UsageError(
             f"--per_layer: in JAX layers are updated one by one on one device, and there are "
             f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
@@ -232,38 +235,38 @@ def make_step(
     from osd_jax.llama.train import make_train_step
     from osd_jax.trees import paths_by_name
 
-    weights = jax.eval_shape(lambda: llama.init(config, options.seed))
-    training.check_words(options.no_decay, paths_by_name(weights))
+    weights = jax.eval_shape(lambda: llama.init(config, options.run.seed))
+    training.check_words(options.optimizer.no_decay, paths_by_name(weights))
     tx = osd_jax.make_optimizer(
-        options.base_optimizer,
-        options.proj_type,
-        learning_rate=options.lr,
+        options.optimizer.base,
+        options.subspace.proj_type,
+        learning_rate=options.optimizer.lr,
         schedule=schedule,
         select=llama.is_projected,
         dimension_numbers=llama.dimension_numbers,
-        basis_dtype=options.basis_dtype,
-        ns_dtype=options.ns_dtype,
-        projector_init=options.projector_init,
-        slice_size=SLICE_SIZE if options.per_layer else None,
+        basis_dtype=options.subspace.basis_dtype,
+        ns_dtype=options.optimizer.ns_dtype,
+        projector_init=options.subspace.projector_init,
+        slice_size=SLICE_SIZE if options.devices.per_layer else None,
         **training.optimizer_options(options),
     )
-    clipping = options.grad_clipping
-    if options.per_layer:
+    clipping = options.optimizer.grad_clipping
+    if options.devices.per_layer:
         return tx, make_layerwise_train_step(config, tx, grad_clipping=clipping)
     return tx, make_train_step(
         config,
         tx,
         grad_clipping=clipping,
-        remat=options.activation_checkpointing,
-        accumulate="sketches" if options.accumulate_sketches else "gradients",
+        remat=options.model.activation_checkpointing,
+        accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
         mesh=mesh,
-        compress_gradients=options.compress_gradients,
+        compress_gradients=options.devices.compress_gradients,
     )
 
 
 def weights_dtype(options: Options, backend: str) -> str:
     """Of weights and activations on a backend, as `jax.default_backend` names it."""
-    return options.dtype or ("float32" if backend == "cpu" else "bfloat16")
+    return options.model.dtype or ("float32" if backend == "cpu" else "bfloat16")
 
 
 def read_together(processes: hosts.Processes, read: Callable[[], T]) -> T:

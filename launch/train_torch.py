@@ -26,7 +26,8 @@ if __package__ in (None, ""):
 
 from launch import training
 from launch.cpu import keep_memory
-from launch.options import Options, UsageError, run_cli
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.options import Options
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +76,9 @@ def refuse_jax_only(options: Options) -> None:
         "(--per_layer)",
     }
     for name, reason in reasons.items():
-        if getattr(options, name) != getattr(Options, name):  # the class has the defaults
+        if options.is_given(name):
             raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_jax")
-    if options.fsdp and options.per_layer:
+    if options.devices.fsdp and options.devices.per_layer:
         raise UsageError(
             "--fsdp: it makes the gradients of a whole layer at a time, which --per_layer and "
             "the *_per_layer optimizers do not wait for; use one of the two"
@@ -119,12 +120,12 @@ def processes(options: Options) -> Iterator[torch.device]:
         torch.set_float32_matmul_precision("high")
     else:
         keep_memory()
-    if process_count() == 1 and not options.fsdp:
+    if process_count() == 1 and not options.devices.fsdp:
         yield device
         return
     # gloo for what lies on the CPU: counts, and what the processes agree on.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    minutes = options.timeout_minutes or TIMEOUT_MINUTES
+    minutes = options.devices.timeout_minutes or TIMEOUT_MINUTES
     alone: dict[str, Any] = {}
     if process_count() == 1:
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -183,7 +184,7 @@ def train(options: Options, device: torch.device) -> int:
 
     # Data and model. All that can be wrong with them shows here, before anything is built.
     with together(in_turn=True):
-        config = llama.config_from_dict({"model_type": "llama", **options.model()})
+        config = llama.config_from_dict({"model_type": "llama", **options.model.config()})
         weights = training.hugging_face_weights(options)
         if weights:
             found = llama.load_config(weights / "config.json")
@@ -193,36 +194,40 @@ def train(options: Options, device: torch.device) -> int:
         tokenizer, data = training.open_text(options, config.vocab_size)
         for name, value in training.special_tokens(tokenizer).items():
             setattr(config, name, value)
-    batches = data.train(options.batch_size, rank, world, workers=options.workers)
+    batches = data.train(options.data.batch_size, rank, world, workers=options.data.workers)
 
     # The model: Hugging Face weights, or fresh ones.
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    dtype = options.model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     with together():
         if weights:
             model = llama.load_hf(weights, config=config, **made)
         else:
-            model = llama.build(config, seed=options.seed, **made)
+            model = llama.build(config, seed=options.run.seed, **made)
     llama.prepare(
         model,
-        activation_checkpointing=options.activation_checkpointing,
-        compile_layers=options.compile,
+        activation_checkpointing=options.model.activation_checkpointing,
+        compile_layers=options.devices.compile,
     )
-    if options.fsdp:
+    if options.devices.fsdp:
         llama.fully_shard_llama(model)
 
     # Optimizer and steps.
-    schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
-    training.check_words(options.no_decay, (name for name, _ in model.named_parameters()))
+    schedule = learning_rate_schedule(
+        options.optimizer.scheduler, **training.schedule_options(options)
+    )
+    training.check_words(options.optimizer.no_decay, (name for name, _ in model.named_parameters()))
     with together():
         optimizer = osd_torch.make_optimizer(
             model.named_parameters(),
-            options.base_optimizer,
-            options.proj_type,
-            lr=options.lr,
+            options.optimizer.base,
+            options.subspace.proj_type,
+            lr=options.optimizer.lr,
             select=llama.is_projected,
-            basis_dtype=getattr(torch, options.basis_dtype),
-            ns_dtype=getattr(torch, options.ns_dtype) if options.ns_dtype else None,
+            basis_dtype=getattr(torch, options.subspace.basis_dtype),
+            ns_dtype=getattr(torch, options.optimizer.ns_dtype)
+            if options.optimizer.ns_dtype
+            else None,
             **training.optimizer_options(options),
         )
 
@@ -231,10 +236,10 @@ def train(options: Options, device: torch.device) -> int:
             model,
             optimizer,
             schedule=schedule,
-            micro_batches=options.gradient_accumulation,
-            grad_clipping=options.grad_clipping,
-            per_layer=options.per_layer,
-            compress_gradients=options.compress_gradients,
+            micro_batches=options.data.gradient_accumulation,
+            grad_clipping=options.optimizer.grad_clipping,
+            per_layer=options.devices.per_layer,
+            compress_gradients=options.devices.compress_gradients,
         )
 
     # The state to start from: a checkpoint, or what was just made.
@@ -254,13 +259,13 @@ def train(options: Options, device: torch.device) -> int:
             training.check_not_beyond(options, start, source.directory)
             if not is_exact(places, world):
                 note = training.skipped_documents(len(places), world)
-    micro_batches = training.stacked(batches, options.gradient_accumulation)
+    micro_batches = training.stacked(batches, options.data.gradient_accumulation)
     done = start
     with (
         contextlib.ExitStack() as held,
         training.StopSignal(shows=rank == 0) as stop,
     ):
-        checkpoints = Checkpoints(options.save_path / "checkpoints", options.keep)
+        checkpoints = Checkpoints(options.run.save_path / "checkpoints", options.run.keep)
         with together(in_turn=True):
             if rank == 0:
                 held.enter_context(training.claimed(options))
@@ -289,7 +294,9 @@ def train(options: Options, device: torch.device) -> int:
             update=update,
             eval_step=make_eval_step(model),
             save=save,
-            sample=lambda prompt, length: sample(model, prompt, length=length, seed=options.seed),
+            sample=lambda prompt, length: sample(
+                model, prompt, length=length, seed=options.run.seed
+            ),
             save_model=lambda directory: llama.save_hf(directory, model),
             process=(rank, world),
             any_process=any_process,

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
-from launch.options import FULL_RANK, Options, UsageError, user_errors
+from launch.trainer.cli import UsageError, user_errors
+from launch.trainer.options import Options
+from launch.trainer.options.record import changed_options, check_same_run, read_record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,35 +162,37 @@ def train(
     """
 
     def evaluate(step: int) -> float:
-        held_out = data.validation(options.batch_size, *trainer.process, options.eval_tokens)
+        held_out = data.validation(
+            options.data.batch_size, *trainer.process, options.run.eval_tokens
+        )
         loss = validation_loss(held_out, trainer.eval_step)
-        log.eval(step, step * options.tokens_per_update, loss=loss)
+        log.eval(step, step * options.data.tokens_per_update, loss=loss)
         return loss
 
-    due = start % options.eval_every == 0 and 0 < start < options.num_training_steps
+    due = start % options.run.eval_every == 0 and 0 < start < options.optimizer.num_training_steps
     # A stop does not wait for an evaluation.
     if trainer.any_process(due and log.active and not log.has("eval", start)):
         evaluate(start)
     failed = stopped = False
     step = start
-    while step < options.num_training_steps and not (failed or stopped):
+    while step < options.optimizer.num_training_steps and not (failed or stopped):
         step += 1
-        is_last = step == options.num_training_steps
-        is_eval = step % options.eval_every == 0 or is_last
+        is_last = step == options.optimizer.num_training_steps
+        is_eval = step % options.run.eval_every == 0 or is_last
         # P is set at the first step, so there is nothing to measure before the second.
         metrics = trainer.update(is_eval and step > 1)
         failed = metrics["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
-        if step % options.log_every == 0 or is_eval or failed:
+        if step % options.run.log_every == 0 or is_eval or failed:
             # What was not measured is NaN, and left out.
             known = {k: v for k, v in metrics.items() if k == "loss" or v == v}
             # Updates that were skipped before this one do not count in the schedule.
             skipped = metrics["skipped"] - (metrics["skipped_in_a_row"] > 0)
-            rate = options.lr * float(schedule(step - 1 - skipped))
-            log.train(step, step * options.tokens_per_update, **known, learning_rate=rate)
+            rate = options.optimizer.lr * float(schedule(step - 1 - skipped))
+            log.train(step, step * options.data.tokens_per_update, **known, learning_rate=rate)
         stopped = trainer.any_process(stop.asked and not is_last)
         if is_eval and not (is_last or failed or stopped):
             evaluate(step)
-        if step % options.save_every == 0 or is_last or failed or stopped:
+        if step % options.run.save_every == 0 or is_last or failed or stopped:
             trainer.save(step)
     checkpoints.wait()
     if failed:
@@ -272,18 +276,20 @@ def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
     from launch.data import load_tokenizer, open_data
 
     places: dict[str, Any] = {
-        "data_dir": options.data_dir,
-        "cache_dir": options.cache_dir,
-        "text_column": options.text_column,
+        "data_dir": options.data.data_dir,
+        "cache_dir": options.data.cache_dir,
+        "text_column": options.data.text_column,
     }
-    tokenizer = load_tokenizer(options.tokenizer, options.dataset, **places, vocab_size=vocab_size)
+    tokenizer = load_tokenizer(
+        options.data.tokenizer, options.data.dataset, **places, vocab_size=vocab_size
+    )
     data = open_data(
-        options.dataset,
+        options.data.dataset,
         tokenizer,
         **places,
-        max_length=options.max_length,
-        pack=options.pack,
-        seed=options.seed,
+        max_length=options.data.max_length,
+        pack=options.data.pack,
+        seed=options.run.seed,
     )
     return tokenizer, data
 
@@ -291,43 +297,43 @@ def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
 def schedule_options(options: Options) -> dict[str, Any]:
     """The keywords of either library's `learning_rate_schedule`."""
     return {
-        "num_training_steps": options.num_training_steps,
-        "warmup_steps": options.warmup_steps,
-        "min_lr_ratio": options.min_lr_ratio,
-        "cycle_length": options.cycle_length,
-        "restart_warmup_steps": options.restart_warmup_steps or 0,
+        "num_training_steps": options.optimizer.num_training_steps,
+        "warmup_steps": options.optimizer.warmup_steps,
+        "min_lr_ratio": options.optimizer.min_lr_ratio,
+        "cycle_length": options.optimizer.cycle_length,
+        "restart_warmup_steps": options.optimizer.restart_warmup_steps or 0,
     }
 
 
 def optimizer_options(options: Options) -> dict[str, Any]:
     """The keywords that either library's `make_optimizer` takes, but the learning rate."""
     return {
-        "rank": options.rank,
-        "update_proj_gap": options.update_proj_gap,
-        "update_proj_every": options.update_proj_every,
-        "scale": options.galore_scale,
-        "weight_decay": options.weight_decay,
-        "no_decay": has_words(options.no_decay),
-        "beta1": options.beta1 or None,
-        "beta2": options.beta2,
-        "eps": options.eps,
-        "full_lr": options.full_lr,
-        "momentum": options.momentum,
-        "nesterov": options.nesterov,
-        "muon_scale": options.muon_scale,
-        "residual": options.residual,
-        "residual_scale": options.residual_scale,
-        "growth_limiter": options.growth_limiter,
-        "second_moment": options.second_moment,
-        "first_moment": options.first_moment,
-        "seed": options.seed,
-        "penalty": options.penalty,
-        "projector_lr_multiple": options.projector_lr_multiple,
-        "projector_weight_decay": options.projector_weight_decay,
-        "lion_sign": options.lion_sign,
-        "move_projector": options.move_projector,
-        "transport_moments": options.transport_moments,
-        "stochastic_rounding": options.stochastic_rounding,
+        "rank": options.subspace.rank,
+        "update_proj_gap": options.subspace.update_proj_gap,
+        "update_proj_every": options.subspace.update_proj_every,
+        "scale": options.subspace.galore_scale,
+        "weight_decay": options.optimizer.weight_decay,
+        "no_decay": has_words(options.optimizer.no_decay),
+        "beta1": options.optimizer.beta1 or None,
+        "beta2": options.optimizer.beta2,
+        "eps": options.optimizer.eps,
+        "full_lr": options.optimizer.full_lr,
+        "momentum": options.optimizer.momentum,
+        "nesterov": options.optimizer.nesterov,
+        "muon_scale": options.optimizer.muon_scale,
+        "residual": options.subspace.residual,
+        "residual_scale": options.subspace.residual_scale,
+        "growth_limiter": options.subspace.growth_limiter,
+        "second_moment": options.optimizer.second_moment,
+        "first_moment": options.optimizer.first_moment,
+        "seed": options.run.seed,
+        "penalty": options.subspace.penalty,
+        "projector_lr_multiple": options.subspace.projector_lr_multiple,
+        "projector_weight_decay": options.subspace.projector_weight_decay,
+        "lion_sign": options.subspace.lion_sign,
+        "move_projector": options.subspace.move_projector,
+        "transport_moments": options.subspace.transport_moments,
+        "stochastic_rounding": options.optimizer.stochastic_rounding,
     }
 
 
@@ -362,7 +368,7 @@ def hugging_face_weights(options: Options) -> Path | None:
         UsageError: it is this run's own model, whose place in the run is gone, a model without
             `config.json`, or empty.
     """
-    directory = Path(options.continue_from) if options.continue_from else None
+    directory = Path(options.model.continue_from) if options.model.continue_from else None
     if directory is None:
         return None
     if not (directory / "config.json").is_file():
@@ -379,8 +385,8 @@ def hugging_face_weights(options: Options) -> Path | None:
 
 def goes_on(options: Options) -> bool:
     """Whether `--resume` finds a checkpoint of this run, so that `--continue_from` is not read."""
-    own = (options.save_path / "checkpoints").glob("*")
-    return options.resume and any(path.name.isdigit() for path in own)
+    own = (options.run.save_path / "checkpoints").glob("*")
+    return options.run.resume and any(path.name.isdigit() for path in own)
 
 
 def _check_may_be_a_run(directory: Path) -> None:
@@ -456,16 +462,16 @@ def checkpoints_to_read(
 
 
 def _checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[C, list[int]]:
-    own = open_(options.save_path / "checkpoints")
-    if options.overwrite:
+    own = open_(options.run.save_path / "checkpoints")
+    if options.run.overwrite:
         return own, []
-    if options.resume and own.steps():
+    if options.run.resume and own.steps():
         return own, own.steps()
-    if options.resume:
+    if options.run.resume:
         check_not_lost(options)
-    if options.continue_from is None or hugging_face_weights(options):
-        return own, [] if options.continue_from else own.steps()
-    directory = Path(options.continue_from)
+    if options.model.continue_from is None or hugging_face_weights(options):
+        return own, [] if options.model.continue_from else own.steps()
+    directory = Path(options.model.continue_from)
     inside = directory / "checkpoints"
     if directory.name.isdigit() and not inside.is_dir():
         source, step = open_(directory.parent), int(directory.name)
@@ -505,17 +511,19 @@ def check_not_lost(options: Options) -> None:
     """
     from launch.files import read_metrics
 
-    kept = (options.kept_record() or {"options": dataclasses.asdict(options)})["options"]
-    before, now = (Path(place or options.path) for place in (kept["save_dir"], options.save_dir))
+    kept = (read_record(options.run.path) or {"options": options.values()})["options"]
+    before, now = (
+        Path(place or options.run.path) for place in (kept["save_dir"], options.run.save_dir)
+    )
     if before.resolve() != now.resolve():
         remedy = f"give --save_dir {before}" if kept["save_dir"] else "leave --save_dir out"
         raise UsageError(
-            f"--save_dir: the run in {options.path} kept its checkpoints in {before}, and there "
-            f"are none in {now}; {remedy}, or move them"
+            f"--save_dir: the run in {options.run.path} kept its checkpoints in {before}, and "
+            f"there are none in {now}; {remedy}, or move them"
         )
-    if not (options.path / "metrics.jsonl").exists():
+    if not (options.run.path / "metrics.jsonl").exists():
         return
-    lines = read_metrics(options.path)
+    lines = read_metrics(options.run.path)
     done = [record["step"] for record in lines if record["kind"] == "train"]
     if not done:
         return
@@ -524,7 +532,7 @@ def check_not_lost(options: Options) -> None:
     unfinished = any((now / "checkpoints").glob("*tmp*"))
     if (saves and not unfinished) or lines[-1]["kind"] == "final":
         raise UsageError(
-            f"--resume: the log in {options.path} is of {max(done)} updates, and there is no "
+            f"--resume: the log in {options.run.path} is of {max(done)} updates, and there is no "
             f"checkpoint in {now / 'checkpoints'}; give their place as --save_dir if they were "
             "moved, or start anew by --overwrite, which deletes the log"
         )
@@ -554,7 +562,7 @@ def restore_newest(
         except OSError as error:
             logger.warning("%s; passed over", error)
         else:
-            options.check_same_run(kept["run"], directory / str(step))
+            check_same_run(kept["run"], options.record(), directory / str(step))
             return step, state, kept["data"]
     raise UsageError(
         f"no checkpoint in {directory} can be read; if the disk is at fault, try again when it is "
@@ -581,10 +589,11 @@ def check_not_beyond(options: Options, start: int, directory: Path) -> None:
     Raises:
         UsageError: it has done more updates than the run is to have.
     """
-    if start > options.num_training_steps:
+    steps = options.optimizer.num_training_steps
+    if start > steps:
         raise UsageError(
-            f"--num_training_steps: {options.num_training_steps} is less than the {start} updates "
-            f"that {directory} has done; raise it"
+            f"--num_training_steps: {steps} is less than the {start} updates that "
+            f"{directory} has done; raise it"
         )
 
 
@@ -604,7 +613,7 @@ def claimed(options: Options) -> Iterator[None]:
 
     with contextlib.ExitStack() as files:
         with user_errors():
-            for directory in {options.path, options.save_path}:
+            for directory in {options.run.path, options.run.save_path}:
                 directory.mkdir(parents=True, exist_ok=True)
                 lock = files.enter_context((directory / ".lock").open("w"))
                 try:
@@ -614,8 +623,8 @@ def claimed(options: Options) -> Iterator[None]:
                         f"--name: another process is writing to {directory}; wait for its end, or "
                         "use another --name"
                     ) from None
-            if options.overwrite:
-                remove_run(options.save_path)
+            if options.run.overwrite:
+                remove_run(options.run.save_path)
         yield
 
 
@@ -652,32 +661,21 @@ def describe(
     """
     state = "" if state_bytes is None else f"{optimizer_state(state_bytes)}, "
     start = f"going on from step {step:,}" if step else "from the start"
-    method = f"{options.optimizer}, {options.proj_type}, rank {options.rank}"
-    if options.optimizer in FULL_RANK:
-        method = f"{options.optimizer}, full rank"
+    optimizer, subspace = options.optimizer, options.subspace
+    method = f"{optimizer.optimizer}, full rank"
+    if optimizer.is_projected:
+        method = f"{optimizer.optimizer}, {subspace.proj_type}, rank {subspace.rank}"
     share = "" if bytes_on_each is None else f", on each device {bytes_on_each / 2**20:,.1f} MiB"
-    changed = changed_options(options) if step else []
+    kept = read_record(options.run.path) if step else None
+    changed = changed_options(kept, options.record()) if kept else []
     return (
-        f"{Path(options.model_config).stem}: {parameters / 1e6:.1f} M parameters ({dtype}) on "
-        f"{device}, {start}\n"
+        f"{Path(options.model.model_config).stem}: {parameters / 1e6:.1f} M parameters ({dtype}) "
+        f"on {device}, {start}\n"
         f"{method}: {state}"
         f"weights {weight_bytes / 2**20:,.1f} MiB{share}\n"
-        f"{options.num_training_steps:,} updates of {options.tokens_per_update:,} tokens; the run "
-        f"is kept in {options.path}"
+        f"{optimizer.num_training_steps:,} updates of {options.data.tokens_per_update:,} tokens; "
+        f"the run is kept in {options.run.path}"
     ) + "".join(f"\nchanged since it began: {change}" for change in changed)
-
-
-def changed_options(options: Options) -> list[str]:
-    """What differs from the options that the run was begun with: "--lr 0.01 -> 0.005"."""
-    kept = (options.kept_record() or {}).get("options", {})
-    now = dataclasses.asdict(options)
-    # How it is started, which says nothing of the run itself.
-    ways = ("resume", "overwrite", "continue_from", "coordinator_address", "process_id")
-    return [
-        f"--{name} {old} -> {now[name]}"
-        for name, old in kept.items()
-        if name in now and name not in ways and now[name] != old
-    ]
 
 
 def optimizer_state(size: int) -> str:
@@ -699,13 +697,13 @@ def finish(
         trainer: What samples and saves.
     """
     text = sample_of_text(options, tokenizer, trainer.sample)
-    directory = options.save_path / "model"
+    directory = options.run.save_path / "model"
     if log.active:
-        unigram = data.unigram_perplexity(options.eval_tokens)
+        unigram = data.unigram_perplexity(options.run.eval_tokens)
         log.write(
             "final",
-            options.num_training_steps,
-            options.num_training_steps * options.tokens_per_update,
+            options.optimizer.num_training_steps,
+            options.optimizer.num_training_steps * options.data.tokens_per_update,
             loss=loss,
             unigram_perplexity=unigram,
             sample=text,
@@ -740,7 +738,7 @@ def writing_model(options: Options, directory: Path) -> Iterator[None]:
             shutil.rmtree(directory, ignore_errors=True)
         raise OSError(
             f"the model cannot be written to {directory}: {error.strerror or error}; the trained "
-            f"state is safe in {options.save_path / 'checkpoints'}: make room, and the same "
+            f"state is safe in {options.run.save_path / 'checkpoints'}: make room, and the same "
             "command and --resume write the model"
         ) from error
 
@@ -751,10 +749,10 @@ def sample_of_text(
     """The prompt as the model goes on with it; None where there is nothing to go on with."""
     from launch.data.tokenizer import NoTokenizer
 
-    if not options.sample_tokens or isinstance(tokenizer, NoTokenizer):
+    if not options.run.sample_tokens or isinstance(tokenizer, NoTokenizer):
         return None
-    prompt = tokenizer.encode_batch([options.prompt])[0]
+    prompt = tokenizer.encode_batch([options.run.prompt])[0]
     if not len(prompt):
         return None
-    length = min(options.max_length, len(prompt) + options.sample_tokens)
+    length = min(options.data.max_length, len(prompt) + options.run.sample_tokens)
     return tokenizer.decode(sample(prompt, length))

@@ -15,7 +15,8 @@ import pytest
 import osd_jax
 from launch import compile_tpu, tpu_table
 from launch.compile_tpu import Report, find_topology, memory_granted, product_flops, refusal
-from launch.options import Options, UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
 from osd_jax import llama
 from osd_jax.llama.train import init_state
 
@@ -170,10 +171,10 @@ def test_every_row_is_a_run_of_the_recipe() -> None:
     names = set()
     for row in tpu_table.rows():
         options = Options.parse(tpu_table.recipe_flags(row))
-        assert options.model_config == f"configs/llama_{row.size}.json"
-        assert options.projector_init == "qr"
+        assert options.model.model_config == f"configs/llama_{row.size}.json"
+        assert options.subspace.projector_init == "qr"
         devices = find_topology(row.topology)
-        rows = options.batch_size * len({device.process_index for device in devices})
+        rows = options.data.batch_size * len({device.process_index for device in devices})
         assert 512 % rows == 0 and rows >= len(devices)
         names.add(row.key)
     assert len(names) == len(list(tpu_table.rows()))

@@ -24,13 +24,13 @@ from trainer_runs import ROOT, Home, lines_in, make_home, model, timeless
 
 from launch import hosts, train_jax
 from launch.files import read_metrics
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
 from osd_jax.llama.checkpoint import Checkpoints
 
 # `python -m launch.train_jax` that takes no busy process for a lost one.
 PATIENT = f"""
 from launch import hosts, train_jax
-from launch.options import run_cli
+from launch.trainer.cli import run_cli
 hosts.SECONDS_OF_SILENCE = {HANG:.0f}
 raise SystemExit(run_cli(train_jax.main))
 """

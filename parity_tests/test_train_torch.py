@@ -53,7 +53,7 @@ from trainer_runs import (
 from launch import train_torch, training
 from launch.data import TrainBatches
 from launch.files import read_metrics
-from launch.options import UsageError, run_cli
+from launch.trainer.cli import UsageError, run_cli
 from osd_torch import llama
 from osd_torch.llama import checkpoint
 from osd_torch.llama.checkpoint import Checkpoints

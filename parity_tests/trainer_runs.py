@@ -30,8 +30,10 @@ from safetensors.numpy import load_file
 from launch import training
 from launch.data import TrainBatches, load_tokenizer, open_data
 from launch.files import read_metrics
-from launch.options import FULL_RANK, Options, UsageError
 from launch.run_log import TIMING
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
+from osd_names import FULL_RANK_OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 7
@@ -126,7 +128,7 @@ class Home:
             "single_gpu": "mesh" not in changes or None,  # JAX has 8 devices in the tests
         }
         values |= changes
-        if values["optimizer"] in FULL_RANK:
+        if values["optimizer"] in FULL_RANK_OPTIMIZERS:
             values |= dict.fromkeys(("proj_type", "rank", "update_proj_gap", "galore_scale"))
         if not str(values["optimizer"]).startswith("galore"):
             values["galore_scale"] = None

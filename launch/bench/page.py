@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.bench import report
 from launch.files import write_atomic
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
 
 MODES = ("optimizer", "train", "memory")
 PRODUCTS = (
