@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import osd_jax
 import osd_torch
 from launch.trainer.cli import UsageError
+from launch.trainer.keywords import optimizer_options
 from launch.trainer.options import Options
 from launch.trainer.options.record import check_same_run
-from launch.training import optimizer_options
 from osd_jax import llama
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import init_state, make_train_step

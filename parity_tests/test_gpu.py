@@ -26,7 +26,7 @@ from trainer_runs import SHORT, Home, make_home
 
 import osd_torch
 from launch import train_jax, train_torch
-from launch.files import read_metrics
+from launch.trainer.files import read_metrics
 
 pytestmark = pytest.mark.gpu
 needs_bitsandbytes = pytest.mark.skipif(

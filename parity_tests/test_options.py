@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import training
+from launch.trainer import keywords
 from launch.trainer.cli import UsageError
 from launch.trainer.options import FIXED, Options, count
 from launch.trainer.options.groups import FLAGS
@@ -318,11 +318,11 @@ def test_exit_code_and_one_line_on_stderr():
 
 
 def test_a_word_that_no_name_has_is_named():
-    training.check_words("norm, embed", ["layers/norm", "embedding"])
-    training.check_words(None, [])
+    keywords.check_words("norm, embed", ["layers/norm", "embedding"])
+    keywords.check_words(None, [])
     with pytest.raises(UsageError, match=r"--no_decay: no parameter has 'layernorm' in its name"):
-        training.check_words("norm,layernorm", ["layers/norm", "embedding"])
-    assert [training.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
+        keywords.check_words("norm,layernorm", ["layers/norm", "embedding"])
+    assert [keywords.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"peak_lr", "ns_dtype", "projector_init"}))
@@ -331,4 +331,4 @@ def test_every_flag_of_an_option_reaches_the_optimizer(name: str) -> None:
     flag = "galore_scale" if name == "scale" else name
     value = object()
     options = Options.of(model_config="small.json", batch_size=4, **{flag: value})
-    assert training.optimizer_options(options)[name] is value
+    assert keywords.optimizer_options(options)[name] is value

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.files import read_metrics, write_atomic
 from launch.plot import main as plot_main
 from launch.plot import plot
-from launch.run_log import TIMING, RunLog
 from launch.trainer.cli import UsageError
+from launch.trainer.files import read_metrics, write_atomic
 from launch.trainer.options import Options
+from launch.trainer.run_log import TIMING, RunLog
 
 ROOT = Path(__file__).parent.parent
 STEPS = 20
@@ -144,7 +144,7 @@ def test_tensorboard_reads_the_events_once_each():
 def test_neither_tensorflow_nor_torch_is_loaded():
     code = (
         "import sys\nfor name in ('tensorflow', 'torch', 'jax'): sys.modules[name] = None\n"
-        "from launch.trainer.options import Options\nfrom launch.run_log import RunLog\n"
+        "from launch.trainer.options import Options\nfrom launch.trainer.run_log import RunLog\n"
         f"o = Options.of(model_config={str(ROOT / 'configs/llama_9m.json')!r}, batch_size=2)\n"
         "with RunLog(o) as log:\n    log.train(1, 2, loss=1.0)\n"
     )

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import page, report, timing
-from launch.files import write_atomic
 from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.files import write_atomic
 from launch.trainer.options import count
 
 

@@ -30,7 +30,7 @@ def state_size(model: str, method: str) -> Size:
     """
     import jax
 
-    from launch.train_jax import make_step
+    from launch.trainer.jax_step import make_step
     from osd_jax import llama
 
     own = METHODS[method]

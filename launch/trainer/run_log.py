@@ -22,7 +22,7 @@ from typing import Any, Self, SupportsFloat
 
 from tqdm import tqdm
 
-from launch.files import records_of, telling, write_atomic
+from launch.trainer.files import records_of, telling, write_atomic
 from launch.trainer.options import Options
 
 TIMING = ("seconds", "tokens_per_second")
@@ -158,7 +158,7 @@ class RunLog:
         if self._wandb:
             self._wandb.close()
         if "train" in self._last:
-            from launch.plot import plot
+            from launch.trainer.picture import plot
 
             try:
                 plot([self.directory], self.directory / "loss.png")
