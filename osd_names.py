@@ -116,6 +116,7 @@ RESIDUALS: dict[str, Residual] = {
     "sign": Residual(1.0),
 }
 MOVE_PROJECTOR = ("after", "before")
+PROJECTOR_INITS = ("svd", "qr")
 
 
 class Reader(NamedTuple):

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import optax
 
-from osd_jax.bases import PROJECTOR_INITS
 from osd_jax.composition import (
     Decay,
     WeightRule,
@@ -67,6 +66,7 @@ from osd_names import (
     MOVE_PROJECTOR,
     OPTIMIZERS,
     PROJECTIONS,
+    PROJECTOR_INITS,
     RESIDUALS,
     check_choice,
     check_flag,
