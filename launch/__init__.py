@@ -1,1 +1,1 @@
-"""What a person runs: options, data, run log, trainers and shell recipes."""
+"""The commands: trainers with their options, data and run log, measurements, and shell recipes."""

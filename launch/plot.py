@@ -1,7 +1,7 @@
-"""Draws the loss of one or several runs: `python -m launch.plot RUN [RUN ...] [--out FILE]`.
+"""Plots the loss of one or several runs: `python -m launch.plot RUN [RUN ...] [--out FILE]`.
 
-On the left the loss stands over the tokens trained on, on the right over the time. The thin line is
-the training loss, the strong one its running mean, the points are the validation loss.
+The left panel shows the loss over the tokens, the right panel over time. The thin line is the
+training loss, the thick one its running mean, the points are the validation loss.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def main(argv: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.plot",
-        description="Draw the loss of one or several runs against tokens and against time.",
+        description="Plots the loss of one or several runs against tokens and against time.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="picture to write: .png, .svg or .pdf (default: RUN/loss.png for one run, loss.png "
+        help="figure to write: .png, .svg or .pdf (default: RUN/loss.png for one run, loss.png "
         "here for several)",
     )
     arguments = parser.parse_args(argv)

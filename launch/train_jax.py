@@ -3,8 +3,8 @@
     python -m launch.train_jax --model_config configs/llama_60m.json --batch_size 32 \
         --optimizer galore_adamw --proj_type continuous --rank 128 --lr 0.01 --dataset builtin
 
-`--mesh` says how the devices share the work, and `launch/trainer/jax_processes.py` how processes
-meet. Options are checked before anything is loaded; `--help` lists them.
+`--mesh` determines how devices share the work; `launch/trainer/jax_processes.py` describes how
+processes connect. Options are checked before anything is loaded; `--help` lists them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def main(argv: Sequence[str]) -> int:
             refuse_torch_only(options)
         check_same_options(options, processes)
         set_up_logging(shows=processes.is_first)
-        # Orbax tells of every file it misses; what matters comes as an exception.
+        # Orbax logs every missing file; relevant problems arrive as exceptions.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         return train(options, processes)
 
 
 def train(options: Options, processes: Processes) -> int:
-    """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
+    """Trains by the options, from the start or from a checkpoint; returns the exit code."""
     import jax
     import numpy as np
 
@@ -74,8 +74,7 @@ def train(options: Options, processes: Processes) -> int:
         train_state_sharding,
     )
 
-    # Devices, data and model. All that can be wrong with them shows here, before anything is
-    # compiled.
+    # Devices, data and model. Any problem with them is found here, before anything is compiled.
     with processes.together():
         mesh = make_mesh(options, processes.count)
         refuse_layers_on(mesh, options)
@@ -88,7 +87,7 @@ def train(options: Options, processes: Processes) -> int:
             found = llama.LlamaConfig.load(weights / "config.json")
             check_alike(weights, dataclasses.asdict(found), dataclasses.asdict(config))
             if not goes_on(options):
-                llama.weight_files(weights)  # refuses a folder without them before any work
+                llama.weight_files(weights)  # raises for a folder without weights, before any work
         tokenizer, data = open_text(options, config.vocab_size)
         config = dataclasses.replace(config, **special_tokens(tokenizer))
     batches = data.train(
@@ -103,8 +102,8 @@ def train(options: Options, processes: Processes) -> int:
         tx, train_step = make_step(options, config, schedule, mesh)
     eval_step = make_eval_step(config)
 
-    # The state to start from: a checkpoint, Hugging Face weights, or fresh ones. On a mesh it is
-    # made in parts, and never whole on one device.
+    # The initial state: a checkpoint, Hugging Face weights, or new weights. On a mesh it is created
+    # sharded, never whole on one device.
     dtype = weights_dtype(options, jax.default_backend())
 
     def fresh(params: optax.Params) -> TrainState:
@@ -118,7 +117,7 @@ def train(options: Options, processes: Processes) -> int:
         like = jax.tree.map(
             lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, layout
         )
-    start, note = 0, None  # updates done, and what there is to say of them
+    start, note = 0, None  # number of updates, and a message about them
     with processes.together():
         source, steps = resume.checkpoints_to_read(options, Checkpoints, "train_jax")
         if steps:
@@ -147,7 +146,7 @@ def train(options: Options, processes: Processes) -> int:
             RunLog(options, resume_step=start or None, active=processes.is_first)
         )
         checkpoints = Checkpoints(options.run.save_path / "checkpoints", options.run.keep)
-        checkpoints.set_aside_after(start)  # damaged, or younger than the one that was asked for
+        checkpoints.set_aside_after(start)  # damaged, or later than the requested one
         log.note(about)
         if note:
             log.note(note)
@@ -192,7 +191,7 @@ def describe(
     processes: Processes,
     step: int,
 ) -> str:
-    """What is about to run, in a few lines."""
+    """Prints a few lines about the run."""
     import jax
 
     from osd_jax import llama

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# As a script, Python looks for modules beside this file; `launch` is found in the project's root.
+# When run as a script, Python looks for modules next to this file; `launch` is in the project's
+# root.
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -51,19 +52,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def refuse_jax_only(options: Options) -> None:
-    """Refuses what only the JAX trainer does, with the reason, and what PyTorch cannot combine.
+    """Rejects options that only the JAX trainer has, with the reason, and unsupported combinations.
 
     Raises:
-        UsageError: such an option is given.
+        UsageError: Such an option is given.
     """
-    meets = "torchrun brings the processes together (--nnodes, --rdzv_endpoint)"
+    meets = "torchrun connects the processes (--nnodes, --rdzv_endpoint)"
     reasons = {
-        "mesh": "PyTorch has one device a process, and shares weights out by --fsdp",
+        "mesh": "PyTorch has one device per process, and shards weights with --fsdp",
         "coordinator_address": meets,
         "num_processes": meets,
         "process_id": meets,
         "projector_init": "PyTorch starts from an SVD",
-        "accumulate_sketches": "PyTorch accumulates sketches where it updates layer by layer "
+        "accumulate_sketches": "PyTorch accumulates sketches in layer-by-layer updates "
         "(--per_layer)",
     }
     for name, reason in reasons.items():
@@ -71,13 +72,13 @@ def refuse_jax_only(options: Options) -> None:
             raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_jax")
     if options.devices.fsdp and options.devices.per_layer:
         raise UsageError(
-            "--fsdp: it makes the gradients of a whole layer at a time, which --per_layer and "
-            "the *_per_layer optimizers do not wait for; use one of the two"
+            "--fsdp: it reduces the gradients of a whole layer at a time, but --per_layer and "
+            "the *_per_layer optimizers step before that; use one of the two"
         )
 
 
 def train(options: Options, processes: Processes, device: torch.device) -> int:
-    """Trains as the options say, from the start or from a checkpoint; returns the exit code."""
+    """Trains by the options, from the start or from a checkpoint; returns the exit code."""
     import torch
     import transformers
 
@@ -92,9 +93,9 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
         sample,
     )
 
-    transformers.logging.disable_progress_bar()  # of reading weights, once in every process
+    transformers.logging.disable_progress_bar()  # shown in every process while reading weights
 
-    # Data and model. All that can be wrong with them shows here, before anything is built.
+    # Data and model. Any problem with them is found here, before anything is built.
     with processes.together(in_turn=True):
         config = llama.config_from_dict({"model_type": "llama", **options.model.config()})
         weights = hugging_face_weights(options)
@@ -102,7 +103,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
             found = llama.load_config(weights / "config.json")
             check_alike(weights, llama.compared(found), llama.compared(config))
             if not goes_on(options):
-                llama.weight_files(weights)  # refuses a folder without them before any work
+                llama.weight_files(weights)  # raises for a folder without weights, before any work
         tokenizer, data = open_text(options, config.vocab_size)
         for name, value in special_tokens(tokenizer).items():
             setattr(config, name, value)
@@ -110,7 +111,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
         options.data.batch_size, processes.index, processes.count, workers=options.data.workers
     )
 
-    # The model: Hugging Face weights, or fresh ones.
+    # The model: Hugging Face weights, or new weights.
     dtype = options.model.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     made: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device}
     with processes.together():
@@ -155,8 +156,8 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
             compress_gradients=options.devices.compress_gradients,
         )
 
-    # The state to start from: a checkpoint, or what was just made.
-    start, note = 0, None  # updates done, and what there is to say of them
+    # The initial state: a checkpoint, or the one just created.
+    start, note = 0, None  # number of updates, and a message about them
     with processes.together():
         source, steps = resume.checkpoints_to_read(options, Checkpoints, "train_torch")
     with processes.together():
@@ -180,7 +181,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
         with processes.together(in_turn=True):
             if processes.is_first:
                 held.enter_context(claimed(options))
-                # Damaged, or younger than the one that was asked for.
+                # Damaged, or later than the requested one.
                 checkpoints.set_aside_after(start)
         about = describe(options, processes, model, device, start)
         log = RunLog(options, resume_step=start or None, active=processes.is_first)
@@ -193,7 +194,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
             nonlocal done
             metrics = train_step(done, next(micro_batches), measure)
             done += 1
-            if done == start + 1:  # PyTorch makes the state in the first update
+            if done == start + 1:  # PyTorch creates the state in the first update
                 log.note(memory(optimizer, device))
             return metrics
 
@@ -215,16 +216,16 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
 
 
 def check_all_see(processes: Processes, directory: Path, steps: list[int]) -> None:
-    """Refuses to go on where processes would start from different checkpoints.
+    """Raises if processes would start from different checkpoints.
 
     Raises:
-        UsageError: they see other ones in the directory.
+        UsageError: Processes see different checkpoints in the directory.
     """
     first, *others = processes.gathered(steps)
     for process, seen in enumerate(others, 1):
         if seen != first:
             raise UsageError(
-                f"--save_dir: in {directory} process 0 sees the checkpoints {first}, and process "
+                f"--save_dir: in {directory} process 0 sees the checkpoints {first}, but process "
                 f"{process} sees {seen}; every process needs the same files, such as on a disk "
                 "that all machines share"
             )
@@ -237,7 +238,7 @@ def describe(
     device: torch.device,
     step: int,
 ) -> str:
-    """What is about to run, in a few lines."""
+    """Prints a few lines about the run."""
     import torch
 
     from osd_torch.llama.checkpoint import size_in_bytes
@@ -255,7 +256,7 @@ def describe(
 
 
 def memory(optimizer: torch.optim.Optimizer, device: torch.device) -> str:
-    """What the first update has shown of the memory that is needed."""
+    """The memory that the first update needed."""
     import torch
 
     from osd_torch.llama.checkpoint import size_in_bytes

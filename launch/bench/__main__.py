@@ -1,14 +1,14 @@
-"""Measures how fast and how large the optimizers are, on the machine at hand.
+"""Measures the time and memory of the optimizers on this machine.
 
     python -m launch.bench optimizer     # one step on the matrices of LLaMA 60M, 350M and 1B
     python -m launch.bench train         # the whole train step of LLaMA 60M
-    python -m launch.bench memory        # the bytes of its state, and most bytes of that step
+    python -m launch.bench memory        # bytes of its state, and the peak of that step
 
-print a table each, and write it as JSON and as a picture;
+Each prints a table and writes it as JSON and as a figure;
 
     python -m launch.bench docs
 
-makes docs/benchmark.md of what they have found.
+writes docs/benchmark.md from their results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launch.trainer.options import count
 
 
 def write(args: argparse.Namespace, records: list[dict[str, Any]], **more: Any) -> None:
-    """Writes what was measured, with where and how, to OUT/MODE.json."""
+    """Writes the measurements, with machine and settings, to OUT/MODE.json."""
     how = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     for name in ("mode", "out", "machine"):
         del how[name]
@@ -38,7 +38,7 @@ def write(args: argparse.Namespace, records: list[dict[str, Any]], **more: Any) 
 
 
 def optimizer(args: argparse.Namespace) -> None:
-    """One optimizer step, case by case; what is done is written after each."""
+    """One optimizer step, case by case; results are written after each case."""
     from launch.bench.optimizer import CASES, CASES_ON_GPU, Settings, rates, run_case
 
     cases = CASES + (CASES_ON_GPU if args.device == "cuda" else ())
@@ -64,7 +64,7 @@ def optimizer(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Tokens a second of the whole train step, by method and framework, plain and layerwise."""
+    """Tokens per second of the whole train step, by method and framework, plain and layerwise."""
     from launch.bench import parts
     from launch.bench.train import run
 
@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Bytes of optimizer state, and the most bytes alive within a train step."""
+    """Bytes of optimizer state, and the peak memory of a train step."""
     from launch.bench.memory import run
 
     records = run(setting(args))
@@ -91,7 +91,7 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def setting(args: argparse.Namespace) -> Any:
-    """What the flags say is trained."""
+    """The trained model and batch according to the flags."""
     from launch.bench.train import Setting
 
     if args.tokens < args.length or args.tokens % args.length:
@@ -103,9 +103,9 @@ def setting(args: argparse.Namespace) -> Any:
 
 
 def docs(args: argparse.Namespace) -> None:
-    """Writes docs/benchmark.md, .json and .png from what the other modes have left.
+    """Writes docs/benchmark.md, .json and .png from the results of the other modes.
 
-    Of a GPU, docs/benchmark_cuda.md.
+    For a GPU, docs/benchmark_cuda.md.
     """
     print(page.write(page.read(args.out), args.docs))
 
@@ -119,34 +119,39 @@ def main(argv: Sequence[str]) -> None:
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--out", type=Path, default=Path("runs/bench"), help="where files are (runs/bench)")
+    add("--out", type=Path, default=Path("runs/bench"), help="output folder (runs/bench)")
     measured = argparse.ArgumentParser(add_help=False, parents=[shared])
     add = measured.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="what to run on (cpu)")
-    add("--threads", type=int, help="of either framework (as many as there are cores)")
-    add("--machine", help="the machine's name in the files (what it calls itself)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (cpu)")
+    add("--threads", type=int, help="of each framework (number of cores)")
+    add("--machine", help="name of the machine in the results (its host name)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)")
     timed = argparse.ArgumentParser(add_help=False)
-    timed.add_argument("--rounds", type=int, help="turns of each contender (optimizer 15, train 7)")
+    timed.add_argument("--rounds", type=int, help="rounds per contender (optimizer 15, train 7)")
     trained = argparse.ArgumentParser(add_help=False)
     add = trained.add_argument
     add("--model_config", type=Path, default=Path("configs/llama_60m.json"), help="(60M)")
     add("--tokens", type=count, default=4096, help="of a step (4096)")
-    add("--length", type=int, default=256, help="tokens of a row (256)")
+    add("--length", type=int, default=256, help="tokens per row (256)")
     add("--rank", type=int, default=128, help="of P (128)")
 
     mode = modes.add_parser("optimizer", parents=[measured, timed], help=optimizer.__doc__)
     mode.set_defaults(rounds=15)
-    mode.add_argument("--models", nargs="+", help="which sizes, in order: 7B 60M (all)")
+    mode.add_argument("--models", nargs="+", help="model sizes, in order: 7B 60M (all)")
     mode.add_argument("--turn_seconds", type=float, default=0.05, help="of a turn (0.05)")
     mode.add_argument(
-        "--svd_seconds", type=float, default=10.0, help="no SVD is begun after so many (10)"
+        "--svd_seconds",
+        type=float,
+        default=10.0,
+        help="start no further SVD after this many seconds (10)",
     )
     mode = modes.add_parser("train", parents=[measured, timed, trained], help=train.__doc__)
     mode.set_defaults(rounds=7)
     modes.add_parser("memory", parents=[measured, trained], help=memory.__doc__)
     mode = modes.add_parser("docs", parents=[shared], help=docs.__doc__)
-    mode.add_argument("--docs", type=Path, default=Path("docs"), help="where the page goes (docs)")
+    mode.add_argument(
+        "--docs", type=Path, default=Path("docs"), help="output folder of the page (docs)"
+    )
 
     args = parser.parse_args(argv)
     lowest = {"rounds": 1, "threads": 1, "rank": 1, "turn_seconds": 0, "svd_seconds": 0}

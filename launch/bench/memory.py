@@ -1,10 +1,10 @@
-"""Bytes of optimizer state, and the most bytes that are alive within a train step.
+"""Bytes of optimizer state, and the peak memory of a train step.
 
-State is counted on the arrays. The peak is of weights, state, batch and all else of one step: in
-JAX as its compiler plans it (arguments, results and temporaries, less what shares memory); in
-PyTorch what its allocator has handed out, on a GPU by its own count, and on a CPU by the events of
-the profiler on top of weights and state. Memory that a library takes past the allocator, such as
-the packed matrices of a product, is not in it.
+State is counted on the arrays. The peak includes weights, state, batch and everything else of one
+step: in JAX as planned by its compiler (arguments, results and temporaries, minus shared memory);
+in PyTorch what its allocator has handed out, on a GPU by its own count, and on a CPU by the events
+of the profiler in addition to weights and state. Memory that a library allocates itself, such as
+the packed matrices of a product, is not included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTENDERS = tuple(
 
 
 def run(setting: Setting) -> list[dict[str, Any]]:
-    """One record for each contender."""
+    """One record per contender."""
     return [measure(setting, contender) for contender in CONTENDERS]
 
 
@@ -36,7 +36,7 @@ def measure(setting: Setting, contender: Contender) -> dict[str, Any]:
 
 
 def of_jax(setting: Setting, contender: Contender) -> dict[str, int]:
-    """By the compiler; nothing is run."""
+    """According to the compiler; nothing is run."""
     import jax
     import numpy as np
 
@@ -55,7 +55,7 @@ def of_jax(setting: Setting, contender: Contender) -> dict[str, int]:
 
 
 def of_torch(setting: Setting, contender: Contender) -> dict[str, int]:
-    """By the allocator, in the second step: the first one makes the state."""
+    """According to the allocator, in the second step: the first one creates the state."""
     import torch
 
     from osd_torch.llama.checkpoint import size_in_bytes
@@ -73,7 +73,7 @@ def of_torch(setting: Setting, contender: Contender) -> dict[str, int]:
 
 
 def most_allocated(step: Any) -> int:
-    """The most bytes that a step on the CPU holds at once, of those that it allocates."""
+    """The peak of the bytes that a step on the CPU allocates."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,12 +1,12 @@
-"""One optimizer step on one matrix: who is compared, and their floor.
+"""One optimizer step on one matrix: the contenders and their floor.
 
-With the closed form, a step of Online Subspace Descent is seven matrix products, of a gradient M
-(p, q), P (p, r) and the direction D (r, q) of the rule of W:
+With the closed form, a step of Online Subspace Descent is seven matrix products of a gradient M
+(p, q), P (p, r) and the direction D (r, q) of the weight rule:
 
     R = P^T M     W += P D     A = M R^T                  2 p q r operations each
     P^T A     P^T P     P (P^T A)     A (P^T P)           2 p r r operations each
 
-They alone are the floor. All else that a step does reads or writes each number a few times.
+These alone are the floor. All other operations of a step read or write each number a few times.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 from launch.bench.timing import Spread, Step, Times, ratios, samples, spread, time_in_rounds
 
 GAP = 200
-"""Steps from one SVD of GaLore to the next, and 1 / P's step size of online PCA."""
+"""Steps between two SVDs of GaLore, and 1 / P's step size of online PCA."""
 LR, SCALE = 1e-3, 0.25
 
 
 class Case(NamedTuple):
-    """A matrix to step, as a model of this size has it, in PyTorch's orientation."""
+    """A matrix from a model of this size, in PyTorch's orientation."""
 
     model: str
     shape: tuple[int, int]
@@ -45,7 +45,7 @@ CASES_ON_GPU = (Case("7B", (4096, 4096), 1024), Case("7B", (4096, 11008), 1024))
 
 
 class Arrays(NamedTuple):
-    """What all contenders start from, NumPy: W and G of a case, and an orthonormal P."""
+    """The common input of all contenders, NumPy: W and G of a case, and an orthonormal P."""
 
     weight: np.ndarray
     gradient: np.ndarray
@@ -56,9 +56,9 @@ class Built(NamedTuple):
     """A contender, ready to run.
 
     Attributes:
-        step: One step, or a period of steps that are not alike.
-        refresh: What it does besides once every `GAP` steps, alone.
-        period: How many steps `step` takes.
+        step: One step, or a period of different steps.
+        refresh: What it does additionally once every `GAP` steps, alone.
+        period: The number of steps in `step`.
     """
 
     step: Step
@@ -67,12 +67,12 @@ class Built(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to time.
+    """A program to time.
 
     Attributes:
         framework: "torch" or "jax".
-        build: (case, arrays, device, dtype) -> what to run.
-        package: What it needs that may be missing.
+        build: (case, arrays, device, dtype) -> `Built`.
+        package: A dependency that may be missing.
     """
 
     framework: str
@@ -81,7 +81,7 @@ class Contender(NamedTuple):
 
 
 def arrays(case: Case, seed: int = 0) -> Arrays:
-    """W, G and P of a case, float32; G has the rank of the case and noise, as gradients do."""
+    """W, G and P of a case, float32; G has the rank of the case plus noise, like real gradients."""
     m, n = case.shape
     p = min(m, n)
     draw = np.random.default_rng(seed).standard_normal
@@ -118,12 +118,12 @@ def _torch_done(step: Step, device: str) -> Step:
 
 
 def _is_right(case: Case) -> bool:
-    """Whether P acts on a matrix of PyTorch's from the right, on its input side."""
+    """Whether P multiplies a matrix in PyTorch's layout from the right, on its input side."""
     return case.shape[0] >= case.shape[1]
 
 
 class SevenProducts:
-    """The floor in PyTorch: the products of a step into memory that is there already."""
+    """The floor in PyTorch: the products of a step, written into preallocated memory."""
 
     def __init__(self, weight: Any, gradient: Any, basis: Any, right: bool) -> None:
         import torch
@@ -133,7 +133,7 @@ class SevenProducts:
             self.weight, self.matrix = self.weight.mT, gradient.mT
         self.basis, self.narrow = basis, basis.to(gradient.dtype)
         (p, r), q = basis.shape, self.matrix.shape[1]
-        empty = functools.partial(torch.empty, device=basis.device)  # float32, as P is
+        empty = functools.partial(torch.empty, device=basis.device)  # float32, like P
         self.low_rank = empty(r, q, dtype=gradient.dtype)
         self.correlation = empty(p, r, dtype=gradient.dtype)
         self.direction = 1e-3 * torch.randn(r, q).to(self.low_rank)
@@ -141,7 +141,7 @@ class SevenProducts:
         self.wide, self.moved = empty(p, r), empty(p, r)
 
     def __call__(self) -> None:
-        """One time."""
+        """Runs it once."""
         import torch
 
         torch.mm(self.narrow.mT, self.matrix, out=self.low_rank)
@@ -162,10 +162,10 @@ def _torch_floor(case: Case, given: Arrays, device: str, dtype: str) -> Built:
 
 
 class PublishedStep:
-    """The published way: P by autograd through `||P P^T G - G||_F^2`, and AdamW.
+    """The published implementation: P by autograd through `||P P^T G - G||_F^2`, and AdamW.
 
-    R = P^T G; Adam's direction of R, lifted by P, moves W; then P takes one step of AdamW, size
-    1 / gap, down the gradient of the loss on G / ||G||_F, for which P P^T is formed.
+    R = P^T G; Adam's direction for R, lifted by P, updates W; then P takes one step of AdamW, with
+    step size 1 / gap, down the gradient of the loss on G / ||G||_F, for which P P^T is formed.
     """
 
     def __init__(self, weight: Any, gradient: Any, basis: Any, right: bool) -> None:
@@ -197,7 +197,7 @@ class PublishedStep:
         self.move()
 
     def move(self) -> None:
-        """P's step alone."""
+        """Only P's step."""
         unit = self.gradient / self.gradient.norm()
         onto = self.basis @ self.basis.mT
         found = unit @ onto if self.right else onto @ unit
@@ -247,17 +247,17 @@ def _osd_torch(
 
 
 def scale_of(optimizer: str) -> dict[str, Any]:
-    """The factor on the lifted update, for the optimizers that read one."""
+    """The factor on the lifted update, for the optimizers that read it."""
     return {"scale": SCALE} if optimizer.startswith("galore") else {}
 
 
 def torch_after_first_step(optimizer: Any, basis_of: Callable[[int, int], Any]) -> None:
-    """Gives an `osd_torch` optimizer the state of one step, without the SVD that the first takes.
+    """Gives an `osd_torch` optimizer the state after one step, without the SVD of the first step.
 
-    That one takes minutes at the larger shapes.
+    That SVD takes minutes at the larger shapes.
 
     Args:
-        optimizer: Just made.
+        optimizer: A new optimizer.
         basis_of: (p, r) -> P.
     """
     for group in optimizer.param_groups:
@@ -301,12 +301,12 @@ def _bitsandbytes(case: Case, given: Arrays, device: str, dtype: str) -> Built:
 
 
 def _jax_step(tx: Any, given: Arrays, dtype: str, start: Callable[[Any], Any]) -> Step:
-    """One compiled step of an Optax transformation, which takes weights and state over."""
+    """One compiled step of an Optax transformation, with donated weights and state."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    # Made on the device: NumPy's memory would be lent to JAX, and could not be taken over.
+    # Created on the device: JAX would borrow NumPy's memory, which cannot be donated.
     put = lambda x: jnp.array(x, dtype, copy=True)
     params, grads = {"mlp": put(given.weight)}, {"mlp": put(given.gradient)}
     state = start(jax.jit(tx.init)(params))
@@ -328,17 +328,17 @@ def _jax_svd(given: Arrays) -> Step:
     import jax.numpy as jnp
 
     gradient = jnp.asarray(given.gradient)
-    # Compiled here: a large one is measured once.
+    # Compiled here: a large one is measured only once.
     decompose = jax.jit(lambda g: jnp.linalg.svd(g, full_matrices=False)).lower(gradient).compile()
     return lambda: jax.block_until_ready(decompose(gradient))
 
 
 def jax_after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
-    """The state of an `osd_jax` optimizer after a step, without the SVD that the first takes.
+    """The state of an `osd_jax` optimizer after one step, without the SVD of the first step.
 
     Args:
         state: From `init`.
-        basis_of: P before -> P, of the same shape and dtype.
+        basis_of: old P -> P, with the same shape and dtype.
     """
     import jax
     import jax.numpy as jnp
@@ -399,7 +399,7 @@ def _optax_galore(case: Case, given: Arrays, device: str, dtype: str) -> Built:
     import jax.numpy as jnp
     import optax
 
-    # It projects the longer side, so that its P is larger and its R smaller.
+    # It projects the longer side, so its P is larger and its R smaller.
     tx = optax.contrib.galore(LR, rank=case.rank, update_proj_gap=10**9, scale=SCALE)
     is_galore = lambda x: isinstance(x, optax.contrib.GaLoreState)
 
@@ -421,7 +421,7 @@ def _optax_adamw(case: Case, given: Arrays, device: str, dtype: str) -> Built:
 
 
 def seven_products(weight: Any, gradient: Any, basis: Any, direction: Any) -> tuple[Any, ...]:
-    """The floor in JAX: (W, R, A, the two products that make P's gradient, added)."""
+    """The floor in JAX: (W, R, A, the two products of P's gradient, added)."""
     import jax.numpy as jnp
 
     def wide(a: Any, b: Any) -> Any:
@@ -440,7 +440,7 @@ def _jax_floor(case: Case, given: Arrays, device: str, dtype: str) -> Built:
     import jax.numpy as jnp
 
     put = lambda x: jnp.array(x, dtype, copy=True)
-    transposed = case.shape[0] > case.shape[1]  # else P acts on a matrix of JAX's from the left
+    transposed = case.shape[0] > case.shape[1]  # else P is on the left in JAX's layout
     weight, gradient = (put(x.T if transposed else x) for x in given[:2])
     basis = jnp.asarray(given.basis)
     direction = 1e-3 * jax.random.normal(jax.random.key(0), (case.rank, gradient.shape[1]), dtype)
@@ -486,13 +486,13 @@ def _jax_published(case: Case, given: Arrays, device: str, dtype: str) -> Built:
     return Built(step)
 
 
-# ---------------------------------------------------------------------------------- the contest
+# -------------------------------------------------------------------------------- measurement
 
 FLOORS = {"torch": "floor, torch", "jax": "floor, jax"}
 PUBLISHED = {"torch": "published way, torch", "jax": "published way, jax"}
 FULL_RANK = {"torch": "AdamW fused, torch", "jax": "optax.adamw"}
 GALORE = {"torch": "GaLore, osd_torch", "jax": "GaLore, osd_jax"}
-EVERY = 10  # docs/comparison says what that does to the loss
+EVERY = 10  # docs/comparison shows the effect on the loss
 CONTENDERS: Mapping[str, Contender] = {
     FLOORS["torch"]: Contender("torch", _torch_floor),
     "osd_torch, AdamW": Contender("torch", _osd_torch("galore_adamw", "continuous")),
@@ -528,15 +528,16 @@ CONTENDERS: Mapping[str, Contender] = {
 
 
 def rates(device: str, dtype: str, rounds: int) -> dict[str, dict[str, Spread]]:
-    """What the device can do at best: operations a second of a large product, bytes of a copy.
+    """Peak rates of the device: operations/s of a large product, bytes/s of a copy.
 
     Args:
         device: "cpu" or "cuda".
         dtype: Of the matrices.
-        rounds: How many to measure.
+        rounds: Number of measurements.
 
     Returns:
-        By framework, "product" (operations a second) and "copy" (bytes a second, read and written).
+        By framework, "product" (operations per second) and "copy" (bytes read and written per
+        second).
     """
     import jax
     import jax.numpy as jnp
@@ -575,7 +576,7 @@ class Settings(NamedTuple):
 
 
 def run_case(case: Case, settings: Settings, device: str, dtype: str) -> list[dict[str, Any]]:
-    """One record for each contender: its seconds, and their ratios to others' of the same round."""
+    """One record per contender: its seconds, and their ratios to others' in the same round."""
     given = arrays(case)
     built: dict[str, Built] = {}
     missing: dict[str, str] = {}
@@ -584,7 +585,7 @@ def run_case(case: Case, settings: Settings, device: str, dtype: str) -> list[di
             missing[name] = f"{contender.package} is not installed"
         else:
             built[name] = contender.build(case, given, device, dtype)
-    by_framework: dict[str, Spread] = {}  # the same SVD serves all of one
+    by_framework: dict[str, Spread] = {}  # the same SVD serves all contenders of one framework
     refreshes: dict[str, Spread] = {}
     for name, it in built.items():
         framework = CONTENDERS[name].framework
@@ -605,7 +606,7 @@ def run_case(case: Case, settings: Settings, device: str, dtype: str) -> list[di
 def records(
     case: Case, times: Times, refreshes: Mapping[str, Spread], missing: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """The times of one case as records, what is done every `GAP` steps spread over them."""
+    """The times of one case as records; work done every `GAP` steps is amortized over them."""
     whole = {
         name: [x + refreshes[name].median / GAP for x in xs] if name in refreshes else xs
         for name, xs in times.items()

@@ -1,9 +1,9 @@
 """Parts of the model alone, forward and backward: where the two frameworks' train steps differ.
 
 The attention and the MLP of one layer, without the products of attention's four kernels, and the
-head with its loss, of which there is one. Inputs are random, of the train step's shape. JAX's head
-makes its logits in slices, and again in the backward pass, where all would take more than
-`osd_jax.llama.LOGITS_BYTES`.
+head with its loss, of which there is one. Inputs are random, with the shapes of the train step.
+JAX's head computes its logits in slices, and recomputes them in the backward pass, if all of them
+would exceed `osd_jax.llama.LOGITS_BYTES`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(setting: Setting, rounds: int) -> dict[str, dict[str, Spread]]:
 
 
 def arrays(setting: Setting) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """What each part reads, float32: (query, key, value), (x, up, gate, down), (x, head)."""
+    """The inputs of each part, float32: (query, key, value), (x, up, gate, down), (x, head)."""
     shape, rows, length = setting.shape(), setting.batch, setting.length
     heads, hidden, inner = (
         shape[name] for name in ("num_attention_heads", "hidden_size", "intermediate_size")
@@ -53,7 +53,7 @@ def arrays(setting: Setting) -> tuple[list[np.ndarray], list[np.ndarray], list[n
 
 
 def of_torch(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
-    """As Hugging Face's LLaMA computes them."""
+    """As in Hugging Face's LLaMA."""
     import torch
     from torch.nn import functional
 
@@ -87,7 +87,7 @@ def of_torch(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
 
 
 def of_jax(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
-    """As `osd_jax.llama` computes them."""
+    """As in `osd_jax.llama`."""
     import jax
     import jax.numpy as jnp
 

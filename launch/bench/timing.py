@@ -1,7 +1,7 @@
-"""Times of several contenders in one process, in rounds, so that they meet the same machine.
+"""Times several contenders in one process, in rounds, so that all see the same machine.
 
-A machine that others use is now fast, now slow. In each round every contender has its turn, in an
-order drawn anew, and what is compared is the ratio of two times of one round.
+The speed of a shared machine varies. In each round every contender runs once, in a new random
+order, and comparisons use the ratio of two times of the same round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from launch.trainer.cli import UsageError
 from launch.trainer.cpu import keep_lapack_to_one_thread, keep_memory
 
-Step = Callable[[], Any]  # one whole step, which is done when it returns
+Step = Callable[[], Any]  # one whole step, complete when it returns
 Times = dict[str, list[float]]  # seconds of each round, by contender
 REST = 0.02  # seconds
 PACKAGES = ("torch", "jax", "jaxlib", "optax", "bitsandbytes", "numpy")
@@ -55,19 +55,19 @@ def time_in_rounds(
     settle: bool = True,
     seed: int = 0,
 ) -> Times:
-    """Seconds a step, by contender and round.
+    """Seconds per step, by contender and round.
 
-    A turn is a rest, in which the threads of the last contender fall asleep: they spin for some
-    milliseconds when their work is done, on cores that are no longer theirs. Then one step that is
-    not timed, after which caches are this contender's, and as many timed ones as last for
-    `turn_seconds`, at least one.
+    A turn starts with a rest in which the threads of the previous contender go to sleep: after
+    their work they spin for some milliseconds, on cores that the next contender needs. Then follow
+    one untimed step, which warms the caches, and as many timed ones as fit into `turn_seconds`, at
+    least one.
 
     Args:
         steps: By contender.
-        rounds: How many.
-        turn_seconds: How long a turn should last.
-        settle: Whether a turn has that rest and first step; a long step need not.
-        seed: Of the order of turns, drawn anew for each round.
+        rounds: Number of rounds.
+        turn_seconds: Duration of a turn.
+        settle: Whether a turn has that rest and untimed step; a long step does not need them.
+        seed: Seed of the order of turns, which is random in each round.
     """
     counts = {name: _steps_in(step, turn_seconds) for name, step in steps.items()}
     draw = random.Random(seed)
@@ -82,7 +82,7 @@ def time_in_rounds(
 
 
 def samples(step: Step, *, most: int, seconds: float) -> list[float]:
-    """Seconds of a step, at most so many times; none is begun after `seconds`."""
+    """Seconds per step, for at most `times` steps; no step starts after `seconds`."""
     found: list[float] = []
     while len(found) < most and sum(found) <= seconds:
         found.append(_seconds_of(step, 1))
@@ -90,7 +90,7 @@ def samples(step: Step, *, most: int, seconds: float) -> list[float]:
 
 
 def _steps_in(step: Step, seconds: float) -> int:
-    step()  # the first one compiles, allocates and chooses kernels
+    step()  # the first one compiles, allocates and selects kernels
     if not seconds:
         return 1
     step()
@@ -107,26 +107,25 @@ def _seconds_of(step: Step, count: int) -> float:
 def prepare(device: str, threads: int | None) -> None:
     """Gives both frameworks the same device, threads and memory, before either is imported.
 
-    As the trainers do.
-
-    Both start as many threads as this process has cores, so it keeps only so many.
+    Like the trainers. Both frameworks start as many threads as this process has cores, so the
+    process is restricted to that number of cores.
 
     Raises:
-        UsageError: more threads than cores, or no such device.
+        UsageError: More threads than cores, or no such device.
     """
     if threads is not None:
         if not hasattr(os, "sched_setaffinity"):
-            raise UsageError("--threads: this system does not let a process keep to some cores")
+            raise UsageError("--threads: this system cannot restrict a process to some cores")
         cores = sorted(os.sched_getaffinity(0))
         if threads > len(cores):
-            raise UsageError(f"--threads: {threads} is more than the {len(cores)} cores there are")
+            raise UsageError(f"--threads: {threads} is more than the {len(cores)} available cores")
         os.sched_setaffinity(0, cores[:threads])
         os.environ["OMP_NUM_THREADS"] = str(threads)
     keep_lapack_to_one_thread()
     if device == "cpu":
         keep_memory()
     os.environ["JAX_PLATFORMS"] = device
-    # The two share the GPU; JAX would take most of its memory at once.
+    # The two share the GPU; JAX would reserve most of its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if device == "cuda":
         import jax
@@ -134,7 +133,7 @@ def prepare(device: str, threads: int | None) -> None:
 
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch finds no GPU; see torch.cuda.is_available()")
-        torch.set_float32_matmul_precision("high")  # as the trainer does, and XLA
+        torch.set_float32_matmul_precision("high")  # like the trainer and XLA
         try:
             jax.devices()
         except RuntimeError as error:
@@ -142,7 +141,7 @@ def prepare(device: str, threads: int | None) -> None:
 
 
 def machine(name: str | None, device: str) -> dict[str, Any]:
-    """What the figures are of: the machine, its threads, the versions and the date."""
+    """The machine, its threads, the versions and the date of a measurement."""
     import torch
 
     about = {
@@ -150,7 +149,7 @@ def machine(name: str | None, device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # 1 for each busy core, this program's among them
+        "load": round(os.getloadavg()[0], 1),  # 1 per busy core, including this program
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The whole train step, as `launch.train_jax` and `launch.train_torch` run it, by method."""
+"""The whole train step of `launch.train_jax` and `launch.train_torch`, by method."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ LR = 1e-3
 
 
 class Setting(NamedTuple):
-    """What is trained.
+    """The model and batch to train.
 
     Attributes:
-        model_config: Path of the model's shape.
-        batch: Rows of a step.
-        length: Tokens of a row.
-        rank: Of P.
+        model_config: Path of the model's config.
+        batch: Rows per step.
+        length: Tokens per row.
+        rank: Rank of P.
         device: "cpu" or "cuda".
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
 
     model_config: Path
@@ -55,11 +55,11 @@ class Setting(NamedTuple):
     dtype: str
 
     def shape(self) -> dict[str, Any]:
-        """The model's, in Hugging Face's terms."""
+        """The model's shape, with Hugging Face's names."""
         return {"model_type": "llama", **json.loads(self.model_config.read_text(encoding="utf-8"))}
 
     def tokens(self) -> dict[str, np.ndarray]:
-        """One micro-batch, (1, B, S), of which none is padding."""
+        """One micro-batch, (1, B, S), without padding."""
         size = (1, self.batch, self.length)
         drawn = np.random.default_rng(0).integers(3, self.shape()["vocab_size"], size)
         return {"tokens": drawn.astype(np.int32), "mask": np.ones(size, bool)}
@@ -74,7 +74,7 @@ class Contender(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as `osd_jax, online PCA, layerwise`."""
+        """For example `osd_jax, online PCA, layerwise`."""
         return f"osd_{self.framework}, {self.method}{', layerwise' * self.layerwise}"
 
 
@@ -88,7 +88,7 @@ CONTENDERS = tuple(
 
 
 def optimizer_options(method: str, rank: int) -> dict[str, Any]:
-    """The keywords of both libraries' `make_optimizer`; GaLore's P is not set anew again."""
+    """The arguments of both libraries' `make_optimizer`; GaLore's P is not refreshed again."""
     optimizer, proj_type = METHODS[method]
     if optimizer not in SUBSPACE_OPTIMIZERS:
         return {}
@@ -100,7 +100,7 @@ class TorchRun:
     """A model, its optimizer and their train step.
 
     Args:
-        setting: What is trained.
+        setting: The model and batch.
         method: One of `METHODS`.
         layerwise: Whether layers are updated one by one.
     """
@@ -128,17 +128,17 @@ class TorchRun:
         self._batch = setting.tokens()
 
     def __call__(self) -> None:
-        """One step; its metrics are read, so that it is done."""
+        """Runs one step and reads its metrics, so that it is complete."""
         self._step(0, self._batch, False)
 
 
 class JaxRun:
-    """The state of a method, and its train steps, which take it over from each other.
+    """The state of a method, and its train steps, which donate it to each other.
 
     Args:
-        setting: What is trained.
+        setting: The model and batch.
         method: One of `METHODS`.
-        shapes_only: Make no arrays; the steps can then be compiled, not run.
+        shapes_only: Whether to create no arrays; the steps can then be compiled, not run.
     """
 
     def __init__(self, setting: Setting, method: str, *, shapes_only: bool = False) -> None:
@@ -173,7 +173,7 @@ class JaxRun:
         }
 
     def step(self, layerwise: bool) -> Step:
-        """One step; its metrics are read, so that it is done."""
+        """Runs one step and reads its metrics, so that it is complete."""
         import jax
 
         def one() -> None:
@@ -185,7 +185,7 @@ class JaxRun:
 
 
 def steps(setting: Setting, contenders: Iterable[Contender]) -> dict[Contender, Step]:
-    """A train step for each contender."""
+    """One train step per contender."""
     of_jax = functools.cache(lambda method: JaxRun(setting, method))
     build: Mapping[str, Callable[[Contender], Step]] = {
         "torch": lambda c: TorchRun(setting, c.method, c.layerwise),
@@ -195,7 +195,7 @@ def steps(setting: Setting, contenders: Iterable[Contender]) -> dict[Contender, 
 
 
 def run(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """One record for each contender: tokens a second, and ratios within rounds."""
+    """One record per contender: tokens per second, and ratios within rounds."""
     built = {contender.name: step for contender, step in steps(setting, CONTENDERS).items()}
     times = time_in_rounds(built, rounds=rounds, settle=False)
     return records(times, setting.batch * setting.length)

@@ -1,6 +1,6 @@
-"""Compares methods of training, each tuned by as many trials: `python -m launch.compare`.
+"""Compares training methods, each tuned with the same number of trials: `python -m launch.compare`.
 
-`methods` names what is compared, `runs` trains and keeps what was found in a file of the
-repository, `tune` searches and confirms, `state` counts what each method keeps, `report` writes the
-page and its pictures.
+`methods` lists the methods, `runs` trains and stores results in a file of the repository, `tune`
+searches and confirms, `state` counts the optimizer state of each method, `report` writes the page
+and its figures.
 """

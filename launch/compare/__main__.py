@@ -1,12 +1,12 @@
-"""Compares methods of training, each tuned with the same number of trials.
+"""Compares training methods, each tuned with the same number of trials.
 
     python -m launch.compare
 
-trains the quickstart's model with every method of `launch.compare.methods` on 1.2M tokens: rates
-are searched with one seed, the two best with a second one, and the best with five seeds more, the
-same for every method. Finished runs are kept in OUT/runs.jsonl, so that an interrupted comparison
-goes on where it was, on another machine too. The page, its figures and its pictures are written to
-OUT after each method.
+trains the quickstart's model with every method of `launch.compare.methods` on 1.2M tokens: learning
+rates are searched with one seed, the two best configurations are trained with a second seed, and
+the better one with five more seeds, which are the same for every method. Finished runs are stored
+in OUT/runs.jsonl, so an interrupted comparison resumes, on another machine too. The page and its
+figures are written to OUT after each method.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)} (default: all)"
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="that confirm a method")
+    parser.add_argument(
+        "--seeds", type=int, default=SEEDS, help="number of seeds that confirm a method"
+    )
     parser.add_argument("--trials", type=int, default=TRIALS, help="of a method's search")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of parallel runs, with one thread each"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that trains")
     parser.add_argument("--out", type=Path, default=Path("docs/comparison"), help="of the page")
-    parser.add_argument("--report", action="store_true", help="train nothing, write the page")
+    parser.add_argument("--report", action="store_true", help="do not train, only write the page")
     args = parser.parse_args(argv)
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UsageError for arguments that cannot be."""
+    """Raises UsageError for invalid arguments."""
     args.methods = [name.strip() for name in args.methods.split(",")]
     for name in args.methods:
         if name not in METHODS:
@@ -71,14 +75,14 @@ def check(args: argparse.Namespace) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise UsageError("--device: cuda, and PyTorch finds no GPU; use cpu")
+            raise UsageError("--device: cuda, but PyTorch finds no GPU; use cpu")
         args.jobs = 1
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def compare(runs: Runs, setting: Setting, args: argparse.Namespace) -> None:
-    """Tunes and confirms methods, several at a time."""
+    """Tunes and confirms methods, several in parallel."""
     full_lr = best_full_rate(runs, setting, args.jobs)
 
     def one(name: str) -> None:
@@ -97,15 +101,15 @@ def compare(runs: Runs, setting: Setting, args: argparse.Namespace) -> None:
 
 
 def best_full_rate(runs: Runs, setting: Setting, jobs: int) -> float:
-    """The rate of what is not projected that is best for the bar; shared by all methods."""
+    """The best learning rate of unprojected parameters for the baseline; shared by all methods."""
     bar = METHODS[BAR]
     known = report.best_config(runs.read(), setting, BAR)
-    if known:  # of fewer tokens
+    if known:  # from runs with fewer tokens
         return known.full_lr
     loss = lambda rate: runs.loss(setting, BAR, Config(bar.lr, rate, bar.own[0]), 0)
     with ThreadPoolExecutor(jobs) as pool:
         losses = dict(zip(FULL_RATES, pool.map(loss, FULL_RATES), strict=True))
-    while True:  # a best one at the edge widens the grid
+    while True:  # a best value at the edge widens the grid
         best = min(losses, key=losses.__getitem__)
         wider = {min(losses): best / 3, max(losses): best * 3}.get(best)
         if wider is None:

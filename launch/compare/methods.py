@@ -1,4 +1,4 @@
-"""What is compared, and on what: a table of methods, a table of models."""
+"""The compared methods and models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-FULL_RATES = (0.003, 0.01, 0.03)  # of what is not projected: tuned with the bar, shared by all
+FULL_RATES = (
+    0.003,
+    0.01,
+    0.03,
+)  # of unprojected parameters: tuned with the baseline, shared
 BAR = "adamw"
 
 
@@ -15,9 +19,9 @@ class Model(NamedTuple):
     """A model, its text and its updates.
 
     Attributes:
-        config: Its shape's file.
-        rows: In an update.
-        length: Tokens in a row.
+        config: Path of its config.
+        rows: Rows per update.
+        length: Tokens per row.
         data: Flags of the text.
     """
 
@@ -37,15 +41,16 @@ MODELS: Mapping[str, Model] = {
 
 
 class Method(NamedTuple):
-    """A method of training.
+    """A training method.
 
     Attributes:
-        title: What it is, for the page.
-        flags: Of the trainer, but for the rates; {rank} is a quarter of the hidden size, {low} a
-            sixteenth, {never} more updates than any run has.
-        lr: Where the search for the rate of the matrices begins.
-        own: Flags that are tuned beside the rate, the first of which the search begins with.
-        one_rate: Whether the rate of the matrices is that of all parameters.
+        title: Its name on the page.
+        flags: Flags of the trainer, except for the learning rates; {rank} is a quarter of the
+            hidden size, {low} a sixteenth, {never} more updates than any run has.
+        lr: First learning rate of the matrices in the search.
+        own: Flags that are tuned in addition to the learning rate; the search starts with the
+            first.
+        one_rate: Whether all parameters have the learning rate of the matrices.
     """
 
     title: str
@@ -56,7 +61,7 @@ class Method(NamedTuple):
 
     @property
     def wider(self) -> Mapping[str, str]:
-        """Flags beyond the edges of `own`, tried where those at the edge are the best."""
+        """Flags beyond the edges of `own`, tried if the best ones are at the edge."""
         return {flags: _WIDER[flags] for flags in self.own if flags in _WIDER}
 
 
@@ -138,11 +143,11 @@ METHODS: Mapping[str, Method] = {
 
 
 class Config(NamedTuple):
-    """What is tuned of a method.
+    """The tuned values of a method.
 
     Attributes:
-        lr: Rate of the matrices.
-        full_lr: Rate of all else.
+        lr: Learning rate of the matrices.
+        full_lr: Learning rate of all other parameters.
         own: One of the method's own flags.
     """
 
@@ -156,8 +161,8 @@ class Setting(NamedTuple):
 
     Attributes:
         model: One of `MODELS`.
-        tokens: Of a run.
-        dtype: Of weights and activations.
+        tokens: Number of tokens of a run.
+        dtype: Dtype of weights and activations.
     """
 
     model: str
@@ -166,22 +171,22 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as quickstart-1.2M; with the dtype where it is not float32."""
+        """For example quickstart-1.2M; includes the dtype if it is not float32."""
         return f"{self.family}-{self.tokens / 1e6:g}M"
 
     @property
     def family(self) -> str:
-        """The name without the number of tokens: runs of one family can be compared by these."""
+        """The name without the number of tokens, by which the runs of one family are compared."""
         return self.model if self.dtype == "float32" else f"{self.model}-{self.dtype}"
 
     @property
     def updates(self) -> int:
-        """Of a run."""
+        """Number of updates of a run."""
         model = MODELS[self.model]
         return self.tokens // (model.rows * model.length)
 
     def flags(self) -> str:
-        """Of every run: the model, its text, the schedule."""
+        """The flags common to all runs: the model, its text, the schedule."""
         model = MODELS[self.model]
         return (
             f"--model_config {model.config} {model.data} --max_length {model.length} "
@@ -193,7 +198,7 @@ class Setting(NamedTuple):
 
 
 def flags_of(setting: Setting, method: Method, config: Config, seed: int) -> str:
-    """All flags of a run, but for its name and place."""
+    """All flags of a run, except for its name and directory."""
     hidden = json.loads(Path(MODELS[setting.model].config).read_text())["hidden_size"]
     own = method.flags.format(rank=hidden // 4, low=hidden // 16, never=10**9)
     rates = f"--lr {config.lr:g}" + ("" if method.one_rate else f" --full_lr {config.full_lr:g}")

@@ -1,4 +1,4 @@
-"""Trains runs, and keeps what each found in a file that another machine goes on with."""
+"""Trains runs, and stores their results in a file from which another machine can resume."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from launch.trainer.files import read_metrics, write_atomic
 from launch.trainer.loop import MAX_SKIPPED_IN_A_ROW
 
 RUN_DIR = Path("runs/compare")
-CURVE = 30  # points of a kept curve
+CURVE = 30  # points of a stored curve
 
 
 class Runs:
-    """The finished runs, in a file of one JSON object a line.
+    """The finished runs, in a file with one JSON object per line.
 
     Args:
-        path: Of the file; one that is absent has no runs.
-        threads: Of the processor that each run takes.
+        path: Path of the file; a missing file has no runs.
+        threads: Number of CPU threads of each run.
     """
 
     def __init__(self, path: Path, threads: int = 1) -> None:
@@ -37,10 +37,10 @@ class Runs:
         self._lock = threading.Lock()
 
     def read(self) -> list[dict[str, Any]]:
-        """All that are kept.
+        """All stored runs.
 
         Raises:
-            UsageError: the file is damaged.
+            UsageError: The file is damaged.
         """
         if not self.path.exists():
             return []
@@ -48,10 +48,10 @@ class Runs:
         try:
             return [json.loads(line) for line in lines if line]
         except ValueError as error:
-            raise UsageError(f"{self.path} is damaged: {error}; restore it by git") from None
+            raise UsageError(f"{self.path} is damaged: {error}; restore it with git") from None
 
     def loss(self, setting: Setting, method: str, config: Config, seed: int) -> float:
-        """The final validation loss of a run in nats, trained unless it is kept; inf: failed."""
+        """The final validation loss of a run in nats, trained unless stored; inf if it failed."""
         flags = flags_of(setting, METHODS[method], config, seed)
         found = next((run for run in self.read() if run["flags"] == flags), None)
         if found is None:
@@ -71,22 +71,22 @@ class Runs:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Other processes that write the file wait."""
+        """Makes other processes that write the file wait."""
         with self.path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
 def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
-    """Trains a run in a process of its own, and says what came of it.
+    """Trains a run in a separate process and returns its results.
 
     Returns:
-        "loss" of validation at the end, in nats, None where it is not finite or where the trainer
-        gave up, since its gradients were not; "curve" of the training loss, some 30 points over
-        the run; "seconds" of training, None where it gave up.
+        "loss": the final validation loss, in nats; None if it is not finite or the trainer gave up
+        because of non-finite gradients. "curve": the training loss, about 30 points over the run.
+        "seconds": the training time; None if the trainer gave up.
 
     Raises:
-        UsageError: the trainer failed for another reason.
+        UsageError: The trainer failed for another reason.
     """
     command = [sys.executable, "-m", "launch.train_torch", *flags.split(), "--name", name]
     command += ["--run_dir", str(RUN_DIR), "--overwrite"]
@@ -111,7 +111,7 @@ def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """The processor or GPU that trains, such as figures differ by."""
+    """The processor or GPU that trains."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What each method keeps beside the weights, counted on the arrays of its optimizer."""
+"""The optimizer state of each method, counted on the arrays of its optimizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from launch.trainer.options import Options
 
 
 class Size(NamedTuple):
-    """Of an optimizer's state, counts and scales and P's own optimizer included.
+    """The size of an optimizer's state, including counts, scales and P's own optimizer.
 
     Attributes:
-        numbers: How many it holds, of any dtype.
-        bytes: That these take.
+        numbers: Number of elements, of any dtype.
+        bytes: Number of bytes.
     """
 
     numbers: int
@@ -26,7 +26,7 @@ class Size(NamedTuple):
 def state_size(model: str, method: str) -> Size:
     """The state of a method's optimizer for a model of `launch.compare.methods.MODELS`.
 
-    The shapes and dtypes of what `init` makes, as the trainer builds it; nothing is allocated.
+    Uses the shapes and dtypes of `init`, with the trainer's optimizer; nothing is allocated.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""The search for a method's rates, the same for each method, and the runs that confirm it."""
+"""The search for a method's learning rate, the same for each method, and the confirming runs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def search(
     trials: int = TRIALS,
     wider: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Config]:
-    """The configurations that were tried, the best first.
+    """The tried configurations, the best first.
 
-    The rate is doubled or halved until it lies between two worse ones or half of the trials, at
-    least three, are used; then the method's own flags are tried, all within `trials` runs; and
-    with the best the rate again, for `MORE` runs more at most, so that it does not end at an edge.
+    The learning rate is doubled or halved until it lies between two worse ones, or half of the
+    trials, at least three, are used. Then the method's own flags are tried, all within `trials`
+    runs. With the best flags the learning rate is searched again, for at most `MORE` further runs,
+    so that it does not end at an edge.
 
     Args:
-        loss: Of a configuration.
-        start: The first one.
+        loss: Configuration -> loss.
+        start: The first configuration.
         own: Flags to choose from.
-        trials: Most runs, but for `MORE`.
-        wider: Flags to try as well where those at an edge of `own` are the best.
+        trials: Maximum number of runs, not counting `MORE`.
+        wider: Additional flags to try if the best of `own` is at an edge.
     """
     tried: dict[Config, float] = {}
 
@@ -64,7 +65,7 @@ def search(
 def tuned(
     loss: Callable[[Config, int], float], method: Method, start: Config, trials: int
 ) -> Config:
-    """The best configuration of a method: of the two best by one seed, the better one by two."""
+    """The best configuration: of the two best with one seed, the better one with two seeds."""
     ranked = search(
         lambda config: loss(config, TUNING_SEED), start, method.own, trials, method.wider
     )

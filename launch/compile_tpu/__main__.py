@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.compile_tpu",
-        description="Compile launch.train_jax's step for a TPU slice, on a machine without one.",
+        description="Compiles launch.train_jax's step for a TPU slice, on a machine without a TPU.",
         epilog="All other flags are those of launch.train_jax; see its --help.",
         allow_abbrev=False,
     )
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="KIND:SIZES",
         help="the slice: v5e:1x1, v6e:16x16, v5p:4x4x4, ...",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     own, rest = parser.parse_known_args(argv)
     report = compile_step(own.topology, rest)
     print(json.dumps(dataclasses.asdict(report), indent=2) if own.json else report.text())

@@ -1,6 +1,6 @@
-"""Reads what a compiled program exchanges between devices from its HLO text.
+"""Reads the communication between devices of a compiled program from its HLO text.
 
-The text is `jax.jit(f).lower(...).compile().as_text()`. Shapes in it are one device's part.
+The text is `jax.jit(f).lower(...).compile().as_text()`. Its shapes are those of one device's shard.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ class Collective(NamedTuple):
     """One array of one collective operation.
 
     Attributes:
-      op: One of `OPS`. An asynchronous pair (`all-gather-start`, `-done`) counts as the one
-        operation that it is.
-      dtype: As HLO writes it: f32, bf16, s8, pred.
-      shape: Of the result on one device (on a TPU, of a reduce-scatter's operand).
-      bytes: Of the whole array that is exchanged: the gathered result of an all-gather, the operand
+      op: One of `OPS`. An asynchronous pair (`all-gather-start`, `-done`) counts as one operation.
+      dtype: In HLO's notation: f32, bf16, s8, pred.
+      shape: Shape of the result on one device (on a TPU, of a reduce-scatter's operand).
+      bytes: Bytes of the whole array that is communicated: the result of an all-gather, the operand
         of a reduce-scatter, and what an all-reduce, all-to-all or permutation reads and returns.
-      group: Devices that take part together.
-      times: How often it runs each time that the program does: the product of the trip counts of
-        the loops around it, a loop of unknown length counted once.
-      branches: Conditionals around it: where this is not 0, it may not run at all.
-      name: The JAX operation that it stems from, where the compiler kept that.
+      group: Number of devices that participate together.
+      times: How often it runs per run of the program: the product of the trip counts of the loops
+        around it; a loop of unknown length counts once.
+      branches: Number of conditionals around it: if this is not 0, it may not run at all.
+      name: The JAX operation from which it stems, if the compiler kept that.
     """
 
     op: str
@@ -41,7 +40,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends, all `times`, in the usual ring algorithms."""
+        """Bytes that a device sends, over all `times`, with the usual ring algorithms."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.op, share)
         return self.times * self.bytes * factor
@@ -54,7 +53,7 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<type>\((?:[^()]|\([^()]*\))*\)|\S+)"
     r" (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
-_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")  # f32[2,3]{1,0:T(8,128)}: in the way of parentheses
+_LAYOUT = re.compile(r"(?<=\])\{[^{}]*\}")  # f32[2,3]{1,0:T(8,128)}: contains parentheses
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _CALLED = re.compile(
     r"\b(to_apply|calls|body|condition|true_computation|false_computation"
@@ -65,15 +64,15 @@ _BRANCHES = ("true_computation", "false_computation", "branch_computations")
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective operation of a compiled program, an entry for each array that it moves.
+    """Every collective operation of a compiled program, one entry per communicated array.
 
-    Operations on groups of one device are left out: nothing is exchanged.
+    Operations on groups of one device are omitted: they communicate nothing.
 
     Args:
-      text: Of an optimized module, as `compile().as_text()` gives it.
+      text: Text of an optimized module, from `compile().as_text()`.
 
     Raises:
-      ValueError: if the text has no entry computation, so is not an HLO module's.
+      ValueError: The text has no entry computation, so it is not an HLO module.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,7 +83,7 @@ def collectives(text: str) -> list[Collective]:
     if entry is None:
         raise ValueError(
             f"this text of {len(text)} characters has no ENTRY computation: expected an HLO "
-            "module, as jax.jit(f).lower(...).compile().as_text() gives it"
+            "module, as from jax.jit(f).lower(...).compile().as_text()"
         )
     found: list[Collective] = []
     in_parts: set[tuple[str, str]] = set()
@@ -103,7 +102,7 @@ def collectives(text: str) -> list[Collective]:
                     in_parts.add((scope, channel[0]))
                 scatters = name.startswith("all-reduce-scatter")
                 found.extend(_read(op, match["type"], rest, times, branches, scatters))
-                continue  # what it calls only adds two numbers
+                continue  # its callee only adds two numbers
             called = {kind: re.findall(r"[\w.\-]+", names) for kind, names in _CALLED.findall(rest)}
             for kind, names in called.items():
                 runs = times
@@ -131,7 +130,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _trip_count(rest: str, condition: Iterable[str]) -> int:
-    """As the compiler noted it, else as `counter < constant` says of a counter from 0; else 1."""
+    """The compiler's trip count, else `constant` in `counter < constant` from 0, else 1."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
         return int(match[1])
     text = "\n".join(condition)
@@ -150,7 +149,7 @@ def _read(
         arrays = arrays[len(arrays) // 2 :]
     elif op == "collective-permute-start":  # (operand, result, contexts)
         arrays = arrays[1:2]
-    if base == "all-to-all" and len(arrays) > 1:  # one slice for each member
+    if base == "all-to-all" and len(arrays) > 1:  # one slice per member
         (dtype, shape), *_ = arrays
         arrays = [(dtype, (len(arrays), *shape))]
     name = re.search(r'op_name="([^"]*)"', rest)
@@ -179,7 +178,7 @@ def _bits(dtype: str) -> int:
 
 
 def _group_size(rest: str) -> int:
-    """Devices in one replica group, in each of the forms in which HLO writes groups."""
+    """Number of devices in one replica group, for each of HLO's notations of groups."""
     if match := re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|\s|$)", rest):
         pairs = re.findall(r"\{?(\d+),(\d+)", match[1])
         return 2 if any(a != b for a, b in pairs) else 1
@@ -192,8 +191,8 @@ def _group_size(rest: str) -> int:
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return match[1].count(",") + 1
-    # replica_groups={} is all devices, whose number the instruction does not say
-    raise ValueError(f"no replica groups that this reads: {rest[:300]}")
+    # replica_groups={} means all devices, whose number the instruction does not contain
+    raise ValueError(f"no replica groups in a supported notation: {rest[:300]}")
 
 
 def total_sent(found: Iterable[Collective]) -> float:

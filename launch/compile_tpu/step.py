@@ -1,4 +1,4 @@
-"""Compiles the train step for a TPU slice, and reads what the compiler says of it."""
+"""Compiles the train step for a TPU slice, and parses the compiler's report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ GIB = 2**30
 IN_BRANCH = " (in a branch)"
 
 KINDS = ("v5e", "v5p", "v6e")
-# What the compiler says of a program that is too large, early or late: bytes needed, bytes there.
+# The compiler's messages for a program that is too large, early or late: bytes needed and
+# available.
 _REFUSALS = (
     r"HLO temporaries \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)",
     r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm",
@@ -36,25 +37,25 @@ _REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of a train step; bytes and operations are those of one chip.
+    """The compiler's report on a train step; bytes and operations are per chip.
 
     Attributes:
         topology: "v6e:4x4".
-        chips: How many it has.
-        mesh: The mesh's axes longer than 1, as `--mesh` takes them; empty for one chip.
+        chips: Number of chips.
+        mesh: The mesh's axes longer than 1, in the format of `--mesh`; empty for one chip.
         fits: Whether the compiler accepts it.
-        memory: Bytes that a program may have.
-        arguments: Bytes of weights, optimizer state and batch, which the new ones replace.
-        temporaries: Bytes of everything else, as the compiler lays it out.
-        peak: Largest number of bytes alive at a time, arguments among them, which decides whether
-            the compiler accepts a step. Of one that does not fit: what the compiler says it would
-            use, and the two before are None.
+        memory: Bytes available to a program.
+        arguments: Bytes of weights, optimizer state and batch; the new ones replace them.
+        temporaries: Bytes of everything else, as laid out by the compiler.
+        peak: Largest number of bytes alive at a time, including arguments, which determines whether
+            the compiler accepts a step. For a step that does not fit: the bytes that it would use
+            according to the compiler; the two above are then None.
         code: Bytes of the program itself.
         product_flops: Floating-point operations of the step's matrix products, by their shapes; a
             step that recomputes activations counts them again.
         collectives: By kind ("all-reduce"): how many run in a step, and the bytes that a chip
-            sends. Those inside a branch, such as P's first value, are counted apart.
-        seconds: The compiler took.
+            sends. Those inside a branch, such as the one that sets P first, are counted separately.
+        seconds: Compilation time.
         reason: Why it does not fit, in the compiler's words.
     """
 
@@ -73,7 +74,7 @@ class Report:
     reason: str | None = None
 
     def text(self) -> str:
-        """For a person."""
+        """A report for people."""
         chips = f"{self.chips} chip" + "s" * (self.chips > 1)
         lines = [f"{self.topology}: {chips}" + f" ({self.mesh})" * bool(self.mesh)]
 
@@ -105,7 +106,7 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         argv: The flags.
 
     Raises:
-        UsageError: a mistake in either, or a compiler that is not installed.
+        UsageError: The topology or flags are invalid, or the compiler is not installed.
     """
     options = Options.parse(argv, prog="python -m launch.compile_tpu")
     devices = find_topology(topology)
@@ -119,7 +120,7 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     from osd_jax.llama.train import init_state, learning_rate_schedule, train_state_sharding
 
     processes = len({device.process_index for device in devices})
-    with tempfile.TemporaryDirectory() as nowhere:  # no earlier run is in the way
+    with tempfile.TemporaryDirectory() as nowhere:  # avoids conflicts with earlier runs
         options = options.replace(run_dir=nowhere, save_dir=None)
         options = options.check(processes)
     refuse_torch_only(options)
@@ -167,13 +168,13 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     }
     try:
         with warnings.catch_warnings():
-            # A cache of compiled programs reads those of this machine's devices only.
+            # A cache of compiled programs is only valid for this machine's devices.
             warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation")
             compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if (refused := refusal(error)) is None:
             reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise UsageError(f"the TPU compiler failed, for another reason: {reason}") from error
+            raise UsageError(f"the TPU compiler failed for another reason: {reason}") from error
         return Report(
             **about,
             fits=False,
@@ -205,22 +206,22 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
 
 
 def find_topology(name: str) -> list[jax.Device]:
-    """The chips of a slice, as the compiler knows them.
+    """The chips of a slice, according to the compiler.
 
     Args:
         name: "v6e:4x4".
 
     Raises:
-        UsageError: there is no such slice, or no TPU compiler.
+        UsageError: There is no such slice, or no TPU compiler.
     """
     kind, _, sizes = name.partition(":")
     if kind not in KINDS or not re.fullmatch(r"\d+(x\d+){1,2}", sizes):
         raise UsageError(
-            f"--topology: {name!r} is no slice; expected one of {', '.join(KINDS)}, and its "
+            f"--topology: {name!r} is not a slice; expected one of {', '.join(KINDS)} and its "
             "sizes, as in v6e:4x4 or v5p:2x2x1"
         )
-    # Before JAX starts: no TPU is there to be asked, and this process needs the CPU only.
-    # Several may compile at a time, and what the compiler misses of a real TPU is no news.
+    # Before JAX starts: there is no TPU, and this process only needs the CPU. Several processes may
+    # compile at the same time, and messages about a missing TPU are irrelevant.
     for variable, value in {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -248,7 +249,7 @@ def find_topology(name: str) -> list[jax.Device]:
 
 
 class Refusal(NamedTuple):
-    """The compiler's refusal of a program that is too large: bytes, and its sentence."""
+    """The compiler's rejection of a program that is too large: bytes, and its message."""
 
     needed: float
     granted: float
@@ -256,7 +257,7 @@ class Refusal(NamedTuple):
 
 
 def refusal(error: Exception) -> Refusal | None:
-    """Reads the compiler's refusal; None where it is about something else."""
+    """Parses the compiler's rejection; None if it has another cause."""
     for pattern in _REFUSALS:
         if match := re.search(pattern, str(error)):
             needed, granted = (
@@ -267,7 +268,7 @@ def refusal(error: Exception) -> Refusal | None:
 
 
 def memory_granted(chip: jax.Device) -> float:
-    """Bytes that the compiler lets a program have on a chip, which only a refusal says."""
+    """Bytes of a chip that the compiler grants a program, which only a rejection reports."""
     import jax
     import jax.numpy as jnp
 
@@ -279,16 +280,17 @@ def memory_granted(chip: jax.Device) -> float:
         if (refused := refusal(error)) is not None:
             return refused.granted
         raise
-    raise AssertionError(f"{chip} took an array of 4 TiB")
+    raise AssertionError(f"{chip} accepted an array of 4 TiB")
 
 
 def product_flops(jaxpr: Any) -> float:
     """Floating-point operations of the matrix products in a traced function, 2 m k n each.
 
-    The compiler's own count takes a loop's body once. Of several branches the costliest counts.
+    The compiler's own count counts a loop's body once. Of several branches the most expensive
+    counts.
 
     Args:
-        jaxpr: Of `jax.jit(f).trace(...)`: `.jaxpr.jaxpr`.
+        jaxpr: From `jax.jit(f).trace(...)`: `.jaxpr.jaxpr`.
     """
     total = 0.0
     for equation in jaxpr.eqns:

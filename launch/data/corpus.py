@@ -2,13 +2,13 @@
 
     builtin                  every State of the Union address (`builtin.py`)
     tfds:NAME                a prepared TFDS data set, such as tfds:c4/en:3.1.0
-    c4                       that one, or C4's own files (`files.c4_files`)
-    text:GLOB                files of text: a file, a folder or a pattern (`files.py`)
+    c4                       that data set, or C4's own files (`files.c4_files`)
+    text:GLOB                text files: a file, a folder or a pattern (`files.py`)
     hf:NAME                  a Hugging Face data set (needs the package `datasets`)
     tokens:PATH              token ids: a one-dimensional .npy of integers, or a raw .bin of uint16
 
-Where a data set has no validation split, the last part of it is held out: 5 % unless told
-otherwise, and at most `MAX_HELD_OUT` documents (for `tokens:`, rows).
+If a data set has no validation split, its last part is held out: 5 % by default, and at most
+`MAX_HELD_OUT` documents (for `tokens:`, rows).
 """
 
 import hashlib
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents to train on and documents held out.
+    """Training documents and held-out documents.
 
     Attributes:
-        train: texts (for `tokens:`, int32 rows of shape (max_length,)).
-        validation: as `train`.
-        identity: changes with the contents; keys caches and guards checkpoints.
+        train: Texts (for `tokens:`, int32 rows of shape (max_length,)).
+        validation: As `train`.
+        identity: Changes with the contents; used as a key of caches and a check of checkpoints.
     """
 
     train: "grain.MapDataset[Any]"
@@ -57,7 +57,7 @@ def full_name(dataset: str) -> str:
     """The data set's name with aliases resolved.
 
     Raises:
-        DataError: not one of the kinds that this module knows.
+        DataError: This module does not know the kind.
     """
     name = PUBLISHED if dataset == "c4" else dataset
     kind, _, rest = name.partition(":")
@@ -73,17 +73,17 @@ def open_corpus(
     validation_fraction: float = 0.05,
     text_column: str = "text",
 ) -> Corpus:
-    """Opens a corpus of texts, preparing it if it is the first time.
+    """Opens a corpus of texts, and prepares it on first use.
 
     Args:
         dataset: `builtin`, `c4`, `tfds:NAME`, `text:GLOB` or `hf:NAME`.
-        data_dir: where TFDS data sets or C4's own files are; None: TFDS's own default.
-        cache_dir: see `common.cache_root`.
-        validation_fraction: share to hold out where the data set has no validation split.
-        text_column: the key or column with the text in the files of `text:`.
+        data_dir: Folder of TFDS data sets or C4's own files; None: TFDS's own default.
+        cache_dir: See `common.cache_root`.
+        validation_fraction: Share to hold out if the data set has no validation split.
+        text_column: The key or column with the text in the files of `text:`.
 
     Raises:
-        DataError: unknown, missing, empty or unreadable data.
+        DataError: The data are unknown, missing, empty or unreadable.
     """
     kind, _, rest = full_name(dataset).partition(":")
     if dataset == "c4" and (files := c4_files(data_dir)):
@@ -105,14 +105,14 @@ def held_out(number: int, fraction: float, what: str) -> int:
     """How many of `number` documents to hold out.
 
     Raises:
-        DataError: fewer than two documents, or a fraction outside (0, 1).
+        DataError: There are fewer than two documents, or the fraction is outside (0, 1).
     """
     if not 0 < fraction < 1:
         raise DataError(f"validation_fraction {fraction}: expected a number between 0 and 1")
     if number < 2:
         raise DataError(
-            f"{what} has {number} document(s), and it takes at least two, one to train on "
-            "and one to hold out: give more text"
+            f"{what} has {number} document(s): expected at least two, one to train on and one to "
+            "hold out; give more text"
         )
     return min(max(1, round(number * fraction)), MAX_HELD_OUT, number - 1)
 
@@ -138,7 +138,7 @@ def _open_tfds(name: str, data_dir: str | os.PathLike[str] | None, fraction: flo
     try:
         builder = tfds.builder(name, data_dir=place)
         splits = {split: info.num_examples for split, info in builder.info.splits.items()}
-    except (ImportError, ValueError, AssertionError) as error:  # which one: TFDS's many ways
+    except (ImportError, ValueError, AssertionError) as error:  # one of TFDS's various errors
         why = str(error).partition("\n")[0]
     if not splits:
         own = " or C4's own files, en/c4-train.*.json.gz" if f"tfds:{name}" == PUBLISHED else ""
@@ -149,7 +149,7 @@ def _open_tfds(name: str, data_dir: str | os.PathLike[str] | None, fraction: flo
         )
     if "text" not in builder.info.features:
         raise DataError(
-            f"{name} has the features {sorted(builder.info.features)}, and training needs one "
+            f"{name} has the features {sorted(builder.info.features)}, but training needs one "
             "named 'text': choose another data set"
         )
     if builder.info.file_format.value != "array_record":
@@ -200,7 +200,7 @@ def _open_text(pattern: str, column: str, cache: Path, fraction: float) -> Corpu
 
 
 def _open_c4(files: dict[str, list[Path]], cache: Path) -> Corpus:
-    """C4's own files. The identity does not depend on where they are."""
+    """C4's own files. The identity does not depend on their location."""
     parts = {}
     for split, paths in files.items():
         key = _digest([_stamp(path) for path in paths])
@@ -231,7 +231,7 @@ def _prepared(
     def build(directory: Path) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        for path in paths:  # a wrong column or suffix shows before hours of work
+        for path in paths:  # finds a wrong column or suffix before hours of work
             next(file_texts(path, column), None)
         writer = ArrayRecordWriter(str(directory / "documents.array_record"), "group_size:1")
         count, said = 0, time.monotonic()
@@ -245,7 +245,7 @@ def _prepared(
         writer.close()
         if not count:
             names = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
-            raise DataError(f"there is no text in {names}: give files that hold some")
+            raise DataError(f"{names} contain no text: give files with text")
 
     folder = prepare_once(cache / f"text-{key}", what, build)
     source = ArrayRecordDataSource(str(folder / "documents.array_record"))
@@ -299,7 +299,7 @@ def _open_hf(name: str, data_dir: str | os.PathLike[str] | None, fraction: float
 
 @dataclass(frozen=True)
 class _TokenRows:
-    """Rows of a memory-mapped array; only the path travels to worker processes."""
+    """Rows of a memory-mapped array; only the path is sent to worker processes."""
 
     path: Path
     first: int
@@ -327,27 +327,26 @@ def _check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise DataError(
-            f"{path} holds the token id {low if low < 0 else high}, and the vocabulary has "
-            f"{vocab_size}: give the model the vocabulary that the tokens were made with, or make "
-            "them again"
+            f"{path} holds the token id {low if low < 0 else high}, but the vocabulary has "
+            f"{vocab_size}: give the model the vocabulary of the tokens, or create them again"
         )
 
 
 def open_tokens(path: str, max_length: int, vocab_size: int, validation_fraction: float) -> Corpus:
     """Opens `tokens:PATH` as rows of `max_length` ids, the last of them held out.
 
-    What is left over after the last whole row is not used.
+    Tokens after the last whole row are not used.
 
     Args:
-        path: a .npy file (one dimension, any integer type) or a .bin file (raw uint16, native byte
+        path: A .npy file (one dimension, any integer type) or a .bin file (raw uint16, native byte
             order).
-        max_length: tokens in a row.
-        vocab_size: ids must be smaller than this.
-        validation_fraction: share of the rows to hold out, from the end.
+        max_length: Tokens per row.
+        vocab_size: Ids must be smaller than this.
+        validation_fraction: Share of the rows to hold out, from the end.
 
     Raises:
-        DataError: missing, empty, too short, of another type or shape, or with ids outside the
-            vocabulary.
+        DataError: The file is missing, empty, too short, of another type or shape, or has ids
+            outside the vocabulary.
     """
     import grain
 
@@ -373,8 +372,8 @@ def open_tokens(path: str, max_length: int, vocab_size: int, validation_fraction
             f"tokens:{path} has {len(array)} tokens, fewer than two rows of {max_length}, one to "
             "train on and one to hold out: give more tokens or a smaller --max_length"
         )
-    # Rows are checked as they are read, too; this finds a wrong vocabulary before anything is
-    # compiled.
+    # Rows are also checked when they are read; this check finds a wrong vocabulary before anything
+    # is compiled.
     _check_ids(array[: 2**27], vocab_size, file)
     cut = rows - held_out(rows, validation_fraction, f"tokens:{path}")
     stat = file.stat()

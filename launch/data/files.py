@@ -1,11 +1,11 @@
-"""Files of text -> documents: which files a pattern names, and what is in them.
+"""Text files -> documents: which files a pattern matches, and their contents.
 
     .txt                     prose, cut into passages
-    .json, .jsonl            one JSON object a line, with the text under one key
+    .json, .jsonl            one JSON object per line, with the text under one key
     .parquet                 a table with a column of text
 
-The first two may be compressed as .gz or .zst. Every file is read as a stream. Errors name the
-file and the line.
+The first two may be compressed as .gz or .zst. Every file is read as a stream. Errors name the file
+and the line.
 """
 
 import glob
@@ -25,7 +25,7 @@ from launch.data.common import DataError
 COMPRESSED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{kind}{c}" for c in COMPRESSED for kind in ("txt", "json", "jsonl")), ".parquet")
 READABLE = ", ".join(SUFFIXES)
-# What Hugging Face's `datasets` writes beside the data it describes.
+# Files that Hugging Face's `datasets` writes next to the data that they describe.
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TFDS_C4 = "c4/en/3.1.0"
 C4_SPLITS = ("train", "validation")
@@ -34,7 +34,7 @@ LONGEST_LINE = 16_000  # characters
 STRINGS = ("string", "large_string", "string_view", "binary", "large_binary")  # pyarrow's names
 SHOWN = 3  # names in a message
 POINTER, POINTER_BYTES = b"version https://git-lfs", 1_000
-DAMAGED = "the file is damaged or not what its suffix says: fetch or write it again"
+DAMAGED = "the file is damaged or does not match its suffix: fetch or write it again"
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +45,18 @@ log = logging.getLogger(__name__)
 def text_files(pattern: str) -> list[Path]:
     """The files that `text:` reads, shards in the order of their numbers.
 
-    A folder stands for all files in it and in its folders. Hidden files and files of another kind
-    are left out, and a line of the log names them.
+    A folder stands for all files in it and its subfolders. Hidden files and files of other kinds
+    are skipped, and a line of the log names them.
 
     Args:
-        pattern: a file, a folder or a glob pattern.
+        pattern: A file, a folder or a glob pattern.
 
     Returns:
-        The files; none where the pattern matches no file.
+        The files; empty if the pattern matches no file.
 
     Raises:
-        DataError: no file has a known suffix, one is empty, a link to nothing or a pointer of Git
-            LFS, or one is there twice.
+        DataError: No file has a known suffix; or one is empty, a broken link or a Git LFS pointer,
+            or is present twice.
     """
     pattern = os.path.expanduser(pattern)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
@@ -84,14 +84,14 @@ def c4_files(data_dir: str | os.PathLike[str] | None) -> dict[str, list[Path]] |
     """C4's own files, `en/c4-train.*.json.gz` and `en/c4-validation.*.json.gz`, by split.
 
     Args:
-        data_dir: the folder `en`, or one that holds `en/` or `c4/en/`.
+        data_dir: The folder `en`, or one that contains `en/` or `c4/en/`.
 
     Returns:
-        The files of the splits `train` and `validation`; None where no such file is there, or
-        where the folder has TFDS's layout.
+        The files of the splits `train` and `validation`; None if there is no such file, or if the
+        folder has TFDS's layout.
 
     Raises:
-        DataError: one of the splits is missing, or a file is refused as by `text_files`.
+        DataError: One of the splits is missing, or `text_files` would reject a file.
     """
     if data_dir is None:
         return None
@@ -116,7 +116,7 @@ def c4_files(data_dir: str | os.PathLike[str] | None) -> dict[str, list[Path]] |
 
 
 def _files_in(folder: str, hidden: bool = False) -> list[str]:
-    """The files in a folder and its folders; one that several links lead to counts once."""
+    """The files in a folder and its subfolders; a file with several links counts once."""
     pattern = os.path.join(glob.escape(folder), "**")
     found = glob.glob(pattern, recursive=True, include_hidden=hidden)
     files: dict[str, str] = {}
@@ -132,13 +132,13 @@ def _is_readable(path: str | os.PathLike[str]) -> bool:
 
 
 def _kind(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The suffix that says what is in a readable file, and that of its compression or ""."""
+    """The suffix of the contents of a readable file, and that of its compression or ""."""
     stem, suffix = os.path.splitext(path)
     return (os.path.splitext(stem)[1], suffix) if suffix in COMPRESSED else (suffix, "")
 
 
 def _checked(files: Sequence[str]) -> list[Path]:
-    """The files in order, shards by number; no link is followed, as names tell what a file is."""
+    """The files in order, shards by number; links are not resolved: names determine the kind."""
     by_number = lambda path: re.sub(r"\d+(?=-of-\d)", lambda number: number[0].zfill(12), path)
     paths = [Path(path).absolute() for path in sorted(files, key=by_number)]
     seen: dict[str, Path] = {}
@@ -150,7 +150,7 @@ def _checked(files: Sequence[str]) -> list[Path]:
         if not path.is_file():
             raise DataError(f"{path} is a link to a file that is not there: fetch it, or delete it")
         size = path.stat().st_size
-        # An empty .txt is a text without words; any other empty file is a broken download.
+        # An empty .txt is a text without words; any other empty file is a failed download.
         if not size and (kind, compression) != (".txt", ""):
             raise DataError(f"{path} is empty: fetch it again, or delete it")
         if size < POINTER_BYTES and path.read_bytes().startswith(POINTER):
@@ -171,11 +171,11 @@ def file_texts(path: Path, column: str) -> Iterator[str]:
     """The documents of a file, in order.
 
     Args:
-        path: one of `text_files` or `c4_files`.
-        column: the key or column with the text; not for .txt.
+        path: One of `text_files` or `c4_files`.
+        column: The key or column with the text; not for .txt.
 
     Raises:
-        DataError: the file cannot be read, or a line has no text.
+        DataError: The file cannot be read, or a line has no text.
     """
     kind, compression = _kind(path)
     if kind == ".parquet":
@@ -199,8 +199,8 @@ def file_texts(path: Path, column: str) -> Iterator[str]:
 def passages(file: TextIO) -> Iterator[str]:
     """Cuts a text into passages of at least `PASSAGE` characters, at blank lines if it has any.
 
-    A text without blank lines is cut at the end of a line once twice that is reached, and a line
-    longer than `LONGEST_LINE` characters is cut there. The last passage is as short as it comes.
+    A text without blank lines is cut at the end of a line once it reaches twice that length, and a
+    line longer than `LONGEST_LINE` characters is cut there. The last passage may be shorter.
     """
     lines: list[str] = []
     size = 0
@@ -216,7 +216,7 @@ def passages(file: TextIO) -> Iterator[str]:
 
 
 def _open_zstd(path: Path, mode: str, **text: Any) -> TextIO:
-    """As `gzip.open`; Python has a codec of its own from 3.14 on."""
+    """Like `gzip.open`; Python has its own codec since 3.14."""
     import pyarrow
 
     return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), **text)
@@ -224,10 +224,10 @@ def _open_zstd(path: Path, mode: str, **text: Any) -> TextIO:
 
 def _json_texts(file: TextIO, path: Path, column: str) -> Iterator[tuple[int, str]]:
     """Line numbers and texts."""
-    start = file.readline(LONGEST_LINE)  # a whole array may stand on one line
+    start = file.readline(LONGEST_LINE)  # a whole array may be on one line
     if start.lstrip().startswith("["):
         raise DataError(
-            f"{path} holds one JSON array: expected an object a line; write it so, for example "
+            f"{path} holds one JSON array: expected one object per line; convert it, for example "
             "with: jq -c '.[]' OLD.json > NEW.jsonl"
         )
     if start and not start.endswith("\n"):
@@ -292,7 +292,7 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
 
 def _no_column(where: str, column: str, found: Sequence[str]) -> str:
     if not found:
-        return f"{where}: no {_quoted(column)} there, nor anything else: expected a text a document"
+        return f"{where}: no {_quoted(column)} there, and nothing else: expected a text per row"
     there = ", ".join(map(_quoted, found[:20]))
     return f"{where}: no {_quoted(column)} there, only {there}: name one of these by --text_column"
 

@@ -1,8 +1,8 @@
 """Text -> token ids.
 
-Be it the LLaMA tokenizer, one trained on the corpus, plain bytes or one of Hugging Face's, it ends
-up as a directory with a `tokenizer.json`, which the `tokenizers` package reads; transformers is
-imported only to bring other forms into this one. The directory's files go with a trained model.
+Every tokenizer (LLaMA's, one trained on the corpus, plain bytes, or one of Hugging Face's) becomes
+a directory with a `tokenizer.json`, which the `tokenizers` package reads; transformers is imported
+only to convert other formats. The directory's files are saved with a trained model.
 """
 
 import hashlib
@@ -39,14 +39,14 @@ FILES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer's directory; loaded when first used, so that it travels cheaply to workers.
+    """A tokenizer's directory; loaded on first use, so that it is cheap to send to workers.
 
     Attributes:
-        directory: holds `tokenizer.json` and `tokenizer_config.json`.
-        vocab_size: number of ids, including special tokens.
-        bos_id: id of the begin-of-text token, or None. Batches do not use it.
-        eos_id: id of the token that ends every document.
-        pad_id: id that pads rows; masked, so never seen by the loss.
+        directory: Contains `tokenizer.json` and `tokenizer_config.json`.
+        vocab_size: Number of ids, including special tokens.
+        bos_id: Id of the begin-of-text token, or None. Batches do not use it.
+        eos_id: Id of the token that ends every document.
+        pad_id: Id that pads rows; masked, so the loss never reads it.
     """
 
     directory: Path
@@ -63,7 +63,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(self.directory / "tokenizer.json"))
         backend.no_truncation()  # some files ask for one
         backend.no_padding()
-        backend.encode_special_tokens = True  # "</s>" in a document is four letters, not its end
+        backend.encode_special_tokens = True  # "</s>" in a document is four characters, not its end
         return backend
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,12 +75,12 @@ class Tokenizer:
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def encode_document(self, text: str) -> np.ndarray:
-        """Token ids of a text and the end-of-text id after them, int32."""
+        """Token ids of a text, int32, with the end-of-text id at the end."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return np.array([*ids, self.eos_id], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, special tokens left out."""
+        """The text of some ids, without special tokens."""
         return str(self.backend.decode([int(token) for token in ids], skip_special_tokens=True))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -94,13 +94,13 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class NoTokenizer(Tokenizer):
-    """Stands in where the data are token ids already and no tokenizer is named."""
+    """Placeholder if the data are token ids and no tokenizer is given."""
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Not possible.
+        """Not supported.
 
         Raises:
-            DataError: always.
+            DataError: Always.
         """
         raise DataError(
             "a data set of token ids has no tokenizer: give --tokenizer to turn text into ids"
@@ -127,19 +127,19 @@ def load_tokenizer(
     """Finds, converts or trains the tokenizer for a data set and a model.
 
     Args:
-        spec: a Hugging Face tokenizer's directory or name; `byte` for plain UTF-8 bytes; None for
-            the LLaMA tokenizer where the model's vocabulary has room for its 32,000 pieces, else a
-            byte-level BPE of the model's vocabulary size, trained on the training split. With
+        spec: A Hugging Face tokenizer's directory or name; `byte` for plain UTF-8 bytes; None for
+            the LLaMA tokenizer if its 32,000 pieces fit the model's vocabulary, otherwise a
+            byte-level BPE with the model's vocabulary size, trained on the training split. With
             `tokens:` data None means that there is no tokenizer.
-        dataset: the data set's name, as `open_data` takes it.
-        data_dir: as `open_data`.
-        cache_dir: as `open_data`.
-        vocab_size: the model's vocabulary.
-        text_column: as `open_data`.
+        dataset: The data set's name, as in `open_data`.
+        data_dir: As in `open_data`.
+        cache_dir: As in `open_data`.
+        vocab_size: The model's vocabulary.
+        text_column: As in `open_data`.
 
     Raises:
-        DataError: no such tokenizer, one larger than the model's vocabulary, or one without an
-            end-of-text token.
+        DataError: There is no such tokenizer, it is larger than the model's vocabulary, or it has
+            no end-of-text token.
     """
     cache = cache_root(cache_dir)
     name = full_name(dataset)
@@ -163,7 +163,7 @@ def load_tokenizer(
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {spec or tokenizer.directory.name!r} has a vocabulary of "
-            f"{tokenizer.vocab_size}, and the model one of {vocab_size}: give a model config with "
+            f"{tokenizer.vocab_size}, but the model one of {vocab_size}: give a model config with "
             f"vocab_size {tokenizer.vocab_size} or more, or another --tokenizer"
         )
     return tokenizer
@@ -179,7 +179,7 @@ def _limited(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _trained(cache: Path, corpus: str, vocab_size: int, texts: Iterable[str]) -> Path:
-    """A byte-level BPE trained on `texts`, cached; with no texts its pieces are the bytes."""
+    """A byte-level BPE trained on `texts`, cached; without texts its pieces are the bytes."""
     digest = hashlib.sha256(f"{corpus} {vocab_size}".encode()).hexdigest()[:16]
 
     def build(directory: Path) -> None:
@@ -203,7 +203,7 @@ def _trained(cache: Path, corpus: str, vocab_size: int, texts: Iterable[str]) ->
 
 
 def _llama(cache: Path) -> Path:
-    """The LLaMA-style sentencepiece model that `mistral-common` carries, converted once."""
+    """The LLaMA-style sentencepiece model of `mistral-common`, converted once."""
     spec = importlib.util.find_spec("mistral_common")
     places = (spec.submodule_search_locations if spec else None) or []
     model = next(
@@ -212,7 +212,7 @@ def _llama(cache: Path) -> Path:
     )
     if model is None:
         raise DataError(
-            f"a vocabulary of {LLAMA_VOCABULARY} takes the tokenizer in the package "
+            f"a vocabulary of {LLAMA_VOCABULARY} uses the tokenizer in the package "
             "'mistral-common', which is not installed: pip install mistral-common, or give "
             "--tokenizer DIRECTORY"
         )
@@ -224,18 +224,18 @@ def _llama(cache: Path) -> Path:
 
 
 def _convert_sentencepiece(model: Path, directory: Path) -> None:
-    """Turns a LLaMA-style sentencepiece model (BPE, byte fallback) into a `tokenizer.json`.
+    """Converts a LLaMA-style sentencepiece model (BPE, byte fallback) to a `tokenizer.json`.
 
-    Merges go by the pieces' scores, as sentencepiece has them; transformers 5.23 takes the order
-    of their ids, which differs for runs of spaces, and drops a space at the start of a text.
+    Merges follow the pieces' scores, as in sentencepiece; transformers 5.23 uses the order of their
+    ids, which differs for runs of spaces, and drops a space at the start of a text.
 
     Raises:
-        DataError: the package `sentencepiece` is missing.
+        DataError: The package `sentencepiece` is missing.
     """
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise DataError(f"{model} takes the package 'sentencepiece': pip install it") from error
+        raise DataError(f"{model} needs the package 'sentencepiece': pip install it") from error
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     source = SentencePieceProcessor(model_file=str(model))
@@ -336,7 +336,7 @@ def _from_directory(directory: Path, spec: str) -> Tokenizer:
     eos = token_id("eos_token")
     if eos is None:
         raise DataError(
-            f"tokenizer {spec!r} names no eos_token, which has to end each document: choose another"
+            f"tokenizer {spec!r} has no eos_token, which must end each document: choose another"
         )
     pad = token_id("pad_token")
     vocab_size = max(backend.get_vocab().values()) + 1

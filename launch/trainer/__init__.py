@@ -1,1 +1,1 @@
-"""What both trainers share: command line, options, loop, start and resume, processes, log."""
+"""Shared by both trainers: command line, options, loop, start and resume, processes, run log."""

@@ -1,4 +1,4 @@
-"""How a command of this project ends: an exit code, and one line on stderr for a user's mistake."""
+"""How the commands exit: an exit code, and one line on stderr for a user's mistake."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 
 class UsageError(ValueError):
-    """A mistake in what the user asked for: the value, what was expected and what to do."""
+    """A mistake in the user's input; the message has the value, the expectation and a remedy."""
 
 
 def run_cli(main: Callable[[Sequence[str]], int | None]) -> int:
     """Runs `main` on the command line's arguments and returns the exit code.
 
     `UsageError` becomes one line on stderr and code 2, any other OSError (a full disk) one line and
-    code 1, an interrupt code 130. Anything else is a fault of the program and keeps its traceback;
-    wrap calls whose ValueError or OSError is the user's in `user_errors`.
+    code 1, an interrupt code 130. Anything else is a bug and keeps its traceback; wrap calls whose
+    ValueError or OSError is caused by the user in `user_errors`.
     """
     try:
         return main(sys.argv[1:]) or 0
@@ -34,10 +34,10 @@ def run_cli(main: Callable[[Sequence[str]], int | None]) -> int:
 
 @contextlib.contextmanager
 def user_errors(flag: str | None = None) -> Iterator[None]:
-    """Turns a ValueError or OSError raised inside into a `UsageError` with the same message.
+    """Converts a ValueError or OSError raised inside to a `UsageError` with the same message.
 
     Args:
-        flag: Named in front of the message: "lr" for `--lr`.
+        flag: Flag named at the start of the message: "lr" for `--lr`.
     """
     try:
         yield
@@ -48,10 +48,10 @@ def user_errors(flag: str | None = None) -> Iterator[None]:
 
 
 def set_up_logging(shows: bool = True) -> None:
-    """Shows warnings, and what this package and its libraries log, as bare lines on stderr.
+    """Prints warnings and log messages of this package and its libraries as plain stderr lines.
 
     Args:
-        shows: False for a process whose messages are those of the first one.
+        shows: False for a process that leaves messages to the first one.
     """
     logging.basicConfig(level=logging.WARNING if shows else logging.ERROR, format="%(message)s")
     for package in ("launch", "osd_jax", "osd_torch"):

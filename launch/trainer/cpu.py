@@ -1,6 +1,6 @@
-"""What makes a CPU fast: set by both trainers, and by the benchmark as they do.
+"""CPU settings for speed, used by both trainers and by the benchmark.
 
-Neither is needed for right numbers, and neither does anything where there is no such library.
+They do not affect results, and do nothing if the library is absent.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 
 
 def keep_memory() -> None:
-    """Makes glibc keep freed memory for the next step instead of giving it back to the system.
+    """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
-    By default it maps large arrays anew each time, and the system has to clear their pages: a third
-    of the time of a step of `llama_9m` in PyTorch, of which this spares two thirds. XLA's arrays
-    come from it too. It asks for no more memory than the largest step does. Other C libraries have
-    no such switch, and nothing is done.
+    By default glibc maps large arrays again each time, and the system must clear their pages: a
+    third of the time of a step of `llama_9m` in PyTorch, of which this saves two thirds. XLA's
+    arrays use it too. It needs no more memory than the largest step. Other C libraries have no such
+    switch; this function then does nothing.
     """
     m_trim_threshold, m_mmap_threshold, large = -1, -3, 2**30  # the names in malloc.h
     with contextlib.suppress(OSError, AttributeError):
@@ -26,11 +26,12 @@ def keep_memory() -> None:
 
 
 def keep_lapack_to_one_thread() -> None:
-    """Makes OpenBLAS, with which JAX takes SVDs on a CPU, use one thread; before JAX is imported.
+    """Restricts OpenBLAS, which runs JAX's SVDs on a CPU, to one thread; call before importing JAX.
 
-    Its threads spin while they wait for each other. Beside XLA's, or other programs', each turn
-    then takes until the system takes the core away: seconds for a matrix that one thread takes in
-    40 ms. XLA takes the SVDs of several parameters at once, and its own products as before.
+    Its threads spin while they wait for each other. Next to XLA's threads, or other programs, each
+    wait then lasts until the system takes the core away: seconds for a matrix that one thread
+    handles in 40 ms. XLA runs the SVDs of several parameters in parallel, and its own products are
+    unaffected.
     """
-    if "OMP_NUM_THREADS" not in os.environ:  # which OpenBLAS reads too
+    if "OMP_NUM_THREADS" not in os.environ:  # which OpenBLAS also reads
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""What a run says before its first update."""
+"""The message of a run before its first update."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def describe(
     bytes_on_each: int | None = None,
     step: int,
 ) -> str:
-    """What is about to run, in a few lines.
+    """A few lines about the run.
 
-    `state_bytes` is left out where it is not yet known, and what each device holds of both where
-    there is one.
+    `state_bytes` is omitted if it is not yet known, and the share of each device if there is only
+    one.
     """
     state = "" if state_bytes is None else f"{optimizer_state(state_bytes)}, "
-    start = f"going on from step {step:,}" if step else "from the start"
+    start = f"resuming from step {step:,}" if step else "from the start"
     optimizer, subspace = options.optimizer, options.subspace
     method = f"{optimizer.optimizer}, full rank"
     if optimizer.is_projected:
@@ -35,12 +35,10 @@ def describe(
     changed = changed_options(kept, options.record()) if kept else []
     return (
         f"{Path(options.model.model_config).stem}: {parameters / 1e6:.1f} M parameters ({dtype}) "
-        f"on {device}, {start}\n"
-        f"{method}: {state}"
-        f"weights {weight_bytes / 2**20:,.1f} MiB{share}\n"
-        f"{optimizer.num_training_steps:,} updates of {options.data.tokens_per_update:,} tokens; "
-        f"the run is kept in {options.run.path}"
-    ) + "".join(f"\nchanged since it began: {change}" for change in changed)
+        f"on {device}, {start}\n{method}: {state}weights {weight_bytes / 2**20:,.1f} "
+        f"MiB{share}\n{optimizer.num_training_steps:,} updates of "
+        f"{options.data.tokens_per_update:,} tokens; the run is stored in {options.run.path}"
+    ) + "".join(f"\nchanged since its start: {change}" for change in changed)
 
 
 def optimizer_state(size: int) -> str:

@@ -1,4 +1,4 @@
-"""A run's directories: held by one process at a time, and emptied by `--overwrite`."""
+"""A run's directories: locked by one process at a time, and emptied by `--overwrite`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from launch.trainer.options import Options
 
 @contextlib.contextmanager
 def claimed(options: Options) -> Iterator[None]:
-    """Holds the run's directories for this process alone; with `--overwrite` it empties them.
+    """Locks the run's directories for this process; with `--overwrite` it empties them.
 
     Raises:
-        UsageError: another process has one of them, or they cannot be written to.
+        UsageError: Another process holds one of them, or they cannot be written to.
     """
     import fcntl
 
@@ -29,8 +29,8 @@ def claimed(options: Options) -> Iterator[None]:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UsageError(
-                        f"--name: another process is writing to {directory}; wait for its end, or "
-                        "use another --name"
+                        f"--name: another process is writing to {directory}; wait until it ends, "
+                        "or use another --name"
                     ) from None
             if options.run.overwrite:
                 remove_run(options.run.save_path)
@@ -38,7 +38,7 @@ def claimed(options: Options) -> Iterator[None]:
 
 
 def remove_run(directory: Path) -> None:
-    """Deletes what an earlier run left: its checkpoints and its model, and no other files."""
+    """Deletes the checkpoints and the model of an earlier run, and no other files."""
     for path in (directory / "checkpoints").glob("[0-9]*"):
         shutil.rmtree(path, ignore_errors=True)
     model = directory / "model"

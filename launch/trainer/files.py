@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, and read back."""
+"""Files of a run: written atomically, and read back."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when all is written and on the disk.
+    """A temporary file next to `path` that is renamed to `path` once it is complete and on disk.
 
     A reader sees the old file or the new one, never a part.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Yields:
-        Where to write; its suffix is that of `path`.
+        The temporary path; its suffix is that of `path`.
     """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -33,32 +33,32 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
+    """Writes `text` to `path` atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def telling(path: Path) -> Iterator[None]:
-    """Says which file could not be written, and what to do.
+    """Adds to an error which file could not be written, and what to do.
 
     Raises:
-        OSError: inside; with the file's name.
+        OSError: It is raised inside; with the file's name.
     """
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"the log {path} cannot be written: {error.strerror or error}; make room there, and go "
-            "on from the newest checkpoint by the same command and --resume"
+            f"the log {path} cannot be written: {error.strerror or error}; free space there, and "
+            "resume from the newest checkpoint with the same command and --resume"
         ) from error
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line cut short by a crash is left out.
+    """The lines of a run's `metrics.jsonl`, without a last line truncated by a crash.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: There is no such file.
     """
     path = Path(directory) / "metrics.jsonl"
     if not path.is_file():
@@ -67,9 +67,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def records_of(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The records of lines of JSON, up to the first that is damaged."""
+    """The records of lines of JSON, up to the first damaged one."""
     for line in lines:
         try:
             yield json.loads(line)
         except ValueError:
-            return  # all that follows a damaged line is younger than the checkpoint
+            return  # everything after a damaged line is newer than the checkpoint

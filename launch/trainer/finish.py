@@ -1,4 +1,4 @@
-"""The end of a run: the model in Hugging Face's format, and a sample of its text."""
+"""The end of a run: the model in Hugging Face's format, and a text sample."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def finish(
     sample: Sample,
     save_model: Callable[[Path], None],
 ) -> None:
-    """Writes the model, a sample of its text, and how it compares to token frequencies alone.
+    """Writes the model, a text sample, and a comparison with token frequencies alone.
 
     Args:
         options: Checked options.
-        data: What it was trained on.
-        tokenizer: Of the text; saved with the model.
-        loss: The last evaluation's, in nats.
-        log: Of the run.
-        sample: Continues a prompt, int32 (n,), to so many tokens.
-        save_model: Writes the weights and then config.json, which says that the model is complete.
+        data: The training data.
+        tokenizer: Tokenizer of the text; saved with the model.
+        loss: The loss of the last evaluation, in nats.
+        log: Log of the run.
+        sample: Continues a prompt, int32 (n,), to the given number of tokens.
+        save_model: Writes the weights and then config.json, which marks the model as complete.
     """
     text = sample_of_text(options, tokenizer, sample)
     directory = options.run.save_path / "model"
@@ -69,10 +69,10 @@ def finish(
 
 @contextlib.contextmanager
 def writing_model(options: Options, directory: Path) -> Iterator[None]:
-    """Removes a new directory in which not all could be written, and says what is safe.
+    """Removes a new directory that is incomplete, and reports what is safe.
 
     Raises:
-        OSError: inside.
+        OSError: It is raised inside.
     """
     is_new = not directory.exists()
     try:
@@ -82,13 +82,13 @@ def writing_model(options: Options, directory: Path) -> Iterator[None]:
             shutil.rmtree(directory, ignore_errors=True)
         raise OSError(
             f"the model cannot be written to {directory}: {error.strerror or error}; the trained "
-            f"state is safe in {options.run.save_path / 'checkpoints'}: make room, and the same "
-            "command and --resume write the model"
+            f"state is safe in {options.run.save_path / 'checkpoints'}: free space, and the same "
+            "command with --resume writes the model"
         ) from error
 
 
 def sample_of_text(options: Options, tokenizer: Tokenizer, sample: Sample) -> str | None:
-    """The prompt as the model goes on with it; None where there is nothing to go on with."""
+    """The prompt as continued by the model; None if there is no prompt."""
     from launch.data.tokenizer import NoTokenizer
 
     if not options.run.sample_tokens or isinstance(tokenizer, NoTokenizer):

@@ -1,13 +1,13 @@
-"""Several JAX processes that train together: how they meet, agree and end.
+"""Several JAX processes that train together: how they connect, agree and end.
 
-One process with all its devices needs none of this, and nothing is set up for it. Several find each
-other by --coordinator_address, --num_processes and --process_id; or JAX finds out: under SLURM's
-`srun`, Open MPI's `mpirun` and on a TPU pod.
+One process with all its devices needs none of this. Several processes connect by
+--coordinator_address, --num_processes and --process_id; or JAX detects them: under SLURM's `srun`,
+Open MPI's `mpirun` and on a TPU pod.
 
-Mistakes that all of them make are told by the first one. When one ends in the midst, of whatever
-cause, the others end too, at once or after `SECONDS_OF_SILENCE`, and say so: no process can train
-on alone, and what is saved is whole. Only where one cannot write its part of a checkpoint do they
-wait longer: Orbax gives it ten minutes.
+The first process reports mistakes that all of them make. If a process ends during the run, for any
+reason, the others end too, immediately or after `SECONDS_OF_SILENCE`, and say so: no process can
+train alone, and saved data are complete. They only wait longer if one cannot write its part of a
+checkpoint: Orbax allows it ten minutes.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from launch.trainer.options import Options
 from launch.trainer.processes import OneProcess, Processes
 
 SECONDS_TO_MEET = 300
-"""How long the first process to come waits for the last."""
+"""How long the first process waits for the last to connect."""
 SECONDS_OF_SILENCE = 30
-"""How long a process that answers no more is waited for."""
+"""How long the others wait for a process that no longer answers."""
 SECONDS_TO_LEAVE = 3600
-"""How long a process that is done waits for the others: for the first, to write the whole model."""
+"""How long a finished process waits for the others, such as the first, which writes the model."""
 
 LOST = (
-    "error: another process of this run has ended, or cannot be reached; it may say why. This one "
-    "ends too: start all of them again with the same commands and --resume"
+    "error: another process of this run has ended, or cannot be reached; its output may say why. "
+    "This process ends too: start all of them again with the same commands and --resume"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxProcesses(Processes):
-    """Several processes that `jax.distributed` has brought together."""
+    """Several processes connected by `jax.distributed`."""
 
     index: int
     count: int
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has, in order, on every process; a value that JSON can hold."""
+        """Gathers a JSON value of each process, in order, on every process."""
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
@@ -64,14 +64,14 @@ class JaxProcesses(Processes):
         return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says yes."""
+        """Whether the flag is true in any process."""
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
         return bool(process_allgather(np.bool_(flag)).any())
 
 
-# ---------------------------------------------------------------------------- meeting, and ending
+# --------------------------------------------------------------------------- connecting and ending
 
 
 @contextlib.contextmanager
@@ -79,11 +79,11 @@ def joined(options: Options) -> Iterator[Processes]:
     """Joins the processes of this run, if there are several. Call it before JAX is used.
 
     Args:
-        options: Not yet checked: a check has to know how many processes there are.
+        options: Not yet checked: a check needs the number of processes.
 
     Raises:
-        UsageError: they are not told how to meet, or cannot; or in all of them, inside.
-        SystemExit: code 2, in all but the first, where all of them raise UsageError.
+        UsageError: They have no address, or cannot connect; or it is raised in all of them, inside.
+        SystemExit: With code 2, in all but the first, if all of them raise UsageError.
     """
     given = _explicit(options)
     if given is None and not _is_launched():
@@ -92,7 +92,7 @@ def joined(options: Options) -> Iterator[Processes]:
     processes = _initialized(given)
     try:
         yield processes
-    except UsageError:  # all have it, and the first one tells
+    except UsageError:  # all have it, and the first one reports it
         if not processes.is_first:
             raise SystemExit(2) from None
         raise
@@ -103,10 +103,10 @@ def joined(options: Options) -> Iterator[Processes]:
 
 
 def _explicit(options: Options) -> dict[str, Any] | None:
-    """The keywords of `jax.distributed.initialize` that the flags give; None: no, or one process.
+    """The arguments of `jax.distributed.initialize` from the flags; None: none, or one process.
 
     Raises:
-        UsageError: the flags are incomplete or contradict each other.
+        UsageError: The flags are incomplete or contradictory.
     """
     names = ("coordinator_address", "num_processes", "process_id")
     given = {name: getattr(options.devices, name) for name in names}
@@ -133,9 +133,9 @@ def _explicit(options: Options) -> dict[str, Any] | None:
 
 
 def _is_launched() -> bool:
-    """Whether something has started several processes that JAX knows how to bring together."""
+    """Whether a launcher known to JAX has started several processes."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-    if all(name in os.environ for name in slurm):  # within srun, and not only within its job
+    if all(name in os.environ for name in slurm):  # within srun, not only within its job
         return int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
@@ -144,13 +144,13 @@ def _is_launched() -> bool:
 
 
 def _initialized(given: dict[str, Any] | None) -> Processes:
-    """Brings the processes together.
+    """Connects the processes.
 
     Args:
-        given: From `_explicit`; None: JAX finds out.
+        given: From `_explicit`; None: JAX detects them.
 
     Raises:
-        UsageError: they cannot meet.
+        UsageError: They cannot connect.
     """
     where = "where JAX looks for them"
     if given is not None:
@@ -160,7 +160,7 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
 
     if not jax.distributed.is_initialized():
         _at_abort.say(
-            f"error: the processes cannot meet at {where}: not all came within "
+            f"error: the processes cannot connect at {where}: not all arrived within "
             f"{SECONDS_TO_MEET} s, or two have the same number; start each of them once",
             code=2,
         )
@@ -173,11 +173,12 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
                 shutdown_timeout_seconds=SECONDS_TO_LEAVE,
             )
         except (RuntimeError, ValueError) as error:
-            if given is None and "should be defined" in str(error):  # a TPU, and no pod
+            if given is None and "should be defined" in str(error):  # a TPU, but no pod
                 return OneProcess()
             reason = str(error).partition("\n")[0]
-            raise UsageError(f"the processes cannot meet at {where}: {reason}") from None
-        # JAX takes SIGTERM for notices of preemption; until the run minds it, it is to end this.
+            raise UsageError(f"the processes cannot connect at {where}: {reason}") from None
+        # JAX treats SIGTERM as a notice of preemption; until the run handles it, it should end this
+        # process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _at_abort.say(LOST, code=1)
     count = jax.process_count()
@@ -185,10 +186,10 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
 
 
 def _check_coordinator(address: str, is_here: bool) -> None:
-    """Says in one line what JAX would say by abort(): the port is taken, or nobody is there.
+    """Reports in one line what JAX would report by abort(): the port is in use, or nobody answers.
 
     Raises:
-        UsageError: so it is.
+        UsageError: One of these is the case.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -208,19 +209,19 @@ def _check_coordinator(address: str, is_here: bool) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"--coordinator_address: nobody answers at {address} within "
-                    f"{SECONDS_TO_MEET} s: {error.strerror or error}; start process 0 there, and "
-                    "see that its port is open to this machine"
+                    f"--coordinator_address: no answer from {address} within {SECONDS_TO_MEET} s: "
+                    f"{error.strerror or error}; start process 0 there, and check that its port "
+                    "is open to this machine"
                 ) from None
             time.sleep(0.2)
 
 
 class _AtAbort:
-    """What this process says and returns where JAX ends it by abort().
+    """The message and exit code of this process if JAX ends it by abort().
 
-    JAX has no other answer to processes that do not meet, or that are lost: a page of addresses in
-    C++, and SIGABRT; what it would call in Python instead ends in std::bad_cast, in 0.10. A signal
-    handler of Python's own would run too late.
+    JAX has no other response to processes that do not connect, or that are lost: a page of
+    addresses in C++, and SIGABRT; the Python callback that it offers ends in std::bad_cast, in
+    0.10. A Python signal handler would run too late.
     """
 
     def __init__(self) -> None:
@@ -240,13 +241,13 @@ class _AtAbort:
         os._exit(code)
 
 
-_at_abort = _AtAbort()  # one, and for good: C keeps a pointer to its handler
+_at_abort = _AtAbort()  # a single permanent object: C keeps a pointer to its handler
 
 
 def _end_at_once(error: BaseException) -> NoReturn:
-    """Tells of an error and ends this process without a farewell.
+    """Reports an error and ends this process immediately.
 
-    In leaving in order it would wait for the others, which wait for it. So they notice.
+    A regular exit would wait for the others, which wait for it. This way they notice.
     """
     code = 1
     if isinstance(error, KeyboardInterrupt):
@@ -263,7 +264,7 @@ def _end_at_once(error: BaseException) -> NoReturn:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether an error is what a lost process looks like from another one."""
+    """Whether an error is the effect of a lost process on another one."""
     import jax
 
     while error is not None:

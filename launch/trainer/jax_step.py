@@ -1,4 +1,4 @@
-"""JAX: the optimizer and the train step that the options ask for."""
+"""JAX: builds the optimizer and the train step from the options."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from osd_jax.llama.train import TrainStep
     from osd_jax.rules import Schedule
 
-# Numbers of an 8-bit array that a layer-by-layer step reads back at once: a sixteenth of the 7B
+# Elements of an 8-bit array that a layer-by-layer step dequantizes at once: a sixteenth of the 7B
 # model's embedding, the largest array there.
 SLICE_SIZE = 2**23
 
 
 def refuse_torch_only(options: Options) -> None:
-    """Refuses what only the PyTorch trainer does, with the reason.
+    """Rejects options that only the PyTorch trainer has, with the reason.
 
     Raises:
-        UsageError: such an option is given.
+        UsageError: Such an option is given.
     """
     reasons = {
-        "compile": "the JAX side compiles always",
-        "timeout_minutes": "the JAX side has a time of its own, in launch/trainer/jax_processes.py",
+        "compile": "JAX always compiles",
+        "timeout_minutes": "JAX has its own limit, in launch/trainer/jax_processes.py",
     }
     for name, reason in reasons.items():
         if options.is_given(name):
@@ -37,22 +37,22 @@ def refuse_torch_only(options: Options) -> None:
 
 
 def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
-    """Refuses layer-by-layer updates on several devices.
+    """Rejects layer-by-layer updates on several devices.
 
     Raises:
-        UsageError: they are asked for.
+        UsageError: They are requested.
     """
     if mesh and options.devices.per_layer:
         raise UsageError(
-            f"--per_layer: in JAX layers are updated one by one on one device, and there are "
-            f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
+            "--per_layer: JAX updates layer by layer on one device only, but there are "
+            f"{mesh.size}; add --single_gpu, or shard the state with --fsdp instead"
         )
 
 
 def make_step(
     options: Options, config: LlamaConfig, schedule: Schedule, mesh: Mesh | None
 ) -> tuple[optax.GradientTransformation, TrainStep]:
-    """The optimizer and the jitted train step that the options ask for.
+    """The optimizer and the jitted train step for the options.
 
     Args:
         options: Checked options.
@@ -61,7 +61,7 @@ def make_step(
         mesh: From `launch.trainer.mesh.make_mesh`.
 
     Raises:
-        ValueError: for options that do not go together.
+        ValueError: The options are incompatible.
     """
     import jax
 
@@ -101,5 +101,5 @@ def make_step(
 
 
 def weights_dtype(options: Options, backend: str) -> str:
-    """Of weights and activations on a backend, as `jax.default_backend` names it."""
+    """The dtype of weights and activations on a backend named as in `jax.default_backend`."""
     return options.model.dtype or ("float32" if backend == "cpu" else "bfloat16")

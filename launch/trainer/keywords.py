@@ -1,4 +1,4 @@
-"""Options as the keywords of the libraries' functions, which are alike in both."""
+"""Options as arguments of the libraries' functions, which are alike in both libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launch.trainer.options import Options
 
 
 def schedule_options(options: Options) -> dict[str, Any]:
-    """The keywords of either library's `learning_rate_schedule`."""
+    """The arguments of either library's `learning_rate_schedule`."""
     return {
         "num_training_steps": options.optimizer.num_training_steps,
         "warmup_steps": options.optimizer.warmup_steps,
@@ -21,7 +21,7 @@ def schedule_options(options: Options) -> dict[str, Any]:
 
 
 def optimizer_options(options: Options) -> dict[str, Any]:
-    """The keywords that either library's `make_optimizer` takes, but the learning rate."""
+    """The arguments of either library's `make_optimizer`, except the learning rate."""
     return {
         "rank": options.subspace.rank,
         "update_proj_gap": options.subspace.update_proj_gap,
@@ -53,18 +53,18 @@ def optimizer_options(options: Options) -> dict[str, Any]:
 
 
 def check_words(words: str | None, names: Iterable[str]) -> None:
-    """Raises UsageError for a word of `--no_decay` that no parameter's name has in it."""
+    """Raises UsageError for a word of `--no_decay` that occurs in no parameter's name."""
     known = list(names)
     for word in map(str.strip, words.split(",") if words else ()):
         if not any(word in name for name in known):
             raise UsageError(
-                f"--no_decay: no parameter has {word!r} in its name; they are such as "
+                f"--no_decay: no parameter has {word!r} in its name; names are, for example, "
                 f"{', '.join(known[:3])} and {known[-1]}"
             )
 
 
 def has_words(words: str | None) -> Callable[[str, Any], bool] | None:
-    """(name, parameter) -> whether the name has one of some words in it; None for no words.
+    """(name, parameter) -> whether the name contains one of the words; None for no words.
 
     Example:
         >>> has_words("norm,embed")("layers/input_norm", None)

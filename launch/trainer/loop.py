@@ -1,7 +1,7 @@
-"""The loop over updates: it logs, evaluates and saves, and ends early where it has to.
+"""The loop over updates: it logs, evaluates and saves, and ends early if necessary.
 
-Nothing here knows of JAX or PyTorch. A trainer hands in what is its own as functions: one update,
-an evaluation, a save.
+This module is independent of JAX and PyTorch. A trainer passes its own parts as functions: one
+update, an evaluation, a save.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 MAX_SKIPPED_IN_A_ROW = 10
 STOPPED = 130
-"""The exit code of a run that was asked to stop: what follows it in a script must not run."""
+"""The exit code of a run that was asked to stop: a script must not continue after it."""
 
 Batch = Mapping[str, Any]  # "tokens" int32 and "mask" bool, NumPy
 Metrics = Mapping[str, Any]  # name -> number
 
 
 class Checkpoints(Protocol):
-    """What both libraries' `Checkpoints` offer here."""
+    """The common interface of both libraries' `Checkpoints`."""
 
     @property
     def directory(self) -> Path:
-        """Where they are."""
+        """The parent directory."""
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, newest first."""
@@ -47,15 +47,15 @@ class Checkpoints(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What is a framework's own in a run.
+    """The framework-specific part of a run.
 
     Attributes:
         update: Does the next update and returns its metrics. Its argument says whether to measure
             the subspace.
         eval_step: A batch -> the sum of its tokens' losses and their number, over all processes.
-        save: Saves a checkpoint after so many updates.
-        sample: Continues a prompt, int32 (n,), to so many tokens.
-        save_model: Writes the weights and then config.json, which says that the model is complete.
+        save: Saves a checkpoint after the given number of updates.
+        sample: Continues a prompt, int32 (n,), to the given number of tokens.
+        save_model: Writes the weights and then config.json, which marks the model as complete.
     """
 
     update: Callable[[bool], Metrics]
@@ -78,22 +78,23 @@ def run_updates(
     schedule: Callable[[int], Any],
     stop: StopSignal,
 ) -> int:
-    """Runs the updates that are left; logs, evaluates and saves as the options say.
+    """Runs the remaining updates; logs, evaluates and saves according to the options.
 
     Args:
         options: Checked options.
-        data: What to train on.
-        tokenizer: Of the text.
-        log: Of the run. A process whose log is not active takes part, and writes nothing itself.
-        checkpoints: Where the trainer saves.
-        trainer: What is the framework's own.
-        processes: Of the run; what one of them decides, all must know.
-        start: Updates done before.
-        schedule: The learning rate's factor of an update that counts, from 0.
-        stop: Says whether the run is to end after this update.
+        data: The training data.
+        tokenizer: Tokenizer of the text.
+        log: Log of the run. A process whose log is not active takes part, and writes nothing
+            itself.
+        checkpoints: The checkpoints that the trainer saves.
+        trainer: The framework-specific part.
+        processes: Processes of the run, which share decisions.
+        start: Number of earlier updates.
+        schedule: The learning rate's factor for each counted update, from 0.
+        stop: Returns whether the run should end after this update.
 
     Returns:
-        The exit code; that of a run that ended early is not 0, and its reason is shown.
+        The exit code; nonzero for a run that ended early, whose reason is shown.
     """
 
     def evaluate(step: int) -> float:
@@ -114,13 +115,13 @@ def run_updates(
         step += 1
         is_last = step == options.optimizer.num_training_steps
         is_eval = step % options.run.eval_every == 0 or is_last
-        # P is set at the first step, so there is nothing to measure before the second.
+        # The first step sets P, so there is nothing to measure before the second.
         metrics = trainer.update(is_eval and step > 1)
         failed = metrics["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
         if step % options.run.log_every == 0 or is_eval or failed:
-            # What was not measured is NaN, and left out.
+            # Values that were not measured are NaN, and omitted.
             known = {k: v for k, v in metrics.items() if k == "loss" or v == v}
-            # Updates that were skipped before this one do not count in the schedule.
+            # Earlier skipped updates do not count in the schedule.
             skipped = metrics["skipped"] - (metrics["skipped_in_a_row"] > 0)
             rate = options.optimizer.lr * float(schedule(step - 1 - skipped))
             log.train(step, step * options.data.tokens_per_update, **known, learning_rate=rate)
@@ -133,12 +134,12 @@ def run_updates(
     if failed:
         log.note(
             f"stopped at step {step}: the last {metrics['skipped_in_a_row']} updates were "
-            "skipped, since their loss or gradient is not finite. The last good state is "
-            f"saved in {checkpoints.directory}; lower --lr, or set --grad_clipping"
+            "skipped, because their loss or gradient is not finite. The last good state is saved "
+            f"in {checkpoints.directory}; lower --lr, or set --grad_clipping"
         )
         return 1
     if stopped:
-        log.note(f"stopped at step {step}; go on with the same command and --resume")
+        log.note(f"stopped at step {step}; resume with the same command and --resume")
         return STOPPED
     finish(options, data, tokenizer, evaluate(step), log, trainer.sample, trainer.save_model)
     return 0
@@ -161,7 +162,7 @@ def validation_loss(
 
 
 def stacked(batches: Any, micro_batches: int) -> Iterator[Mapping[str, np.ndarray]]:
-    """Batches (B, S) joined to (K, B, S), the micro-batches of an update."""
+    """Batches (B, S) stacked to (K, B, S), the micro-batches of an update."""
     import numpy as np
 
     while True:
@@ -170,10 +171,10 @@ def stacked(batches: Any, micro_batches: int) -> Iterator[Mapping[str, np.ndarra
 
 
 class StopSignal:
-    """Turns SIGTERM and the first SIGINT into a flag, so that the run ends with a checkpoint.
+    """Converts SIGTERM and the first SIGINT to a flag, so that the run ends with a checkpoint.
 
     Args:
-        shows: Whether this process says so.
+        shows: Whether this process prints a message.
     """
 
     def __init__(self, shows: bool = True) -> None:
@@ -191,5 +192,5 @@ class StopSignal:
     def _ask(self, number: int, frame: Any) -> None:
         is_first, self.asked = not self.asked, True
         signal.signal(number, signal.default_int_handler)
-        if self._shows and is_first:  # torchrun adds its SIGTERM to a SIGINT
+        if self._shows and is_first:  # torchrun sends a SIGTERM after a SIGINT
             print("\nstopping after this update, with a checkpoint", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""JAX: the mesh of devices that a run asks for, and a batch laid out over it."""
+"""JAX: the mesh of devices for a run, and batches sharded over it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 def make_mesh(
     options: Options, processes: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh | None:
-    """The mesh that the options ask for, over the devices of all processes; None: one device.
+    """The mesh for the options, over the devices of all processes; None: one device.
 
     Args:
         options: Checked options.
-        processes: How many train together.
-        devices: Of all processes; None: those that JAX finds.
+        processes: Number of processes that train together.
+        devices: Devices of all processes; None: those that JAX finds.
 
     Raises:
-        UsageError: sizes that do not fit the devices, the processes or the batch.
+        UsageError: The sizes do not fit the devices, the processes or the batch.
     """
     import jax
 
@@ -43,8 +43,8 @@ def make_mesh(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.devices.compress_gradients and mesh.shape["data"] == 1:
         raise UsageError(
-            "--compress_gradients: gradients are reduced over the mesh's data axis, and here it is "
-            "1 device long; leave it out, or use --mesh data=-1 on several devices"
+            "--compress_gradients: gradients are reduced over the mesh's data axis, which has "
+            "one device here; leave it out, or use --mesh data=-1 on several devices"
         )
     if mesh.size == 1:
         return None
@@ -61,20 +61,20 @@ def make_mesh(
     each = shards // processes
     if options.data.batch_size % each:
         raise UsageError(
-            f"--batch_size: {options.data.batch_size} rows do not divide by {each}, the data x "
-            f"fsdp parts of the mesh ({mesh_text(mesh)}) in a process; use "
+            f"--batch_size: {options.data.batch_size} rows are not divisible by {each}, the data "
+            f"x fsdp parts of the mesh ({mesh_text(mesh)}) in a process; use "
             f"{each * max(1, round(options.data.batch_size / each))}, or another --mesh"
         )
     return mesh
 
 
 def mesh_text(mesh: Mesh) -> str:
-    """A mesh in the words of `--mesh`: "data=2,fsdp=4", without the axes of one device."""
+    """A mesh in the format of `--mesh`: "data=2,fsdp=4", without axes of size one."""
     return ",".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
 
 
 def global_batch(mesh: Mesh | None, batch: Mapping[str, Any]) -> Any:
-    """The arrays laid out over the mesh, from the share that each process has read.
+    """Arrays sharded over the mesh, from the rows that each process has read.
 
     Args:
         mesh: From `make_mesh`.

@@ -1,7 +1,7 @@
-"""The picture of a run's loss, `loss.png`, and of several runs in comparison.
+"""The plot of a run's loss, `loss.png`, and of several runs in comparison.
 
-On the left the loss stands over the tokens trained on, on the right over the time. The thin line is
-the training loss, the strong one its running mean, the points are the validation loss.
+The left panel shows the loss over the tokens, the right panel over time. The thin line is the
+training loss, the thick one its running mean, the points are the validation loss.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _UNITS = ((2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
-    """Draws the runs into one picture; the suffix of `out` says of which format.
+    """Plots the runs in one figure; the suffix of `out` determines the format.
 
     Raises:
-        FileNotFoundError: a run has no metrics, or the folder of `out` does not exist.
-        ValueError: a run has no loss to draw, or the format is unknown.
+        FileNotFoundError: A run has no metrics, or the folder of `out` does not exist.
+        ValueError: A run has no loss to plot, or the format is unknown.
 
     Returns:
-        Where the picture is: `out`, with `.png` where it has no suffix.
+        The path of the figure: `out`, with `.png` if it has no suffix.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
 
     losses = [values["loss"] for curve in curves for values in curve.values()]
     low = min(loss.min() for loss in losses if loss.size)
-    # The first updates need not be seen.
+    # The first updates may be outside the axes.
     high = max(np.quantile(loss, 0.98) for loss in losses if loss.size)
     margin = 0.05 * (high - low) or 0.1
     by_tokens.set_ylim(low - margin, high + margin)
@@ -77,7 +77,7 @@ def plot(runs: Sequence[Path], out: Path) -> Path:
 
     out = out if out.suffix else out.with_suffix(".png")
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; make it first")
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
     with atomic(out) as temporary:
         figure.savefig(temporary)
     return out
@@ -87,7 +87,7 @@ def _curves(run: Path) -> dict[str, dict[str, np.ndarray[Any, np.dtype[np.float6
     """{"train" | "eval": {"tokens" | "seconds" | "loss": (N,) float64}}, finite losses only."""
     records = [r for r in read_metrics(run) if r.get("loss") is not None]
     if not any(r["kind"] == "train" for r in records):
-        raise ValueError(f"{run / 'metrics.jsonl'} holds no training loss yet; nothing to draw")
+        raise ValueError(f"{run / 'metrics.jsonl'} has no training loss yet; nothing to plot")
     return {
         kind: {
             key: np.array([r[key] for r in records if r["kind"] == kind], dtype=np.float64)
@@ -104,7 +104,7 @@ def _running_mean(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest suffixes of the paths that distinguish the runs."""
     parts = [run.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]

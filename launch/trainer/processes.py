@@ -1,8 +1,8 @@
-"""The processes of a run, seen from one of them: the one protocol that both trainers use.
+"""The processes of a run, seen from one of them: the protocol that both trainers use.
 
-`OneProcess` is a run by itself, `launch.trainer.jax_processes.JaxProcesses` and
-`launch.trainer.torch_processes.TorchProcesses` are several; each module has a `joined`, in which
-the processes meet, and which says how they end.
+`OneProcess` is a single process; `launch.trainer.jax_processes.JaxProcesses` and
+`launch.trainer.torch_processes.TorchProcesses` are several. Each module has a function `joined` in
+which the processes connect, and which documents how they end.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """What one process knows of all, and asks of all: every process makes the same calls.
+    """What one process knows of all, and exchanges with all: every process makes the same calls.
 
     Attributes:
-        index: The number of this process, from 0.
-        count: How many there are.
+        index: The index of this process, from 0.
+        count: Number of processes.
     """
 
     index: int
     count: int
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has, in order, on every process; a value that JSON can hold."""
+        """Gathers a JSON value of each process, in order, on every process."""
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says yes."""
+        """Whether the flag is true in any process."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and shows."""
+        """Whether this is the process that writes and prints."""
         return self.index == 0
 
     @contextlib.contextmanager
     def together(self, in_turn: bool = False) -> Iterator[None]:
-        """What is the user's mistake in one process ends all of them, with the same message.
+        """Makes a user's mistake in one process end all of them, with the same message.
 
         A ValueError or OSError inside becomes a `UsageError`, as in `user_errors`.
 
         Args:
-            in_turn: The first process goes first; the others wait, and find what it has prepared.
+            in_turn: Whether the first process goes first; the others wait, and find what it
+                prepared.
 
         Raises:
-            UsageError: in this process or in another one.
+            UsageError: In this process or in another one.
         """
         if in_turn and not self.is_first:
             self._raise_together(None)
@@ -70,13 +71,13 @@ class Processes(Protocol):
                 raise UsageError(message)
 
     def read(self, read: Callable[[], T]) -> T:
-        """What every process can read; where one finds damage, all do.
+        """Reads something that every process must read; if one finds damage, all raise.
 
         Args:
             read: Reads it, on this process.
 
         Raises:
-            OSError: on all of them, where it raised one on any.
+            OSError: On all of them, if it raised on any.
         """
         found: list[T] = []
         damage = None
@@ -92,7 +93,7 @@ class Processes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OneProcess(Processes):
-    """A run of one process, which agrees with itself.
+    """A run of one process.
 
     Example:
         >>> OneProcess().gathered({"document": 3})
@@ -103,7 +104,7 @@ class OneProcess(Processes):
     count: int = 1
 
     def gathered(self, value: Any) -> list[Any]:
-        """What this process has."""
+        """The value of this process."""
         return [value]
 
     def any(self, flag: bool) -> bool:
@@ -117,14 +118,14 @@ def in_words(count: int) -> str:
 
 
 def check_same_options(options: Options, processes: Processes) -> None:
-    """Refuses different flags in different processes, which would wait for each other for good.
+    """Raises if processes have different flags, which would make them wait for each other forever.
 
     Args:
         options: Checked options.
-        processes: Of the run. All of them call this.
+        processes: Processes of the run. All of them call this.
 
     Raises:
-        UsageError: in all of them.
+        UsageError: In all of them.
     """
     own = ("process_id", "data_dir", "cache_dir")
     record = options.record()
@@ -135,6 +136,6 @@ def check_same_options(options: Options, processes: Processes) -> None:
         for name in {**first, **other}:
             if first.get(name) != other.get(name):
                 raise UsageError(
-                    f"{name}: process 0 has {first.get(name)} and process {index} "
+                    f"{name}: process 0 has {first.get(name)} but process {index} "
                     f"{other.get(name)}; give all of them the same"
                 )

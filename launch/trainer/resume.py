@@ -1,4 +1,4 @@
-"""How a run goes on: which checkpoint it reads, and whether that is one of this run."""
+"""How a run resumes: which checkpoint it reads, and whether that belongs to this run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ C = TypeVar("C", bound=Checkpoints)
 def checkpoints_to_read(
     options: Options, open_: Callable[[Path], C], trainer: str
 ) -> tuple[C, list[int]]:
-    """Where to restore from, and the steps to try in turn; no steps: start from the beginning.
+    """The directory to restore from, and the steps to try in order; no steps: a fresh start.
 
     `--continue_from` names a run, its directory of checkpoints, or one checkpoint; with `--resume`
-    it says where the run started, and the run's own checkpoints come first.
+    it names where the run started, and the run's own checkpoints take precedence.
 
     Args:
         options: Checked options.
-        open_: Opens a directory of checkpoints, only to read.
-        trainer: Which one reads, of `WRITES`.
+        open_: Opens a directory of checkpoints for reading.
+        trainer: The reading trainer, a key of `WRITES`.
 
     Raises:
-        UsageError: it names nothing of these, nor a Hugging Face model; the other trainer wrote
-            them; the run to resume has lost them.
+        UsageError: It names none of these, nor a Hugging Face model; the other trainer wrote them;
+            or the run to resume has lost them.
     """
     source, steps = _checkpoints_to_read(options, open_)
     for step in steps:
@@ -77,29 +77,29 @@ def _checkpoints_to_read(options: Options, open_: Callable[[Path], C]) -> tuple[
 
 
 def check_written_by(trainer: str, checkpoint: Path) -> None:
-    """Refuses a checkpoint of the other trainer, whose format is another one.
+    """Rejects a checkpoint of the other trainer, whose format differs.
 
     Raises:
-        UsageError: that one wrote it.
+        UsageError: The other trainer wrote it.
     """
     for writer, file in WRITES.items():
         if (checkpoint / file).exists() and not (checkpoint / WRITES[trainer]).exists():
             model = checkpoint.parent.parent / "model"
             raise UsageError(
-                f"--resume, --continue_from: {checkpoint} was written by {writer}; go on with "
-                f"{writer}, or start from the model that the run leaves at its end, by "
+                f"--resume, --continue_from: {checkpoint} was written by {writer}; resume with "
+                f"{writer}, or start from the model that the run saves at its end, with "
                 f"--continue_from {model} under another --name"
             )
 
 
 def check_not_lost(options: Options) -> None:
-    """Refuses to start from the beginning by `--resume` where the run has saved checkpoints.
+    """Rejects starting from the beginning with `--resume` if the run has saved checkpoints.
 
-    A cluster's script always passes --resume; where a disk is not mounted, this saves its user from
-    training from the start without a word.
+    A cluster script always passes --resume; if a disk is not mounted, this prevents training from
+    silently restarting.
 
     Raises:
-        UsageError: it kept them in another directory, or its log shows that there were some.
+        UsageError: It saved them in another directory, or its log shows that there were some.
     """
     run = options.run
     kept = (read_record(run.path) or {"options": options.values()})["options"]
@@ -107,7 +107,7 @@ def check_not_lost(options: Options) -> None:
     if before.resolve() != now.resolve():
         remedy = f"give --save_dir {before}" if kept["save_dir"] else "leave --save_dir out"
         raise UsageError(
-            f"--save_dir: the run in {run.path} kept its checkpoints in {before}, and there are "
+            f"--save_dir: the run in {run.path} saved its checkpoints in {before}, but there are "
             f"none in {now}; {remedy}, or move them"
         )
     if not (run.path / "metrics.jsonl").exists():
@@ -117,12 +117,12 @@ def check_not_lost(options: Options) -> None:
     if not done:
         return
     saves = [step for step in range(min(done), max(done)) if step % kept["save_every"] == 0]
-    # A save ends before the next one begins, and before the run does.
+    # A save ends before the next one starts, and before the run ends.
     if len(saves) > 1 or lines[-1]["kind"] == "final":
         raise UsageError(
-            f"--resume: the log in {run.path} is of {max(done)} updates, and there is no "
-            f"checkpoint in {now / 'checkpoints'}; give their place as --save_dir if they were "
-            "moved, or start again by --overwrite, which deletes the log"
+            f"--resume: the log in {run.path} has {max(done)} updates, but there is no checkpoint "
+            f"in {now / 'checkpoints'}; give their folder as --save_dir if they were moved, or "
+            "restart with --overwrite, which deletes the log"
         )
 
 
@@ -132,17 +132,17 @@ def restore_newest(
     steps: Sequence[int],
     restore: Callable[[int], tuple[T, dict[str, Any]]],
 ) -> tuple[int, T, Any]:
-    """The first of `steps` that can be read, the state in it, and the place in the data.
+    """The first of `steps` that can be read, its state, and its position in the data.
 
     Args:
         options: Checked options.
-        directory: Of the checkpoints.
-        steps: To try in turn.
-        restore: Reads one of them, the state and what `extra` made; OSError where it is damaged.
+        directory: Directory of the checkpoints.
+        steps: Steps to try in order.
+        restore: Reads one of them: the state and the data of `extra`; OSError if it is damaged.
 
     Raises:
-        UsageError: all are damaged, or it is of a run with other options.
-        ValueError: it is of another model or optimizer.
+        UsageError: All are damaged, or it belongs to a run with other options.
+        ValueError: It belongs to another model or optimizer.
     """
     for step in steps:
         try:
@@ -153,16 +153,17 @@ def restore_newest(
             check_same_run(kept["run"], options.record(), directory / str(step))
             return step, state, kept["data"]
     raise UsageError(
-        f"no checkpoint in {directory} can be read; if the disk is at fault, try again when it is "
-        "mended; else start anew under another --name, or by --overwrite, which deletes them"
+        f"no checkpoint in {directory} can be read; if the disk failed, try again once it is "
+        "repaired; otherwise start a new run under another --name, or with --overwrite, which "
+        "deletes them"
     )
 
 
 def skipped_documents(before: int, now: int) -> str:
-    """What to say where `launch.data.reshard` is not exact."""
+    """A message if `launch.data.reshard` is not exact."""
     return (
-        f"trained until here by {in_words(before)}, and now by {now}: a few documents are skipped, "
-        "and none comes twice"
+        f"trained until here by {in_words(before)}, and now by {now}: a few documents are "
+        "skipped, and none is repeated"
     )
 
 
@@ -174,22 +175,22 @@ def go_on(
     restore: Callable[[int], tuple[T, dict[str, Any]]],
     batches: TrainBatches,
 ) -> tuple[int, T, str | None]:
-    """Restores the newest checkpoint that can be read, and the place in the data.
+    """Restores the newest readable checkpoint, and the position in the data.
 
     Args:
         options: Checked options.
-        processes: Of the run.
-        directory: Of the checkpoints.
-        steps: To try in turn.
+        processes: Processes of the run.
+        directory: Directory of the checkpoints.
+        steps: Steps to try in order.
         restore: As in `restore_newest`.
-        batches: Of this process; they go on from the checkpoint's place.
+        batches: Batches of this process; they continue from the checkpoint's position.
 
     Returns:
-        The updates done, the state, and what there is to say of documents that are skipped.
+        The number of updates, the state, and a message about skipped documents.
 
     Raises:
-        UsageError: as `restore_newest`; or the checkpoint is beyond the run's end.
-        ValueError: as `restore_newest`.
+        UsageError: As `restore_newest`; or the checkpoint is beyond the run's end.
+        ValueError: As `restore_newest`.
     """
     from launch.data import is_exact, reshard
 
@@ -202,10 +203,10 @@ def go_on(
 
 
 def check_not_beyond(options: Options, start: int, directory: Path) -> None:
-    """Refuses to go on from a checkpoint that is beyond the run's end.
+    """Rejects a checkpoint that is beyond the run's end.
 
     Raises:
-        UsageError: it has done more updates than the run is to have.
+        UsageError: It has more updates than the run.
     """
     steps = options.optimizer.num_training_steps
     if start > steps:
@@ -216,5 +217,5 @@ def check_not_beyond(options: Options, start: int, directory: Path) -> None:
 
 
 def extra(options: Options, place: Any) -> dict[str, Any]:
-    """What a checkpoint holds beside the state, as JSON: the run's record and place in the data."""
+    """The JSON data of a checkpoint: the run's record and position in the data."""
     return {"run": options.record(), "data": place}

@@ -1,11 +1,11 @@
-"""What a run leaves behind and shows: metrics, TensorBoard events, a picture of the loss, progress.
+"""What a run writes and shows: metrics, TensorBoard events, a plot of the loss, progress.
 
-A run's directory holds `options.json`, `metrics.jsonl` (one JSON object a line), TensorBoard's
-event files and, at the end, `loss.png`; with `--wandb` the numbers go to Weights & Biases too.
-Every line of the metrics has `kind` ("train", "eval", "final", ...), `step` (updates done) and
-`tokens` (positions trained on so far). The keys in `TIMING` depend on the machine's speed; all else
-follows from options and data, and is the same whether or not the run was interrupted. Numbers read
-back exactly; one that is not finite is written as null.
+A run's directory contains `options.json`, `metrics.jsonl` (one JSON object per line), TensorBoard's
+event files and, at the end, `loss.png`; with `--wandb` the numbers are also sent to Weights &
+Biases. Every line of the metrics has `kind` ("train", "eval", "final", ...), `step` (number of
+updates) and `tokens` (positions trained on so far). The keys in `TIMING` depend on the machine's
+speed; all others are determined by options and data, whether or not the run was interrupted.
+Numbers are stored exactly; non-finite ones are written as null.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from launch.trainer.files import records_of, telling, write_atomic
 from launch.trainer.options import Options
 
 TIMING = ("seconds", "tokens_per_second")
-_QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
+_QUIET_SECONDS = 10.0  # between two lines of progress if there is no terminal
 
 
 class RunLog:
     """The log of one run; use it as a context manager.
 
-    Logging a step of a kind twice writes it once, so a run that goes on from its checkpoint may
-    evaluate again what it had evaluated. Call `train` before `eval` for the same step, and both
-    before the checkpoint of that step is written: then every line up to the checkpoint is kept.
+    Logging a step of a kind twice writes it once, so a resumed run may repeat an evaluation. Call
+    `train` before `eval` for the same step, and both before the checkpoint of that step is written:
+    then every line up to the checkpoint is kept.
 
     Args:
-        options: checked options; `options.run.path` is the directory.
-        resume_step: the checkpoint's step when the run goes on: younger lines are cut off. None
-            starts anew: with `--resume` the metrics of a run that was killed before its first
-            checkpoint are set aside, else what an earlier run's log left is removed.
+        options: Checked options; `options.run.path` is the directory.
+        resume_step: The checkpoint's step if the run resumes: later lines are removed. None starts
+            a new log: with `--resume` the metrics of a run that was killed before its first
+            checkpoint are set aside, otherwise the log of an earlier run is removed.
         active: False on every process but the first; nothing is then written or shown.
     """
 
@@ -76,17 +76,17 @@ class RunLog:
             initial=resume_step or 0,
             disable=not sys.stderr.isatty(),
             bar_format="{percentage:3.0f}% {bar:8} {desc}",
-            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal does not say
+            ncols=shutil.get_terminal_size().columns,  # 80 if the terminal does not report it
         )
 
     def train(self, step: int, tokens: int, *, loss: SupportsFloat, **scalars: Any) -> None:
         """Logs an update and shows progress. A scalar named `skipped` counts non-finite updates.
 
         Args:
-            step: updates done, this one included.
-            tokens: positions trained on so far, over all processes.
-            loss: mean over the update's tokens, in nats.
-            **scalars: further numbers; a name may have slashes, as "energy/attention".
+            step: Number of updates, including this one.
+            tokens: Positions trained on so far, over all processes.
+            loss: Mean over the update's tokens, in nats.
+            **scalars: Further numbers; a name may contain slashes, as "energy/attention".
         """
         if not self._active:
             return
@@ -105,12 +105,12 @@ class RunLog:
             f"step {step:,}: validation loss {_short(record['loss'])}, "
             f"perplexity {_short(record['perplexity'])}"
         )
-        self._mark = time.monotonic()  # the next update's speed does not count this evaluation
+        self._mark = time.monotonic()  # the next update's speed excludes this evaluation
 
     def write(self, kind: str, step: int, tokens: int, **values: Any) -> dict[str, Any]:
         """Writes one line, and its numbers to TensorBoard under `kind`; returns what was written.
 
-        Values are numbers (or arrays of one), text, or None. `loss` brings `perplexity` with it.
+        Values are numbers (or arrays of one element), text, or None. `loss` adds `perplexity`.
         """
         record: dict[str, Any] = {"kind": kind, "step": int(step), "tokens": int(tokens)}
         for name, value in values.items():
@@ -144,17 +144,17 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the log and draws `loss.png`, if there is anything to draw."""
+        """Ends the log and plots `loss.png`, if there is anything to plot."""
         if not self._active:
             return
         self._active = False
         self._bar.close()
-        with contextlib.suppress(OSError):  # what it could not write before, and told
+        with contextlib.suppress(OSError):  # errors that were already reported
             self._metrics.close()
         try:
             self._events.close()
         except OSError as error:
-            tqdm.write(f"TensorBoard's events are not complete: {error}", file=sys.stderr)
+            tqdm.write(f"TensorBoard's events are incomplete: {error}", file=sys.stderr)
         if self._wandb:
             self._wandb.close()
         if "train" in self._last:
@@ -162,8 +162,8 @@ class RunLog:
 
             try:
                 plot([self.directory], self.directory / "loss.png")
-            except (OSError, ValueError) as error:  # a trained model is worth more than its picture
-                tqdm.write(f"loss.png is not drawn: {error}", file=sys.stderr)
+            except (OSError, ValueError) as error:  # a trained model matters more than its plot
+                tqdm.write(f"loss.png was not written: {error}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +178,7 @@ class RunLog:
 
     def _show(self, step: int, now: float, record: dict[str, Any]) -> None:
         if self._pace is None:
-            self._pace = step, now  # from the first line on, so that compiling does not count
+            self._pace = step, now  # from the first line on, so that compilation does not count
         line = f"{step:,}/{self._total:,}  loss {_short(record['loss'])}"
         line += f"  ppl {_short(record['perplexity'])}"
         if record.get("skipped"):
@@ -226,7 +226,7 @@ class _Events:
 
         self._event, self._summary = Event, Summary
         self._writer = EventFileWriter(str(directory))
-        if resume_step is not None:  # tells TensorBoard to drop what it has from here on
+        if resume_step is not None:  # makes TensorBoard drop all events from here on
             start = SessionLog(status=SessionLog.START)
             self._writer.add_event(Event(step=resume_step + 1, session_log=start))
 
@@ -280,7 +280,7 @@ def _exp(loss: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON holds it: int, float, text or None; a number that is not finite becomes None."""
+    """Converts to JSON: int, float, text or None; a non-finite number becomes None."""
     if value is None or isinstance(value, str | int):
         return value
     if hasattr(value, "dtype") and value.dtype.kind in "iu":

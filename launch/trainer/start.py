@@ -1,4 +1,4 @@
-"""Where a run starts: its text, and the Hugging Face weights that `--continue_from` may name."""
+"""The start of a run: its text, and the Hugging Face weights of `--continue_from`, if any."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from launch.data import Data, Tokenizer
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
-"""How the names of a model's weights end, but not those of a run's checkpoints."""
+"""Suffixes of a model's weight files that a run's checkpoints do not have."""
 
 
 def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
-    """The tokenizer and the data that the options name.
+    """The tokenizer and the data of the options.
 
     Args:
         options: Checked options.
-        vocab_size: Of the model.
+        vocab_size: Vocabulary size of the model.
 
     Raises:
-        DataError: they are missing, unsuitable, or do not fit the model.
+        DataError: They are missing, unsuitable, or do not fit the model.
     """
     from launch.data import load_tokenizer, open_data
 
@@ -48,7 +48,7 @@ def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer's ids by the config's names: the published ones are another tokenizer's."""
+    """The tokenizer's ids by the config's names: the published ones belong to another tokenizer."""
     from launch.data.tokenizer import NoTokenizer
 
     if isinstance(tokenizer, NoTokenizer):
@@ -64,7 +64,7 @@ def hugging_face_weights(options: Options) -> Path | None:
     """The Hugging Face directory that `--continue_from` names, if it names one.
 
     Raises:
-        UsageError: it is this run's own model, whose place in the run is gone, a model without
+        UsageError: It is this run's own model, which has no position in the run, a model without
             `config.json`, or empty.
     """
     directory = Path(options.model.continue_from) if options.model.continue_from else None
@@ -76,8 +76,8 @@ def hugging_face_weights(options: Options) -> Path | None:
         return None
     if options.continues_itself:
         raise UsageError(
-            f"--continue_from: {directory} is this run's own model, with weights only; go on with "
-            "the run by --resume, or train the model further under another --name"
+            f"--continue_from: {directory} is this run's own model, with weights only; resume the "
+            "run with --resume, or train the model further under another --name"
         )
     return directory
 
@@ -98,27 +98,27 @@ def _check_may_be_a_run(directory: Path) -> None:
     weights = [name for name in names if name.endswith(WEIGHTS)]
     if weights:
         raise UsageError(
-            f"--continue_from: {directory} has {weights[0]} and no config.json, which says what "
-            "model it is of; put the model's config.json beside it"
+            f"--continue_from: {directory} has {weights[0]} but no config.json, which describes "
+            "its model; put the model's config.json next to it"
         )
 
 
 def check_alike(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses weights that are of another model than `--model_config` describes.
+    """Rejects weights of another model than `--model_config` describes.
 
     Args:
-        directory: Of the weights.
+        directory: Directory of the weights.
         found: Their config, by field.
         wanted: `--model_config`, by field.
 
     Raises:
-        UsageError: two configs differ in what the weights or the computation depend on.
+        UsageError: The configs differ in a field that affects the weights or the computation.
     """
     for name, new in wanted.items():
         old = found[name]
         free = ("max_position_embeddings", "initializer_range")
         if old != new and name not in free and not name.endswith("_token_id"):
             raise UsageError(
-                f"--continue_from: {directory} holds another model: its {name} is {old}, and "
+                f"--continue_from: {directory} holds another model: its {name} is {old}, but "
                 f"--model_config has {new}; give its own config.json as --model_config"
             )

@@ -1,7 +1,7 @@
-"""Several PyTorch processes that train together: how they meet, agree and end.
+"""Several PyTorch processes that train together: how they connect, agree and end.
 
-torchrun starts them and stops all of them as soon as one has ended; one process without --fsdp
-needs no process group, and none is made.
+torchrun starts them and stops all of them as soon as one has ended. One process without --fsdp
+needs no process group, and none is created.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 TIMEOUT_MINUTES = 10.0
 GLOO_TIMEOUTS = ("Timed out waiting", "timeout caused pair closure")
 SECONDS_FOR_THE_FIRST = 30.0
-"""How long the others wait before they tell of a mistake in their options: on a busy machine the
-first, which tells of the same, may be that far behind."""
+"""How long the others wait before they report a mistake in their options: on a busy machine the
+first one, which reports the same, may be that far behind.
+"""
 SECONDS_TO_BE_STOPPED = 2.0
-"""How long one of several processes waits before it tells of an error.
+"""How long one of several processes waits before it reports an error.
 
-Most are the same on all, or follow from another process's end. torchrun stops the others as soon as
-one has ended, so that only the first one's message, or the cause, is shown.
+Most errors are the same on all, or follow from another process's end. torchrun stops the others as
+soon as one has ended, so only the first message, or the cause, is shown.
 """
 
 
@@ -44,13 +45,13 @@ class TorchProcesses(Processes):
     count: int
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has, in order, on every process."""
+        """Gathers the value of each process, in order, on every process."""
         from osd_torch.sharding import gathered
 
         return gathered(value)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says yes."""
+        """Whether the flag is true in any process."""
         import torch
         import torch.distributed as dist
 
@@ -70,8 +71,8 @@ def told_by_the_first(processes: Processes) -> Iterator[None]:
     """Leaves a mistake that all processes make to the first one's message.
 
     Raises:
-        UsageError: raised inside.
-        OSError: likewise.
+        UsageError: It is raised inside.
+        OSError: It is raised inside.
     """
     try:
         yield
@@ -82,10 +83,10 @@ def told_by_the_first(processes: Processes) -> Iterator[None]:
 
 
 def own_device() -> torch.device:
-    """The GPU of this process, or the CPU where there is none, set up for training.
+    """The GPU of this process, or the CPU if there is none, configured for training.
 
     Raises:
-        UsageError: there are more processes than GPUs.
+        UsageError: There are more processes than GPUs.
     """
     import torch
 
@@ -95,11 +96,11 @@ def own_device() -> torch.device:
     index, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= there:
         raise UsageError(
-            f"--nproc_per_node: process {index + 1} of this machine has no GPU, and there are "
-            f"{there}; start at most {there}, or show more in CUDA_VISIBLE_DEVICES"
+            f"--nproc_per_node: process {index + 1} of this machine has no GPU: there are only "
+            f"{there}; start at most {there}, or expose more in CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(index)
-    # TF32 on tensor cores, as XLA does unless told otherwise: P's products are float32.
+    # TF32 on tensor cores, as in XLA by default: P's products are float32.
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", index)
 
@@ -111,19 +112,19 @@ def joined(options: Options, processes: Processes, device: torch.device) -> Iter
     Args:
         options: Checked options.
         processes: From `launched`.
-        device: Of this process.
+        device: Device of this process.
 
     Raises:
-        UsageError: they cannot meet; or in all of them, inside.
-        SystemExit: code 2, in all but the first, where all of them raise UsageError.
-        OSError: one has waited for another for too long.
+        UsageError: They cannot connect; or it is raised in all of them, inside.
+        SystemExit: With code 2, in all but the first, if all of them raise UsageError.
+        OSError: One has waited for another for too long.
     """
     import torch.distributed as dist
 
     if processes.count == 1 and not options.devices.fsdp:
         yield
         return
-    # gloo for what lies on the CPU: counts, and what the processes agree on.
+    # gloo for data on the CPU: counts, and what the processes agree on.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     minutes = options.devices.timeout_minutes or TIMEOUT_MINUTES
     alone: dict[str, Any] = {}
@@ -132,31 +133,31 @@ def joined(options: Options, processes: Processes, device: torch.device) -> Iter
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **alone)
         dist.barrier()  # nothing is written before all have checked their options
-    except (RuntimeError, ValueError) as error:  # a port in use, an address that is none
+    except (RuntimeError, ValueError) as error:  # a port in use, an invalid address
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"{in_words(processes.count)} cannot meet at {where}: {reason}; start them by "
+            f"{in_words(processes.count)} cannot connect at {where}: {reason}; start them with "
             "torchrun --standalone, which finds a free port, or give another --master_port"
         ) from None
     try:
         yield
-    except UsageError as error:  # all processes know of it, and the first one tells
-        # Frees DistributedDataParallel, which would else free the group later. With Python's lock
-        # held, that waits for a thread of gloo which may be waiting for the lock.
+    except UsageError as error:  # all processes have it, and the first one reports it
+        # Frees DistributedDataParallel, which would otherwise free the group later. While it holds
+        # Python's lock, that waits for a thread of gloo which may be waiting for the lock.
         traceback.clear_frames(error.__traceback__)
         dist.destroy_process_group()
         if not processes.is_first:
             raise SystemExit(2) from None
         raise
     except Exception as error:
-        # Still connected, so that the others do not fail of this before it is told.
+        # Still connected, so that the others do not fail because of this before it is reported.
         time.sleep(SECONDS_TO_BE_STOPPED)
         if any(words in str(error) for words in GLOO_TIMEOUTS):
             raise OSError(
                 f"another process has not answered for {minutes:g} minutes: it hangs, or is busy "
-                "for longer than --timeout_minutes; see to it, or raise that, and go on with "
-                "--resume"
+                "for longer than --timeout_minutes; check it, or increase the limit, and resume "
+                "with --resume"
             ) from error
         raise
     dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""The options of a training run: flags, groups of them, their checks, and what a run keeps of them.
+"""The options of a training run: flags, option groups, their checks, and the stored record.
 
 flags       a flag as a field; the command line's parser
 method      the groups of optimizer and subspace
 groups      the other groups: model, data, run, devices
-checks      what is wrong with a value or a combination; values that follow from others
-record      `options.json`, and whether a run goes on as what it was
-options     `Options`, which brings all of it together
+checks      invalid values and combinations; values derived from others
+record      `options.json`, and whether a run resumes unchanged
+options     `Options`, which combines all of it
 """
 
 from launch.trainer.options.flags import count as count

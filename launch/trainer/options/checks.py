@@ -1,6 +1,6 @@
-"""What is wrong with options, found without a framework; each check takes the groups that it reads.
+"""Checks of options that need no framework; each check takes the groups that it reads.
 
-All raise UsageError: the value, what was expected and what to do.
+All raise UsageError with the value, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from osd_names import OPTIONS, check_moments, check_muon, check_residual
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
-_PLACED = ("tfds", "text", "tokens", "hf")  # what stands in front of a dataset's place
+_PLACED = ("tfds", "text", "tokens", "hf")  # prefixes of a dataset's location
 
 
-# ----------------------------------------------------------------- what is silently ignored
+# ----------------------------------------------------------------- silently ignored options
 
 
 def check_read(optimizer: Optimizer, subspace: Subspace, devices: Devices) -> None:
-    """Refuses a flag that the chosen optimizer or schedule would silently ignore."""
+    """Rejects a flag that the chosen optimizer or schedule would silently ignore."""
     projected = ("a galore_* optimizer or osd_muon", optimizer.is_projected)
     restarts = ("--scheduler cosine_restarts", optimizer.scheduler == "cosine_restarts")
-    readers = {  # flag -> who reads it, and whether that is so here
+    readers = {  # flag -> who reads it, and whether that applies here
         name: (
             reader.who.replace("proj_type", "--proj_type"),
             reader.reads(optimizer.base, subspace.proj_type),
@@ -48,7 +48,7 @@ def check_read(optimizer: Optimizer, subspace: Subspace, devices: Devices) -> No
     for name, (reader_name, is_read) in readers.items():
         if not is_read and values[name] != FLAGS[name].default:
             raise UsageError(
-                f"--{name}: only {reader_name} takes it, and this is --optimizer "
+                f"--{name}: only {reader_name} reads it, but this is --optimizer "
                 f"{optimizer.optimizer} --proj_type {subspace.proj_type} --scheduler "
                 f"{optimizer.scheduler}; leave it out"
             )
@@ -67,23 +67,23 @@ def check_read(optimizer: Optimizer, subspace: Subspace, devices: Devices) -> No
 
 
 def check_no_decay(optimizer: Optimizer) -> None:
-    """Refuses words of `--no_decay` that are empty or that no weight decay reads."""
+    """Rejects words of `--no_decay` that are empty or that no weight decay reads."""
     if optimizer.no_decay is None:
         return
     if not optimizer.weight_decay:
         raise UsageError("--no_decay: only --weight_decay above 0 reads it; leave it out")
     if not all(map(str.strip, optimizer.no_decay.split(","))):
         raise UsageError(
-            f"--no_decay: {optimizer.no_decay!r} has an empty word in it; expected words with "
-            "commas between them, such as norm,embed,head"
+            f"--no_decay: {optimizer.no_decay!r} contains an empty word; expected words separated "
+            "by commas, such as norm,embed,head"
         )
 
 
 def check_devices(devices: Devices) -> None:
-    """Refuses two flags that say the same thing differently."""
+    """Rejects two flags that specify the same thing differently."""
     if devices.fsdp and devices.compress_gradients:
         raise UsageError(
-            "--compress_gradients: --fsdp reduces gradients itself, whole; use one of the two"
+            "--compress_gradients: --fsdp itself reduces whole gradients; use one of the two"
         )
     if devices.accumulate_sketches and devices.compress_gradients:
         raise UsageError(
@@ -92,44 +92,42 @@ def check_devices(devices: Devices) -> None:
         )
     if devices.mesh is not None and (devices.fsdp or devices.single_gpu):
         other = "--fsdp" if devices.fsdp else "--single_gpu"
-        raise UsageError(
-            f"--mesh: {other} says which devices are used for what, too; leave one out"
-        )
+        raise UsageError(f"--mesh: {other} also determines how devices are used; leave one out")
 
 
 def check_wandb(run: Run) -> None:
-    """Refuses `--wandb` where it is not installed."""
+    """Rejects `--wandb` if it is not installed."""
     if run.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb: wandb is not installed; pip install wandb, or leave it out")
 
 
-# ----------------------------------------------------------- sketches in place of gradients
+# ----------------------------------------------------------- sketches instead of gradients
 
 
 def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices: Devices) -> None:
-    """Refuses a rule that needs the gradient where only its sketch is kept; of resolved groups."""
+    """Rejects a rule that needs the gradient if only its sketch is kept; for resolved groups."""
     several = data.gradient_accumulation > 1
     _check_gradients_stay(several, optimizer, subspace, devices)
     waits = several or optimizer.grad_clipping
     if devices.per_layer and waits and subspace.move_projector == "before":
         cause = "--grad_clipping" if optimizer.grad_clipping else "several micro-batches"
         raise UsageError(
-            "--move_projector: before takes R again from the gradient, of which layer-by-layer "
+            "--move_projector: before recomputes R from the gradient, of which layer-by-layer "
             f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
-            "micro-batch in an update and no clipping"
+            "micro-batch per update and no clipping"
         )
     if not devices.accumulate_sketches:
         return
     if devices.per_layer or not several:
         reason = (
-            "layer-by-layer updates (--per_layer) do so always"
+            "layer-by-layer updates (--per_layer) always do so"
             if devices.per_layer
             else "an update has one micro-batch, and nothing is accumulated"
         )
         raise UsageError(f"--accumulate_sketches: {reason}; leave it out")
     if subspace.move_projector == "before":
         raise UsageError(
-            "--move_projector: before takes R again from the gradient, of which "
+            "--move_projector: before recomputes R from the gradient, of which "
             "--accumulate_sketches keeps only a sketch; use after"
         )
 
@@ -137,13 +135,13 @@ def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices
 def _check_gradients_stay(
     several: bool, optimizer: Optimizer, subspace: Subspace, devices: Devices
 ) -> None:
-    """Refuses sketches in place of gradients where the lift adds the gradient itself."""
+    """Rejects sketches instead of gradients if the lift adds the gradient itself."""
     rule = f"--residual {subspace.residual}"
     if optimizer.base == "osd_muon":
         rule = f"--optimizer {optimizer.optimizer}"
     elif subspace.residual == "none":
         return
-    causes = {  # the flag, and what beside it drops the gradient
+    causes = {  # flag, and the additional condition under which it drops the gradient
         ("accumulate_sketches", ""): devices.accumulate_sketches,
         ("compress_gradients", ""): devices.compress_gradients,
         ("per_layer", " with several micro-batches"): devices.per_layer and several,
@@ -152,8 +150,8 @@ def _check_gradients_stay(
     for (name, beside), is_given in causes.items():
         if is_given:
             raise UsageError(
-                f"--{name}: {rule} adds a part of the gradient itself, and --{name}{beside} "
-                "keeps a sketch of it only; leave one of them out"
+                f"--{name}: {rule} adds a part of the gradient itself, but --{name}{beside} keeps "
+                "only its sketch; leave one of them out"
             )
 
 
@@ -161,7 +159,7 @@ def _check_gradients_stay(
 
 
 def check_model(model: Model, max_length: int) -> None:
-    """Refuses a config that describes no LLaMA, or one with too few positions."""
+    """Rejects a config that is not a LLaMA's, or one with too few positions."""
     config, where = model.config(), f"--model_config: {model.model_config}"
     kind = config.get("model_type", "llama")
     if kind != "llama":
@@ -184,8 +182,8 @@ def check_model(model: Model, max_length: int) -> None:
 
 
 def check_data(data: Data) -> None:
-    """Refuses an unknown dataset, and one whose files are missing or empty."""
-    from launch.data.files import c4_files, text_files  # which loads NumPy
+    """Rejects an unknown dataset, and one whose files are missing or empty."""
+    from launch.data.files import c4_files, text_files  # imports NumPy
 
     kind, _, where = data.dataset.partition(":")
     if kind not in ("builtin", "c4", *_PLACED) or (kind in _PLACED) != bool(where):
@@ -196,10 +194,10 @@ def check_data(data: Data) -> None:
         )
     if data.text_column != FLAGS["text_column"].default and kind != "text":
         raise UsageError(
-            f"--text_column: only text: reads it, and --dataset is {data.dataset}; leave it out"
+            f"--text_column: only text: reads it, but --dataset is {data.dataset}; leave it out"
         )
     if not data.text_column:
-        raise UsageError("--text_column: '' is no name; leave it out for text")
+        raise UsageError("--text_column: '' is not a name; leave it out for text")
     if kind in ("text", "tokens"):
         files = [Path(where)] if Path(where).is_file() else []
         if kind == "text":
@@ -220,7 +218,7 @@ def check_data(data: Data) -> None:
             c4_files(data.data_dir)
 
 
-# ----------------------------------------------------------- what other options determine
+# ----------------------------------------------------------- derived values
 
 
 def with_batch(data: Data, processes: int) -> Data:
@@ -284,24 +282,26 @@ def with_steps(optimizer: Optimizer, data: Data) -> Optimizer:
 
 
 def check_directories(run: Run, model: Model, data: Data, is_own: bool) -> None:
-    """Refuses a run that would overwrite another one, or that cannot be written.
+    """Rejects a run that would overwrite another one, or that cannot be written.
 
     Args:
-        run: The group.
-        model: Likewise.
-        data: Likewise.
+        run: The group of the run.
+        model: The group of the model.
+        data: The group of the data.
         is_own: Whether `--continue_from` names this run itself.
     """
     if not run.name or Path(run.name).name != run.name or run.name == "..":
-        raise UsageError(f"--name: {run.name!r} is not a plain name; --run_dir says where")
+        raise UsageError(
+            f"--name: {run.name!r} is not a plain name; give its directory with --run_dir"
+        )
     for path in (run.path, run.save_path):
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UsageError(f"--run_dir, --save_dir: {nearest} is a file, not a directory")
     if run.overwrite and (run.resume or model.continue_from is not None):
         raise UsageError(
-            "--overwrite starts again from the beginning, and --resume and --continue_from go on: "
-            "leave one out"
+            "--overwrite restarts from the beginning, but --resume and --continue_from continue "
+            "a run: leave one out"
         )
     doomed = [(run.save_path / name).resolve() for name in ("checkpoints", "model")]
     read = {"model_config": model.model_config, "tokenizer": data.tokenizer}
@@ -309,8 +309,8 @@ def check_directories(run: Run, model: Model, data: Data, is_own: bool) -> None:
         path = Path(place or "").resolve()
         if run.overwrite and any(path.is_relative_to(directory) for directory in doomed):
             raise UsageError(
-                f"--{name}: {path} is part of what --overwrite deletes; copy it, or use "
-                "another --name"
+                f"--{name}: {path} is part of what --overwrite deletes; copy it, or use another "
+                "--name"
             )
     if model.continue_from is not None and not Path(model.continue_from).is_dir():
         raise UsageError(
@@ -320,12 +320,12 @@ def check_directories(run: Run, model: Model, data: Data, is_own: bool) -> None:
     taken = next((path for path in (run.path, run.save_path) if holds_a_run(path)), None)
     if taken and not (run.resume or run.overwrite or is_own):
         raise UsageError(
-            f"--name: {taken} holds a run already; go on with it by --resume, replace it by "
+            f"--name: {taken} already contains a run; resume it with --resume, replace it with "
             "--overwrite, or choose another --name"
         )
 
 
 def holds_a_run(path: Path) -> bool:
-    """Whether an earlier run has left something in a directory."""
+    """Whether a directory contains parts of an earlier run."""
     names = ("options.json", "metrics.jsonl", "checkpoints", "model")
     return any((path / name).exists() for name in names)

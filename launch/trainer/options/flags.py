@@ -1,4 +1,4 @@
-"""A flag: a field of a frozen dataclass that knows its help text, its type and its bounds."""
+"""A flag: a field of a frozen dataclass with its help text, its type and its bounds."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def flag(
     """A field of an option group.
 
     Args:
-        default: Of the flag; none: the flag is required.
-        help: What `--help` says.
-        section: Of `--help` where it stands; None: that of its group.
+        default: Default of the flag; without one, the flag is required.
+        help: Help text.
+        section: Section of `--help`; None: that of its group.
         **rules: `choices` (names), `low` and `high` (inclusive bounds), `above` (exclusive bound),
-            `type` (reads the text), `metavar`.
+            `type` (parses the text), `metavar`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "section": section, **rules})
 
 
 def count(text: str) -> int:
-    """Reads a whole number that may end in K, M or B: "100M" is 100,000,000.
+    """Parses a whole number that may end in K, M or B: "100M" is 100,000,000.
 
     Raises:
-        argparse.ArgumentTypeError: `text` is no such number.
+        argparse.ArgumentTypeError: `text` is not such a number.
     """
     digits, unit = text.strip().replace("_", "").replace(",", ""), 1
     if digits[-1:].upper() in ("K", "M", "B"):
@@ -58,13 +58,13 @@ def dtype_name(text: str) -> str:
 
 
 def close(word: str, known: Sequence[str]) -> str:
-    """The known word that was probably meant, as the end of a message; empty where none is."""
+    """The most similar known word, as the end of a message; empty if there is none."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_value(field: Field, value: Any) -> None:
-    """Raises UsageError for a value that breaks the rules of its flag."""
+    """Raises UsageError for a value that violates the rules of its flag."""
     if value is None:
         return
     rules, where = field.metadata, f"--{field.name}: {value!r}"
@@ -94,18 +94,18 @@ def parse(
     prog: str | None,
     description: str,
 ) -> dict[str, Any]:
-    """The values of the flags that a command line gives, by name.
+    """The values of the flags given on a command line, by name.
 
     Args:
         argv: The command line, without the program's name.
-        groups: Dataclasses of flags, by the section of `--help` where their flags stand.
-        sections: What `--help` says of each section, in its order.
+        groups: Dataclasses of flags, by their section of `--help`.
+        sections: The descriptions of the sections of `--help`, in order.
         prog: The program's name.
-        description: What it does.
+        description: The program's description.
 
     Raises:
-        UsageError: a flag is unknown or missing, or its value is not of its type.
-        SystemExit: code 0, after `--help`.
+        UsageError: A flag is unknown or missing, or its value has the wrong type.
+        SystemExit: With code 0, after `--help`.
     """
     parser = _Parser(
         prog=prog,
@@ -158,7 +158,7 @@ def _add(section: Any, field: Field, hint: Any) -> list[str]:
 
 
 def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
-    """Names a misspelt flag; argparse would first ask for the required one it was meant for."""
+    """Names a misspelt flag; argparse would first report the required one that was meant."""
     for word in argv:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in known:

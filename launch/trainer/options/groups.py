@@ -1,8 +1,8 @@
-"""The options of a run in groups: frozen dataclasses whose fields are flags of the same name.
+"""The options of a run in groups: frozen dataclasses whose fields are flags with the same name.
 
 Names, meanings and defaults are those of the published commands. This project adds the residuals,
-the forms of the moments, Muon's options, `update_proj_every`, the section "paper" of `--help`, and
-most of `Data`, `Run` and `Devices`.
+the storage of the moments, Muon's options, `update_proj_every`, the section "paper" of `--help`,
+and most of `Data`, `Run` and `Devices`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.trainer.options.method import Optimizer, Subspace
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Which model, from which weights, in which dtype."""
+    """The model, its initial weights and its dtype."""
 
     model_config: str = flag(
         metavar="FILE",
@@ -30,8 +30,8 @@ class Model:
         None,
         metavar="DIR",
         help="continue from here: a run, or one of its checkpoints, with everything (weights, "
-        "optimizer, schedule, place in the data); a Hugging Face directory, with the weights "
-        "only",
+        "optimizer, schedule, position in the data); a Hugging Face directory, with the "
+        "weights only",
     )
     dtype: str | None = flag(
         None,
@@ -41,14 +41,14 @@ class Model:
         "CPU)",
     )
     activation_checkpointing: bool = flag(
-        False, help="keep one activation a layer and compute the rest again in the backward pass"
+        False, help="save one activation per layer and recompute the rest in the backward pass"
     )
 
     def config(self) -> dict[str, Any]:
-        """The model config as it stands in the file.
+        """The contents of the model config file.
 
         Raises:
-            UsageError: the file is missing, or no JSON object.
+            UsageError: The file is missing, or not a JSON object.
         """
         path = Path(self.model_config)
         if not path.is_file():
@@ -66,7 +66,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read, and how much of it in an update."""
+    """The data, and how much of it an update reads."""
 
     dataset: str = flag(
         "c4",
@@ -77,151 +77,151 @@ class Data:
     )
     text_column: str = flag(
         "text",
-        help="text: alone: the key or column with the text in .json, .jsonl and .parquet files",
+        help="only for text: the key or column with the text in .json, .jsonl and .parquet files",
     )
     data_dir: str | None = flag(
         None,
         metavar="DIR",
-        help="where TensorFlow Datasets finds prepared data, or for c4 the folder that holds en/ "
-        "with C4's own files, c4-train.*.json.gz and c4-validation.*.json.gz",
+        help="folder of prepared TensorFlow Datasets, or for c4 the folder that holds en/ with "
+        "C4's own files, c4-train.*.json.gz and c4-validation.*.json.gz",
     )
     cache_dir: str | None = flag(
         None,
         metavar="DIR",
-        help="where prepared data and trained tokenizers are kept (default: $OSD_CACHE, else "
+        help="folder of prepared data and trained tokenizers (default: $OSD_CACHE, else "
         "~/.cache/online_subspace_descent)",
     )
     tokenizer: str | None = flag(
         None,
         metavar="NAME",
         help="a Hugging Face tokenizer's directory or name, or byte (default: that of "
-        "continue_from's model, else LLaMA's 32,000 pieces where the model has room for them, else "
-        "one trained on the data)",
+        "continue_from's model, else LLaMA's 32,000 pieces if the model's vocabulary is "
+        "large enough, else one trained on the data)",
     )
-    max_length: int = flag(256, low=2, help="tokens in a row")
+    max_length: int = flag(256, low=2, help="tokens per row")
     pack: bool | None = flag(
         None,
-        help="join the documents and cut them into full rows, or keep one document a row, cut or "
-        "padded (default: --pack for builtin, text: and tokens:, else --no-pack, as published)",
+        help="join the documents and cut them into full rows, or keep one document per row, "
+        "truncated or padded (default: --pack for builtin, text: and tokens:, else "
+        "--no-pack, as published)",
     )
     batch_size: int = flag(low=1, help="rows in one forward pass of one process")
     gradient_accumulation: int = flag(
-        0, low=0, help="forward passes in one update (default: from the two batch sizes, else 1)"
+        0, low=0, help="forward passes per update (default: from the two batch sizes, else 1)"
     )
     total_batch_size: int = flag(
         0,
         low=0,
-        help="rows in one update, over all processes (default: batch_size x gradient_accumulation "
-        "x processes)",
+        help="rows per update, over all processes (default: batch_size x gradient_accumulation x "
+        "processes)",
     )
     workers: int = flag(
         0,
         low=0,
         help="processes that read ahead for each training process; 0 reads in threads of the "
-        "trainer itself, which is fastest on few cores. What is read does not depend on it",
+        "trainer itself, which is fastest on few cores. The data do not depend on it",
     )
 
     @property
     def tokens_per_update(self) -> int:
-        """Positions in one update over all processes, padding included; of checked options only."""
+        """Positions per update over all processes, including padding; only for checked options."""
         return self.total_batch_size * self.max_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where the run is kept, what it logs, and how it goes on."""
+    """The run's directory, what it logs, and how it resumes."""
 
-    name: str = flag("test", help="name of the run: its log lies in RUN_DIR/NAME")
-    run_dir: str = flag("runs", metavar="DIR", help="where runs are kept")
+    name: str = flag("test", help="name of the run, whose log is in RUN_DIR/NAME")
+    run_dir: str = flag("runs", metavar="DIR", help="parent folder of the runs")
     save_dir: str | None = flag(
         None,
         metavar="DIR",
-        help="where checkpoints and the final model are kept (default: RUN_DIR/NAME)",
+        help="folder of checkpoints and the final model (default: RUN_DIR/NAME)",
     )
     save_every: int = flag(10_000, low=1, help="updates between two checkpoints")
-    keep: int = flag(2, low=1, help="newest checkpoints to keep")
+    keep: int = flag(2, low=1, help="number of newest checkpoints to keep")
     resume: bool = flag(
-        False, help="go on from the run's newest checkpoint; start it if there is none"
+        False, help="resume from the run's newest checkpoint; start the run if there is none"
     )
-    overwrite: bool = flag(False, help="delete what an earlier run of this name left")
+    overwrite: bool = flag(False, help="delete an earlier run of this name")
     eval_every: int = flag(
-        5000, low=1, help="updates between two evaluations; one more stands at the end"
+        5000, low=1, help="updates between two evaluations; there is always one at the end"
     )
     eval_tokens: int = flag(
         10_000_000,
         low=1,
         type=count,
-        help="held-out tokens in an evaluation, padding counted (10M, 100K)",
+        help="held-out tokens per evaluation, including padding (10M, 100K)",
     )
     log_every: int = flag(1, low=1, help="updates between two lines of the log")
     prompt: str = flag(
-        "The", metavar="TEXT", help="start of the sample of text that the trained model writes"
+        "The", metavar="TEXT", help="prompt of the text sample that the trained model writes"
     )
-    sample_tokens: int = flag(100, low=0, help="tokens in that sample; 0 writes none")
+    sample_tokens: int = flag(100, low=0, help="tokens of that sample; 0 writes none")
     seed: int = flag(0, low=0, high=2**32 - 1, help="seed of weights, data order and projectors")
-    tags: str | None = flag(None, metavar="TEXT", help="free words, kept with the run's options")
-    wandb: bool = flag(False, help="log to Weights & Biases too, which has to be installed")
+    tags: str | None = flag(None, metavar="TEXT", help="free text, stored with the run's options")
+    wandb: bool = flag(False, help="also log to Weights & Biases, which must be installed")
 
     @property
     def path(self) -> Path:
-        """The run's directory: options, metrics, pictures."""
+        """The run's directory: options, metrics, figures."""
         return Path(self.run_dir) / self.name
 
     @property
     def save_path(self) -> Path:
-        """Where checkpoints and the final model are kept."""
+        """The folder of checkpoints and the final model."""
         return Path(self.save_dir) if self.save_dir else self.path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
-    """How processes and devices share the work, and what saves their memory."""
+    """How processes and devices share the work, and options that save memory."""
 
     single_gpu: bool = flag(
         False,
-        help="one device: JAX then leaves the others alone. PyTorch accepts it, as in the "
-        "published commands, and does not need it",
+        help="one device: JAX then does not use the others. PyTorch accepts it, as in the "
+        "published commands, and ignores it",
     )
     per_layer: bool = flag(
         False,
         help="update each layer inside the backward pass, so that the gradients of projected "
-        "weights never pile up (default: on for the *_per_layer optimizers)",
+        "weights never accumulate (default: on for the *_per_layer optimizers)",
     )
     fsdp: bool = flag(
         False,
-        help="share weights, gradients and optimizer state out over the devices; otherwise each "
+        help="shard weights, gradients and optimizer state over the devices; otherwise each "
         "holds all of them, and a share of the batch. In JAX the same as --mesh fsdp=-1",
     )
     compress_gradients: bool = flag(
         False,
         help="reduce the low-rank sketch of a projected gradient over the processes, or over the "
-        "mesh's data axis, in place of the gradient",
+        "mesh's data axis, instead of the gradient",
     )
     accumulate_sketches: bool = flag(
         False,
         section="jax",
-        help="keep of each micro-batch the sketch of a projected gradient in place of the sum of "
-        "the gradients, as layer-by-layer updates do in either framework",
+        help="accumulate the sketch of a projected gradient of each micro-batch instead of the "
+        "gradient, as layer-by-layer updates do in either framework",
     )
     mesh: str | None = flag(
         None,
         section="jax",
         metavar="SIZES",
         help="data=D,fsdp=F,tensor=T: D groups of F x T devices; each group holds one copy, "
-        "weights are shared out over F and, as in Megatron, over T, and the batch over D x F. "
-        "What is left out is 1, -1 takes what is left (default: data=-1, all devices)",
+        "weights are sharded over F and, as in Megatron, over T, and the batch over D x F. "
+        "An omitted size is 1, -1 takes the remaining devices (default: data=-1, all "
+        "devices)",
     )
     coordinator_address: str | None = flag(
         None,
         section="jax",
         metavar="HOST:PORT",
-        help="where several processes meet: a machine's name, on which the first process runs, "
-        "and any free port of it",
+        help="address at which several processes connect: the host name of the first process's "
+        "machine, and any free port of it",
     )
-    num_processes: int | None = flag(None, section="jax", low=1, help="how many there are")
-    process_id: int | None = flag(
-        None, section="jax", low=0, help="which of them this one is, from 0"
-    )
+    num_processes: int | None = flag(None, section="jax", low=1, help="number of processes")
+    process_id: int | None = flag(None, section="jax", low=0, help="index of this process, from 0")
     compile: bool = flag(
         False,
         section="pytorch",
@@ -232,8 +232,8 @@ class Devices:
         section="pytorch",
         above=0,
         high=10_000,
-        help="how long a process waits for another one before the run ends; the first one prepares "
-        "the data meanwhile (default: 10)",
+        help="how long a process waits for another one before the run ends; the first one "
+        "prepares the data meanwhile (default: 10)",
     )
 
 

@@ -1,11 +1,11 @@
-"""All that describes a training run, in one frozen object of six groups that both trainers share.
+"""All options of a training run, in one frozen object of six groups that both trainers share.
 
 Importing this module is cheap, so that a mistake is reported before anything heavy is loaded:
 
     options = Options.parse(sys.argv[1:]).check()
 
-A bad value raises `UsageError`, which `launch.trainer.cli.run_cli` turns into one line on stderr
-and exit code 2.
+An invalid value raises `UsageError`, which `launch.trainer.cli.run_cli` turns into one line on
+stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _SECTIONS = {
     "model": "",
     "data": "",
     "optimizer": "",
-    "subspace": "How gradients are projected: used by the galore_* optimizers and osd_muon only.",
-    "paper": "Where paper and published code differ. The defaults are the published code's.",
+    "subspace": "How gradients are projected: only used by the galore_* optimizers and osd_muon.",
+    "paper": "Where paper and published code differ. The defaults are those of the published code.",
     "run": "",
-    "memory and devices": "JAX trains on all devices that it finds, PyTorch on one a process.",
-    "jax": "PyTorch refuses these with the reason; torchrun brings its processes together. Under "
-    "SLURM (srun), Open MPI and on a TPU pod JAX finds its processes by itself.",
-    "pytorch": "JAX refuses these with the reason.",
+    "memory and devices": "JAX trains on all devices that it finds, PyTorch on one per process.",
+    "jax": "PyTorch rejects these with the reason; torchrun connects its processes. Under SLURM "
+    "(srun), Open MPI and on a TPU pod JAX detects its processes itself.",
+    "pytorch": "JAX rejects these with the reason.",
 }
 _PATHS = (
     "model_config", "continue_from", "data_dir", "cache_dir", "tokenizer", "run_dir", "save_dir",
@@ -40,11 +40,11 @@ _PATHS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """All that describes a run. Build it with `Options.parse` or `Options.of`, then call `check`.
+    """All options of a run. Build it with `Options.parse` or `Options.of`, then call `check`.
 
-    `check` returns a copy in which everything derived is filled in: `gradient_accumulation`,
-    `total_batch_size`, `num_training_steps` (from `max_train_tokens`), `cycle_length`,
-    `restart_warmup_steps`, `per_layer` and `tokenizer` (of a model to continue from).
+    `check` returns a copy with all derived values: `gradient_accumulation`, `total_batch_size`,
+    `num_training_steps` (from `max_train_tokens`), `cycle_length`, `restart_warmup_steps`,
+    `per_layer` and `tokenizer` (of a model to continue from).
 
     Example:
         >>> options = Options.of(model_config="configs/llama_9m.json", batch_size=8, rank=64)
@@ -67,11 +67,11 @@ class Options:
         prog: str | None = None,
         description: str = "Train a LLaMA with Online Subspace Descent.",
     ) -> Self:
-        """Reads a command line, without the program's name. `check` looks at the values.
+        """Parses a command line, without the program's name. `check` validates the values.
 
         Raises:
-            UsageError: a flag is unknown or missing, or its value is not of its type.
-            SystemExit: code 0, after `--help`.
+            UsageError: A flag is unknown or missing, or its value has the wrong type.
+            SystemExit: With code 0, after `--help`.
         """
         shown = {"devices": "memory and devices"}
         groups = {shown.get(name, name): group for name, group in GROUPS.items()}
@@ -79,10 +79,10 @@ class Options:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Options from the values of flags, by name; those left out have their defaults.
+        """Options from the values of flags, by name; omitted flags have their defaults.
 
         Raises:
-            TypeError: there is no such flag, or a required one is missing.
+            TypeError: There is no such flag, or a required one is missing.
         """
         if unknown := values.keys() - FLAGS.keys():
             raise TypeError(f"there is no flag --{min(unknown)}")
@@ -98,11 +98,11 @@ class Options:
         return {name: value for group in groups.values() for name, value in group.items()}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values of some flags."""
+        """A copy with other values for some flags."""
         return self.of(**{**self.values(), **changes})
 
     def is_given(self, name: str) -> bool:
-        """Whether a flag has another value than its default."""
+        """Whether a flag differs from its default."""
         return self.values()[name] != FLAGS[name].default
 
     @property
@@ -115,20 +115,20 @@ class Options:
         return any(start.is_relative_to(own.resolve()) for own in places)
 
     def record(self) -> Record:
-        """What `options.json` keeps: the options, and the model's config as it was."""
+        """The contents of `options.json`: the options, and the model's config at the start."""
         return {"options": self.values(), "model": self.model.config()}
 
     def check(self, processes: int = 1) -> Self:
-        """Checks everything that can be checked without a framework, and fills in what is derived.
+        """Checks everything that can be checked without a framework, and fills in derived values.
 
         Args:
-            processes: how many training processes share an update.
+            processes: Number of training processes that share an update.
 
         Returns:
             The options with every derived value filled in.
 
         Raises:
-            UsageError: the first thing found wrong.
+            UsageError: The first problem found.
         """
         for name, value in self.values().items():
             flags.check_value(FLAGS[name], value)
@@ -146,14 +146,14 @@ class Options:
         return found
 
     def _with_home(self) -> Self:
-        """Spells out a `~`, which a shell leaves alone behind "text:" or "="."""
+        """Expands a `~`, which a shell leaves unchanged after "text:" or "="."""
         values = self.values()
         paths = {name: os.path.expanduser(values[name]) for name in _PATHS if values[name]}
         kind, colon, where = self.data.dataset.partition(":")
         return self.replace(dataset=kind + colon + os.path.expanduser(where), **paths)
 
     def _with_tokenizer(self) -> Self:
-        """The tokenizer that the weights were trained with, unless another is asked for."""
+        """Uses the tokenizer of the weights unless another is given."""
         if self.data.tokenizer or not self.model.continue_from:
             return self
         weights = Path(self.model.continue_from)
@@ -168,7 +168,7 @@ class Options:
         return dataclasses.replace(self, data=data, optimizer=optimizer, devices=devices)
 
     def _check_kept(self) -> None:
-        """Refuses to go on with a run that lies here as something else."""
+        """Rejects resuming an existing run with incompatible options."""
         run = self.run
         taken = checks.holds_a_run(run.path) or checks.holds_a_run(run.save_path)
         if taken and not run.overwrite and (kept := read_record(run.path)):

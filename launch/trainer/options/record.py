@@ -1,7 +1,7 @@
-"""What a run keeps of its options, and whether a run goes on as what it was.
+"""The stored options of a run, and whether a run resumes with the same ones.
 
-A record is what `options.json` holds: {"options": every flag's value, "model": the model's config}.
-A checkpoint holds the same, as it was when the checkpoint was saved.
+A record is the content of `options.json`: {"options": every flag's value, "model": the model's
+config}. A checkpoint contains the same, as of when it was saved.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from launch.trainer.options.groups import FLAGS
 
 Record = Mapping[str, Any]
 
-# A run goes on only with these unchanged: they fix the state's shapes, what its counts mean or the
-# order of the data.
+# A run resumes only with these unchanged: they determine the state's shapes, the meaning of its
+# counts or the order of the data.
 FIXED = (
     "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset",
     "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size", "no_decay",
     "residual", "growth_limiter", "second_moment", "first_moment", "stochastic_rounding",
 )  # fmt: skip
-# How a run is started, which says nothing of the run itself.
+# How a run is started, which is not part of the run itself.
 _STARTED_BY = ("resume", "overwrite", "continue_from", "coordinator_address", "process_id")
 
 
 def read_record(run: Path) -> Record | None:
-    """The record in a run's directory; None where there is none.
+    """The record in a run's directory; None if there is none.
 
     Raises:
-        UsageError: its file is damaged.
+        UsageError: Its file is damaged.
     """
     path = run / "options.json"
     if not path.exists():
@@ -43,27 +43,27 @@ def read_record(run: Path) -> Record | None:
 
 
 def check_same_run(kept: Record, now: Record, where: Path) -> None:
-    """Refuses to go on with other values of what `FIXED` names.
+    """Raises if options in `FIXED` differ from those of the run to resume.
 
     Args:
-        kept: Of the run to go on with.
-        now: Of the options.
-        where: The kept record's directory.
+        kept: Record of the run to resume.
+        now: Record of the current options.
+        where: Directory of the stored record.
 
     Raises:
-        UsageError: an option of `FIXED`, or the model, is another one.
+        UsageError: An option of `FIXED`, or the model, differs.
     """
     for what, old, new in (*_fixed_options(kept, now), *_model(kept, now)):
         if old != new:
             raise UsageError(
-                f"{what}: {where} was started with {old}, not {new}; go on with {old}, or "
-                "start another run with --name"
+                f"{what}: {where} was started with {old}, not {new}; resume with {old}, or start "
+                "another run with --name"
             )
 
 
 def _fixed_options(kept: Record, now: Record) -> Iterator[tuple[str, Any, Any]]:
     for name in FIXED:
-        # A flag that is younger than the run had its default.
+        # A flag newer than the run had its default.
         old = kept["options"].get(name, FLAGS[name].default)
         yield f"--{name}", old, now["options"][name]
 
@@ -74,7 +74,7 @@ def _model(kept: Record, now: Record) -> Iterator[tuple[str, Any, Any]]:
 
 
 def changed_options(kept: Record, now: Record) -> list[str]:
-    """What differs between two records of a run: "--lr 0.01 -> 0.005"."""
+    """The differences between two records of a run: "--lr 0.01 -> 0.005"."""
     return [
         f"--{name} {old} -> {now['options'][name]}"
         for name, old in kept["options"].items()
