@@ -443,7 +443,7 @@ def test_select_linear_by_identity_in_wrappers(one_process: None) -> None:
         found = chosen(osd_torch.select_linear(wrapped), wrapped)
         assert {key.split(".", 1)[1] for key in found} == ODD
         assert chosen(select, wrapped) == found  # made for the model, asked about the wrapper
-    with pytest.raises(ValueError, match="'x' is none of the model's that select_linear was given"):
+    with pytest.raises(ValueError, match="'x' does not belong to the model given to select_linear"):
         select("x", torch.nn.Parameter(torch.ones(2, 2)))
     with pytest.raises(ValueError, match="model is a dict: expected a torch.nn.Module"):
         osd_torch.select_linear(dict(model.named_parameters()))  # type: ignore[arg-type]
@@ -511,7 +511,7 @@ def test_select_linear_of_flax_by_path_with_its_axes() -> None:
     chosen = {name for name, (_, x) in zip(names, leaves, strict=True) if select(name, x)}
     assert {name.removesuffix("/value") for name in chosen} == set(NET)
 
-    with pytest.raises(ValueError, match="'x' is none of the model's that select_linear was given"):
+    with pytest.raises(ValueError, match="'x' does not belong to the model given to select_linear"):
         tx.init({"x": jnp.ones((4, 6))})
     with pytest.raises(ValueError, match="model is a dict: expected a flax.nnx.Module"):
         osd_jax.select_linear(params)
@@ -625,7 +625,7 @@ def test_jax_says_once_what_is_projected(caplog: pytest.LogCaptureFixture) -> No
     assert (
         "25 % of those in linear maps inside the blocks. At full rank: 1 stack of experts" in said
     )
-    assert "'layers_0/experts' (3, 8, 6): dimension_numbers= says which axes" in said
+    assert "'layers_0/experts' (3, 8, 6): give the axes of their matrices" in said
     caplog.clear()
     only = lambda path, x: path.endswith("fc")
     numbers = {"layers_0": {"fc": osd_jax.SubspaceDimensionNumbers()}}  # of what is selected

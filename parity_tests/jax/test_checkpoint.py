@@ -260,7 +260,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        full = pytest.raises(OSError, match="a checkpoint cannot be written to .*; make room")
+        full = pytest.raises(OSError, match="a checkpoint cannot be written to .*; free space")
         with largest_file(50_000), full:
             checkpoints.save(2, state, {})
             checkpoints.wait()

@@ -801,7 +801,7 @@ def test_a_layer_at_a_time_with_one_micro_batch(name: str) -> None:
         ),
         (
             lambda: osd_jax.osd_muon(0.1, rank=2, lift=osd_jax.add_gradient(), ns_steps=7),
-            "lift is given, which does not read ns_steps",
+            "lift is given, so ns_steps",
         ),
         (lambda: osd_jax.osd_muon(0.1, rank=2, momentum=1.0), "momentum is 1.0: expected a number"),
         (

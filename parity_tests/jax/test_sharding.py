@@ -113,12 +113,12 @@ def test_what_does_not_divide_is_whole_and_named(caplog: pytest.LogCaptureFixtur
     assert specs["embedding"] == P(None, "fsdp")
     assert specs["layers"]["mlp"]["gate"] == P(None, "fsdp", None)
     assert specs["layers"]["attention"]["query"] == P(None, "fsdp", "tensor")
-    assert "layers/mlp/gate (2, 52, 90): 90 does not divide by tensor=4" in caplog.text
+    assert "layers/mlp/gate (2, 52, 90): 90 is not divisible by tensor=4" in caplog.text
     assert "query" not in caplog.text
 
 
 def test_other_models_are_told_to_write_their_own_specs() -> None:
-    with pytest.raises(ValueError, match="'dense/kernel' is none of osd_jax.llama's"):
+    with pytest.raises(ValueError, match="'dense/kernel' does not belong to osd_jax.llama"):
         partition_specs({"dense": {"kernel": jnp.ones((2, 2))}}, make_mesh(8))
 
 
@@ -223,7 +223,7 @@ def test_attention_kernels_with_heads_and_short_specs() -> None:
 
 def test_a_spec_that_does_not_divide_is_refused() -> None:
     params = {"mlp": jax.ShapeDtypeStruct((30, 64), jnp.float32)}
-    with pytest.raises(ValueError, match="'mlp' of shape .30, 64. .* 30 does not divide by x=4"):
+    with pytest.raises(ValueError, match="'mlp' of shape .30, 64. .* 30 is not divisible by x=4"):
         state_specs(optax.adam(0.1), params, {"mlp": P("x", "y")})
 
 

@@ -45,7 +45,9 @@ def flags(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["v6e", "v7:1x1", "v6e:1", "v6e:axb", "v4:2x2x1"])
 def test_what_is_no_slice_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"--topology: '{name}' is no slice; expected.*v6e:4x4"):
+    with pytest.raises(
+        UsageError, match=rf"--topology: '{name}' is not a slice; expected.*v6e:4x4"
+    ):
         find_topology(name)
 
 
@@ -160,7 +162,7 @@ def test_mistakes_come_before_any_work(flags: list[str]) -> None:
         step.compile_step("v5e:1x1", [*flags, "--compile"])
     with pytest.raises(UsageError, match="--per_layer.*there are 4"):
         step.compile_step("v5e:2x2", [*flags, "--per_layer"])
-    with pytest.raises(UsageError, match="--batch_size: 6 rows do not divide"):
+    with pytest.raises(UsageError, match="--batch_size: 6 rows are not divisible"):
         step.compile_step("v6e:4x4", [*flags, "--mesh", "data=16", "--batch_size", "6"])
 
 

@@ -271,10 +271,10 @@ def common_mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, An
     return {
         "missing file": ({"dataset": "text:none/*.txt"}, r"no file matches none/\*\.txt"),
         "empty file": ({"dataset": f"text:{home.path}/empty.txt"}, r"empty\.txt is empty"),
-        "blank file": ({"dataset": f"text:{home.path}/blank.txt"}, r"no text in .*blank\.txt"),
+        "blank file": ({"dataset": f"text:{home.path}/blank.txt"}, r"blank\.txt contain no text"),
         "vocabulary": (
             {"model_config": model(home, "small", vocab_size=200)},
-            r"vocabulary of 258, and the model one of 200: give a model config with vocab_size 258",
+            r"vocabulary of 258, but the model one of 200: give a model config with vocab_size 258",
         ),
         "heads": (
             {"model_config": model(home, "heads", num_attention_heads=5)},
@@ -305,7 +305,7 @@ def common_mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, An
         ),
         "other weights": (
             {"continue_from": weights, "model_config": model(home, "deep", num_hidden_layers=3)},
-            r"holds another model: its num_hidden_layers is 2, and --model_config has 3; give its",
+            r"holds another model: its num_hidden_layers is 2, but --model_config has 3; give its",
         ),
         "same run, other rank": (
             {"name": "reference", "resume": True, "rank": 5},
@@ -313,9 +313,9 @@ def common_mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, An
         ),
         "its own model": (
             {"name": "reference", "continue_from": weights},
-            r"is this run's own model, with weights only; go on .* --resume",
+            r"is this run's own model, with weights only; resume .* --resume",
         ),
-        "a run is there": ({"name": "reference"}, r"reference holds a run already; .*--resume"),
+        "a run is there": ({"name": "reference"}, r"reference already contains a run; .*--resume"),
         **{
             name: ({"continue_from": folder, "dataset": f"text:{home.path}/blank.txt"}, message)
             for name, (folder, message) in unreadable_models(home.path, weights).items()
@@ -343,7 +343,7 @@ def unreadable_models(path: Path, weights: Path) -> dict[str, tuple[Path, str]]:
     shards = json.dumps({"weight_map": {"a": one, "b": two}}).encode()
     config = {"config.json": (weights / "config.json").read_bytes()}
     neither = r"has neither model\.safetensors nor model\.safetensors\.index\.json"
-    way_out = r": load the model with transformers and write it by save_pretrained"
+    way_out = r": load the model with transformers and save it with save_pretrained"
     pointer = b"version https://git-lfs.github.com/spec/v1\n"
     cases: dict[str, tuple[dict[str, bytes], str]] = {
         name: ({**config, name: b"x"}, rf"{neither}, only {name}{way_out}")
@@ -358,11 +358,11 @@ def unreadable_models(path: Path, weights: Path) -> dict[str, tuple[Path, str]]:
         "no config": ({"model.safetensors": whole}, r"has model\.safetensors and no config\.json"),
         "no config, old weights": (
             {"pytorch_model.bin": b"x"},
-            r"has pytorch_model\.bin and no config\.json, which says .*; put the model's",
+            r"has pytorch_model\.bin but no config\.json, which describes .*; put the model's",
         ),
         "a lost shard": (
             {**config, index: shards, one: whole},
-            rf"names 2 shards, of which 1 are not there, {two} first: fetch them",
+            rf"names 2 shards, of which 1 are missing, {two} first: fetch them",
         ),
         "half a shard": (
             {**config, index: shards, one: whole, two: whole[: len(whole) // 2]},
@@ -573,10 +573,12 @@ class RunTests:
         places[0].mkdir()
         (run / "checkpoints").rename(places[0] / "checkpoints")
         before = everything(run)
-        lost = r"--resume: the log in .*moved is of 60 updates, and there is no checkpoint in"
+        lost = r"--resume: the log in .*moved has 60 updates, but there is no checkpoint in"
         with pytest.raises(UsageError, match=lost):
             home.run("moved", resume=True)
-        with pytest.raises(UsageError, match=r"kept its checkpoints in .*moved, and.*leave --save"):
+        with pytest.raises(
+            UsageError, match=r"saved its checkpoints in .*moved, but.*leave --save"
+        ):
             home.run("moved", resume=True, save_dir=places[1])
         assert everything(run) == before
         assert home.run("moved", resume=True, save_dir=places[0], keep=20) == 0
@@ -613,7 +615,7 @@ class RunTests:
             assert read_metrics(home / "stopped")[-1]["step"] == step
             said = capsys.readouterr().err
             assert "stopping after this update, with a checkpoint" in said
-            assert f"stopped at step {step}; go on with the same command and --resume" in said
+            assert f"stopped at step {step}; resume with the same command and --resume" in said
             start = step
         assert home.run("stopped", resume=True) == 0
         assert_same_end(home / "stopped", reference.path)
@@ -674,7 +676,7 @@ class RunTests:
     def test_a_changed_option_is_told(self, reference: Reference, home: Home, capsys: Any) -> None:
         copy(reference.path, home, "changed", newest=56)
         assert home.run("changed", resume=True, lr=0.03) == 0
-        assert "changed since it began: --lr 0.02 -> 0.03" in capsys.readouterr().err
+        assert "changed since its start: --lr 0.02 -> 0.03" in capsys.readouterr().err
 
     def test_continue_from_a_model_takes_its_weights_only(
         self, reference: Reference, home: Home, capsys: Any

@@ -264,6 +264,6 @@ def test_a_disk_that_is_full_when_it_is_flushed(
     run = fresh("adamw")
     monkeypatch.setattr(os, "fsync", full)
     save = functools.partial(Checkpoints(tmp_path, keep=2).save, 1, *run, {})
-    with pytest.raises(OSError, match=r"No space left on device; make room there"):
+    with pytest.raises(OSError, match=r"No space left on device; free space there"):
         save()
     assert list(tmp_path.iterdir()) == []

@@ -397,7 +397,7 @@ def test_a_schedule_that_shows_a_lower_peak_corrects_the_guess(
     found = ratios(param, optimizer, lr_scheduler.LambdaLR(optimizer, factor), 30)
     assert max(found[:10]) <= 1e-3
     assert found[11:] == pytest.approx([factor(step) / 1e-3 for step in range(11, 30)])
-    assert "guessed to be 1, and is 0.001" in caplog.text
+    assert "estimated as 1, but the learning rates seen so far give 0.001" in caplog.text
 
 
 def test_the_peak_can_be_given() -> None:
@@ -421,8 +421,8 @@ def test_the_guess_is_named_once_and_its_change_once(caplog: pytest.LogCaptureFi
     ratios(param, optimizer, SCHEDULES["by hand"][1](optimizer), 20)
     info, warning = caplog.records
     assert info.levelno == logging.INFO
-    assert "guessed to be 1e-05" in info.message and "peak_lr=" in info.message
-    assert warning.levelno == logging.WARNING and "guessed to be 1e-05" in warning.message
+    assert "estimated as 1e-05" in info.message and "peak_lr=" in info.message
+    assert warning.levelno == logging.WARNING and "estimated as 1e-05" in warning.message
     caplog.clear()
     param, optimizer = online(1e-5, peak_lr=1e-2)
     ratios(param, optimizer, SCHEDULES["by hand"][1](optimizer), 20)
@@ -610,14 +610,18 @@ def test_wrappers_that_are_refused() -> None:
     other = Wrapper(optimizer)
     type_of_its_own = type("Sharder", (Wrapper,), {"param_groups": [{"params": []}]})
     for function in (osd_torch.LayerwiseUpdates, osd_torch.projectors, osd_torch.skipped_steps):
-        with pytest.raises(ValueError, match="Sharder around a SubspaceAdamW has parameter groups"):
+        with pytest.raises(
+            ValueError, match="Sharder around a SubspaceAdamW has its own parameter groups"
+        ):
             function(type_of_its_own(optimizer))
     with pytest.raises(ValueError, match="Sharder around a SubspaceAdamW"):
         osd_torch.clip_(type_of_its_own(optimizer), 1.0)
     for attribute in ("optimizer", "optim"):  # as ZeroRedundancyOptimizer has it
         shard = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
         setattr(shard, attribute, optimizer)
-        with pytest.raises(ValueError, match="SGD around a SubspaceAdamW has parameter groups"):
+        with pytest.raises(
+            ValueError, match="SGD around a SubspaceAdamW has its own parameter groups"
+        ):
             osd_torch.LayerwiseUpdates(shard, micro_batches=2)
     other.scaler = object()
     with pytest.raises(ValueError, match="Wrapper scales the loss"):

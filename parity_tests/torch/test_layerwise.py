@@ -431,14 +431,16 @@ def test_one_set_of_hooks_at_a_time() -> None:
     with pytest.raises(ValueError, match="grad_clipping"):
         osd_torch.LayerwiseUpdates(optimizer, grad_clipping=-1)
     updates = osd_torch.LayerwiseUpdates(optimizer, micro_batches=2)
-    with pytest.raises(ValueError, match=r"layer by layer already: close\(\)"):
+    with pytest.raises(
+        ValueError, match=r"another LayerwiseUpdates already updates this optimizer: close\(\)"
+    ):
         osd_torch.LayerwiseUpdates(optimizer)
     # Leaving in the midst of an update: what is held has to be dropped, and the message says how.
     micro = micro_batches(0)[0]
     loss_of(net, micro, 5).backward()
     updates.close()
     loss_of(net, micro, 5).backward()
-    with pytest.raises(ValueError, match=r"zero_grad\(\) to begin the update anew"):
+    with pytest.raises(ValueError, match=r"zero_grad\(\) to restart the update"):
         optimizer.step()
     optimizer.zero_grad()
     with osd_torch.LayerwiseUpdates(optimizer) as updates:
@@ -484,13 +486,15 @@ def test_gradients_that_no_hook_takes_are_named() -> None:
     with pytest.raises(ValueError, match=r"'mlp_up.weight' has a gradient already.*zero_grad\(\)"):
         osd_torch.LayerwiseUpdates(optimizer)
     optimizer.accumulate(net.mlp_up.weight)
-    with pytest.raises(ValueError, match="'mlp_up.weight' has a gradient already, or a sketch"):
+    with pytest.raises(ValueError, match="'mlp_up.weight' already has a gradient, or a sketch"):
         osd_torch.LayerwiseUpdates(optimizer)
     optimizer.zero_grad()
     late = torch.nn.Linear(7, 7).double()
     with osd_torch.LayerwiseUpdates(optimizer):
         optimizer.add_param_group({"params": list(late.named_parameters())})
-        with pytest.raises(RuntimeError, match=r"'(weight|bias)' has a gradient that no hook has"):
+        with pytest.raises(
+            RuntimeError, match=r"'(weight|bias)' has a gradient that no hook consumed"
+        ):
             late(net(micro[0])).sum().backward()
 
 

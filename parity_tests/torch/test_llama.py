@@ -140,7 +140,7 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
     for tensors, message in (
         ({k: v for k, v in good.items() if k != name}, f"lacks 1 tensors, {name} first"),
         (good | {"other": good[name].clone()}, "has not, 1 tensors, other first"),
-        (good | {name: torch.ones(7)}, rf"{name} has shape \(7,\), the config asks for \(32,\)"),
+        (good | {name: torch.ones(7)}, rf"{name} has shape \(7,\), but the config expects \(32,\)"),
     ):
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(ValueError, match=message):

@@ -255,7 +255,7 @@ def test_what_needs_the_gradient_is_refused_by_its_reason_where_it_is_gone() -> 
     net = model()
     optimizer = toys(net, lift=GREEDY)
     net["mlp"].grad = gradient_of(0, "mlp")
-    reason = r"greedy applies each entry of the gradient, and there only its sketch is kept.*scaled"
+    reason = r"greedy applies each entry of the gradient, but only its sketch is kept here.*scaled"
     with pytest.raises(ValueError, match=reason):
         optimizer.accumulate(net["mlp"])
     optimizer.zero_grad()
@@ -280,8 +280,8 @@ def test_a_lift_has_to_return_something() -> None:
 def test_rules_that_contradict_themselves_are_refused() -> None:
     for changed, message in (
         ({"clock": Clock(4)}, "toy has clock.move_every=None, a gradient that is given"),
-        ({"optimizer": None}, "an optimizer that is None: a P that moves has all three"),
-        ({"order": "before"}, "toy has order='before', which takes R again"),
+        ({"optimizer": None}, "an optimizer that is None: a rule that moves P has all three"),
+        ({"order": "before"}, "toy has order='before', which recomputes R"),
         ({"order": "never"}, "order is 'never': expected one of after, before"),
         ({"clock": Clock(0, 1)}, "the period of toy is 0: expected a whole number"),
     ):
@@ -296,7 +296,7 @@ def test_rules_that_contradict_themselves_are_refused() -> None:
         optimizer.step()
     twin = ROW_SUMS._replace(degree=2)
     both = TOY_LIFT._replace(needs=Needs((ROW_SUMS, twin)))
-    with pytest.raises(ValueError, match="two statistics have the name 'row_sums'"):
+    with pytest.raises(ValueError, match="two different statistics are named 'row_sums'"):
         toys(model(), lift=both)
 
 
@@ -522,7 +522,7 @@ def test_runs_with_transported_moments_resume_bit_for_bit(basis: str) -> None:
 
 def test_moments_that_cannot_be_carried_over_are_refused() -> None:
     named = list(model().named_parameters())
-    with pytest.raises(ValueError, match="transport_moments is True, and Adafactor cannot carry"):
+    with pytest.raises(ValueError, match="transport_moments is True, but Adafactor cannot carry"):
         osd_torch.SubspaceAdafactor(named, lr=LR, rank=RANK, select=ALL, transport_moments=True)
     for name in ("galore_adafactor", "adamw"):
         with pytest.raises(ValueError, match="only a subspace optimizer .* factored"):
@@ -726,7 +726,7 @@ def test_no_decay_splits_the_groups() -> None:
         ({"basis": "svd"}, "basis is 'svd': expected None or a BasisRule"),
         ({"lift": 0.25}, "lift is 0.25: expected None or a Lift"),
         ({"side": "top"}, "side is 'top': expected one of shorter"),
-        ({"side": "both"}, r"side is 'both', and basis is online_pca\(.*moves one basis"),
+        ({"side": "both"}, r"side is 'both', but basis is online_pca\(.*moves one basis"),
         ({"rank": 0}, "rank is 0: expected a whole number"),
     ],
 )
@@ -741,7 +741,7 @@ def test_rules_are_refused_or_taken_by_what_they_are() -> None:
         osd_torch.OnlineSubspaceDescent(model().parameters(), LR, rule="adam", rank=RANK)
     with pytest.raises(TypeError, match="SubspaceAdamW has no argument 'projector'"):
         osd_torch.SubspaceAdamW(model().parameters(), lr=LR, rank=RANK, projector=None)
-    with pytest.raises(ValueError, match="rank is given, and params are groups"):
+    with pytest.raises(ValueError, match="rank is given, but params are groups"):
         osd_torch.SubspaceAdamW([{"params": list(model().parameters())}], lr=LR, rank=RANK)
     with pytest.raises(ValueError, match="step_size is -1"):
         osd_torch.online_pca(step_size=-1.0)
@@ -878,9 +878,9 @@ def test_groups_that_are_added_have_the_constructors_rules() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"basis": osd_torch.svd(5)}, "basis is given, and nothing is projected: give rank"),
-        ({"transport_moments": True}, "transport_moments is given, and nothing is projected"),
-        ({"select": ALL}, "select is given, and rank is not"),
+        ({"basis": osd_torch.svd(5)}, "basis is given, but nothing is projected: give rank"),
+        ({"transport_moments": True}, "transport_moments is given, but nothing is projected"),
+        ({"select": ALL}, "select is given without rank"),
         ({"rank": 2, "transport_moments": "no"}, "transport_moments is 'no': expected True or"),
         ({"betas": 0.9}, "betas are 0.9: expected two numbers"),
         ({"eps": -1.0}, "eps is -1.0"),

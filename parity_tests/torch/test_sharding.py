@@ -542,7 +542,7 @@ def refusals() -> list[str]:
 def test_what_sharded_weights_cannot_do_is_refused_with_a_remedy(two_processes: Run) -> None:
     for messages in two_processes(refusals):
         assert "galore_adamw8bit" in messages[0]
-        assert "whole weights" in messages[1]
+        assert "unsharded weights" in messages[1]
         assert "leave reduce None" in messages[2]
 
 

@@ -140,7 +140,7 @@ def test_refuses_the_state_of_other_data(jsonl, byte, cache):
         (open_text(jsonl, byte, cache, validation_fraction=0.5), (0, 1)),
         (open_text(jsonl, byte, cache), (0, 2)),
     ]:
-        with pytest.raises(DataError, match="place in the data"):
+        with pytest.raises(DataError, match="position in the data"):
             data.train(2, *process).set_state(state)
 
 
@@ -732,7 +732,7 @@ def wrong(tmp_path):
         ("text:{}/empty.json", ["empty.json is empty", "fetch it again"]),
         ("text:{}/torn.json.gz", ["torn.json.gz after line 1", "fetch"]),
         ("text:{}/torn.jsonl.zst", ["torn.jsonl.zst", "Truncated", "fetch"]),
-        ("text:{}/plain.txt.zst", ["cannot read", "plain.txt.zst", "what its suffix says"]),
+        ("text:{}/plain.txt.zst", ["cannot read", "plain.txt.zst", "does not match its suffix"]),
         ("text:{}/other.parquet", ["cannot read", "other.parquet", "fetch"]),
         ("text:{}/torn.parquet", ["cannot read", "torn.parquet", "fetch"]),
         ("text:{}/null.parquet", ["null.parquet, row 2", '"text" is None']),

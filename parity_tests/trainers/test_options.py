@@ -149,7 +149,7 @@ def test_cosine_restarts():
         ),
         (
             "--optimizer galore_adamw --accumulate_sketches --per_layer --gradient_accumulation 2",
-            ("--accumulate_sketches", "do so always"),
+            ("--accumulate_sketches", "always do so"),
         ),
         ("--optimizer galore_adamw --accumulate_sketches", ("nothing is accumulated",)),
         ("--proj_type continous", ("'continous'", "did you mean continuous?")),
@@ -170,7 +170,7 @@ def test_cosine_restarts():
         ("--beta1 0.9 --optimizer sgd", ("--beta1", "Adafactor", "sgd", "leave it out")),
         ("--beta2 0.9 --optimizer adafactor", ("--beta2", "Adam, Lion or Muon", "adafactor")),
         ("--beta2 1", ("--beta2", "1.0", "0.9999999 or less")),
-        ("--eps 1e-8 --optimizer lion", ("--eps", "only Adam or Muon takes it", "lion")),
+        ("--eps 1e-8 --optimizer lion", ("--eps", "only Adam or Muon reads it", "lion")),
         ("--transport_moments", ("--transport_moments", "subspace optimizer", "leave it out")),
         (
             "--transport_moments --optimizer galore_adafactor",

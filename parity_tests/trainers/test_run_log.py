@@ -174,7 +174,7 @@ def test_quiet_progress_without_a_terminal(capsys):
 def test_a_run_without_a_finite_loss_still_ends(capsys):
     with RunLog(options()) as log:
         log.train(1, 1, loss=math.inf, skipped=1)
-    assert "loss.png is not drawn" in capsys.readouterr().err
+    assert "loss.png was not written" in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_disk_that_is_full_for_tensorboard_names_the_directory(monkeypatch, ca
     with pytest.raises(OSError, match="the log .*a cannot be written: No space left on device; m"):
         log.train(2, 20, loss=1.0)
     log.close()
-    assert "TensorBoard's events are not complete" in capsys.readouterr().err
+    assert "TensorBoard's events are incomplete" in capsys.readouterr().err
 
 
 def test_plot_several_runs(tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_plot_names_what_is_missing():
         plot_main(["runs/none"])
     Path("runs/empty").mkdir(parents=True)
     Path("runs/empty/metrics.jsonl").touch()
-    with pytest.raises(UsageError, match="runs/empty/metrics.jsonl holds no training loss"):
+    with pytest.raises(UsageError, match="runs/empty/metrics.jsonl has no training loss"):
         plot_main(["runs/empty"])
     with RunLog(options()) as log:
         train(log, 0, 3, 1)

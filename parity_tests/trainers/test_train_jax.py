@@ -181,15 +181,15 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "per layer": (
             {"optimizer": "galore_adamw_per_layer", "single_gpu": None, "batch_size": 8},
-            r"--per_layer: .*one device, and there are 8; add --single_gpu",
+            r"--per_layer: .*one device only, but there are 8; add --single_gpu",
         ),
         "what torch alone does": (
             {"compile": True},
-            r"--compile: the JAX side compiles always; .*or use launch\.train_torch",
+            r"--compile: JAX always compiles; .*or use launch\.train_torch",
         ),
         "torch's timeout": (
             {"timeout_minutes": 5},
-            r"--timeout_minutes: the JAX side has a time of its own, .*or use launch\.train_torch",
+            r"--timeout_minutes: JAX has its own limit, .*or use launch\.train_torch",
         ),
     }
 

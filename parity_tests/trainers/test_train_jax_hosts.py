@@ -203,12 +203,12 @@ def mistakes(home: Home) -> dict[str, tuple[dict[str, Any], str]]:
         "size": ({"mesh": "data=two"}, r"--mesh: .*whole number"),
         "batch": (
             {"batch_size": 12, "total_batch_size": 12},
-            r"--batch_size: 12 rows do not divide by 8, .*\(data=8\) in a process; use 16",
+            r"--batch_size: 12 rows are not divisible by 8, .*\(data=8\) in a process; use 16",
         ),
         "twice": ({"mesh": "data=2", "fsdp": True}, r"--mesh: --fsdp says .*leave one out"),
         "nothing to reduce": (
             {"compress_gradients": True, "single_gpu": True},
-            r"--compress_gradients: .*data axis.* 1 device long; leave it out",
+            r"--compress_gradients: .*data axis.* one device here; leave it out",
         ),
         "no number": ({"num_processes": 2}, r"--coordinator_address, --process_id: missing; "),
         "out of range": (
@@ -236,7 +236,7 @@ def test_a_coordinator_that_cannot_be(home: Home, monkeypatch: pytest.MonkeyPatc
         meet = {"coordinator_address": address, "num_processes": 2, "process_id": 0}
         with pytest.raises(UsageError, match=r"port \d+ of this machine cannot be .*: .*in use"):
             train_jax.main(flags(home, "mistaken", **meet))
-    with pytest.raises(UsageError, match=rf"nobody answers at {address} within 0.5 s: .*refused"):
+    with pytest.raises(UsageError, match=rf"no answer from {address} within 0.5 s: .*refused"):
         train_jax.main(flags(home, "mistaken", **{**meet, "process_id": 1}))
     assert not (home / "mistaken").exists()
 
@@ -285,7 +285,7 @@ def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device:
     assert_same_losses(pair.path, one_device)
     assert_same_weights(pair.path, one_device)
     said = pair.said()
-    assert "on 8 x cpu (data=8) in 2 processes, going on from step" in said[0]
+    assert "on 8 x cpu (data=8) in 2 processes, resuming from step" in said[0]
     assert said[0].count("step 12: validation loss") == 1
     assert not re.search("step|loss|model", said[1])  # beside what Gloo says of its connections
 
@@ -350,7 +350,7 @@ def test_a_signal_to_one_stops_both_with_a_checkpoint(home: Home, one_device: Pa
     assert pair.ends() == [130, 130], pair.said()
     step = read_metrics(pair.path)[-1]["step"]
     assert Checkpoints(pair.path / "checkpoints").steps()[0] == step
-    assert f"stopped at step {step}; go on with the same command and --resume" in pair.said()[0]
+    assert f"stopped at step {step}; resume with the same command and --resume" in pair.said()[0]
 
 
 @pytest.mark.slow
@@ -372,7 +372,7 @@ def test_a_mistake_is_told_once_and_ends_both(home: Home) -> None:
         ({1: {"dataset": "text:none/*.txt"}}, "no file matches none"),
         (
             {1: {"save_every": 2}},
-            "--save_every: process 0 has 3 and process 1 2; give all of them the same",
+            "--save_every: process 0 has 3 but process 1 2; give all of them the same",
         ),
     ):
         pair = Pair(home, "mistaken", per_process=own)

@@ -646,28 +646,28 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
         ),
         "P before W": (
             {"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
-            r"--move_projector: before takes R again .*with several micro-batches keep only",
+            r"--move_projector: before recomputes R .*with several micro-batches keep only",
         ),
         "P before W, clipped": (
             {
                 **{"per_layer": True, "proj_type": "continuous", "move_projector": "before"},
                 **{"batch_size": 8, "grad_clipping": 1.0, "dataset": "c4"},
             },
-            r"--move_projector: before takes R again .*with --grad_clipping keep only a sketch",
+            r"--move_projector: before recomputes R .*with --grad_clipping keep only a sketch",
         ),
         "sharded by layer": ({"per_layer": True, "fsdp": True}, r"--fsdp: .*use one of the two"),
         "compressed shards": (
             {"compress_gradients": True, "fsdp": True},
-            r"--compress_gradients: --fsdp reduces .*use one of the two",
+            r"--compress_gradients: --fsdp itself reduces .*use one of the two",
         ),
         "what JAX alone does": (
             {"mesh": "data=2"},
-            r"--mesh: PyTorch has one device a process.*or use launch\.train_jax",
+            r"--mesh: PyTorch has one device per process.*or use launch\.train_jax",
         ),
-        "JAX's processes": ({"process_id": 0}, r"--process_id: torchrun brings"),
+        "JAX's processes": ({"process_id": 0}, r"--process_id: torchrun connects"),
         "nothing to compress": (
             {"compress_gradients": True, "optimizer": "adamw"},
-            r"--compress_gradients: only a galore_\* optimizer or osd_muon takes it",
+            r"--compress_gradients: only a galore_\* optimizer or osd_muon reads it",
         ),
     }
 
@@ -704,7 +704,7 @@ def test_a_port_in_use(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
         place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         for name, value in (place | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UsageError, match=r"cannot meet at 127.0.0.1:\d+: .*--master_port"):
+        with pytest.raises(UsageError, match=r"cannot connect at 127.0.0.1:\d+: .*--master_port"):
             home.run("mistaken")
     assert not (home / "mistaken").exists()
 
@@ -732,7 +732,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_older_checkpoints(
         assert run_cli(train_torch.main) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: the checkpoint of step 9, about 0 MiB, cannot be written to ")
-    assert "File too large" in last and "make room there, or save elsewhere" in last
+    assert "File too large" in last and "free space there, or save elsewhere" in last
     assert everything(home / "full" / "checkpoints") == before
 
 
@@ -747,13 +747,15 @@ def test_a_full_disk_ends_the_log_and_the_model_with_a_remedy(
 
     path = home / "full log" / "metrics.jsonl"
     said = last_line(4000, "full log", save_every=50)
-    assert said.startswith(f"error: the log {path} cannot be written: File too large; make room th")
+    assert said.startswith(
+        f"error: the log {path} cannot be written: File too large; free space th"
+    )
     assert lines_in(home / "full log") > 3
 
     run = copy(reference.path, home, "full model")
     said = last_line(60_000, "full model", resume=True)
     assert said.startswith(f"error: the model cannot be written to {run / 'model'}: model.safeten")
-    assert f"safe in {run / 'checkpoints'}: make room, and the same command and --resu" in said
+    assert f"safe in {run / 'checkpoints'}: free space, and the same command with --resu" in said
     assert not (run / "model").exists()
     assert home.run("full model", resume=True) == 0
     assert_same_end(run, reference.path)
