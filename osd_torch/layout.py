@@ -7,7 +7,9 @@ from torch import Tensor
 
 from osd_names import Side
 from osd_torch.rules import Change
-from osd_torch.sharding import has_plain_placement
+from osd_torch.sharding import (
+    has_plain_placement,
+)
 from osd_torch.sketch import (
     Basis,
     TwoSided,
@@ -65,3 +67,13 @@ def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> N
     """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
+
+
+def to_matrix(tensor: Tensor, side: str) -> Tensor:
+    """A weight or gradient (output, input) as a view M (p, q), the projected axis first, or back.
+
+    Args:
+        tensor: A matrix.
+        side: "output", "input" or "both".
+    """
+    return tensor.mT if side == "input" else tensor
