@@ -12,66 +12,33 @@ use `MUON_STATIC_ARGUMENTS` for `osd_muon`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import optax
 
-from osd_jax.bases import BasisRule, online_pca
+from osd_jax.adam_of_rows import scale_by_adam_of_rows
+from osd_jax.basis_rule import BasisRule
 from osd_jax.composition import (
-    WeightRule,
+    Mask,
+    ScalarOrSchedule,
+    Subspace,
     adafactor_rule,
     adam8bit_rule,
     adamw_rule,
     apart,
     check_betas,
-    composed,
+    check_rates,
     decaying,
     descending,
+    following,
+    in_subspace,
+    is_linear,
     lion_rule,
-    muon_rule,
-    scale_by_momentum,
 )
-from osd_jax.layout import DimensionNumbers, Side, check_basis_dtype
-from osd_jax.lift import Lift, scaled
-from osd_jax.numerics import check_number, check_object, check_static
-from osd_jax.quantization import Rounding
-from osd_jax.residuals import MUON_COEFFICIENTS, add_gradient, orthogonalized
-from osd_jax.rules import scale_by_adam_of_age, scale_by_adam_of_rows
-from osd_jax.selection import LinearSelection, Select
+from osd_jax.layout import DimensionNumbers, Side
+from osd_jax.lift import Lift
+from osd_jax.selection import Select
 from osd_jax.subspace import SubspaceTransformation
-from osd_jax.transport import Transport
-from osd_jax.transport import transport_moments as follow_basis
-from osd_names import check_flag, check_moments, check_muon
-
-ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
-Mask = Any | Callable[[optax.Params], Any] | None
-
-# Arguments that determine which computation is built: `static_args` of `optax.inject_hyperparams`.
-STATIC_ARGUMENTS = (
-    "rank",
-    "mask",
-    "basis",
-    "lift",
-    "side",
-    "select",
-    "dimension_numbers",
-    "transport_moments",
-    "stochastic_rounding",
-    "basis_dtype",
-    "seed",
-)
-MUON_STATIC_ARGUMENTS = (
-    *STATIC_ARGUMENTS,
-    "nesterov",
-    "second_moment",
-    "first_moment",
-    "ns_steps",
-    "ns_coefficients",
-    "ns_dtype",
-    "muon_scale",
-)
+from osd_names import check_moments
 
 
 def osd_adamw(
@@ -148,7 +115,7 @@ def osd_adamw(
     """
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
-    shared = Shared(
+    shared = Subspace(
         rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
         stochastic_rounding, basis_dtype, seed,
     )  # fmt: skip
@@ -158,10 +125,10 @@ def osd_adamw(
         by_rows = scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
         others = adamw_rule(learning_rate)._replace(low_rank=descending(by_rows, learning_rate))
         rule = apart(rule, others, functools.partial(decaying, weight_decay, mask))
-    return _composed(
+    return in_subspace(
         rule,
         shared,
-        _following(transport_moments, b1, b2),
+        following(transport_moments, b1, b2),
     )
 
 
@@ -220,14 +187,14 @@ def osd_adamw8bit(
     """
     check_rates(learning_rate, weight_decay, rank, eps=eps)
     check_betas(b1=b1, b2=b2)
-    shared = Shared(
+    shared = Subspace(
         rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
         stochastic_rounding, basis_dtype, seed,
     )  # fmt: skip
-    return _composed(
+    return in_subspace(
         adam8bit_rule(learning_rate, b1, b2, eps, linear=is_linear(lift)),
         shared,
-        _following(transport_moments, b1, b2),
+        following(transport_moments, b1, b2),
     )
 
 
@@ -287,14 +254,14 @@ def osd_lion(
     """
     check_rates(learning_rate, weight_decay, rank)
     check_betas(b1=b1, b2=b2)
-    shared = Shared(
+    shared = Subspace(
         rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
         stochastic_rounding, basis_dtype, seed,
     )  # fmt: skip
-    return _composed(
+    return in_subspace(
         lion_rule(learning_rate, b1, b2, sign="lifted" if lift is None else "subspace"),
         shared,
-        _following(transport_moments, b1, b2),
+        following(transport_moments, b1, b2),
     )
 
 
@@ -355,217 +322,12 @@ def osd_adafactor(
             "transport_moments is True, but Adafactor's factored second moment cannot follow P: "
             "use another optimizer, or leave it out"
         )
-    shared = Shared(
+    shared = Subspace(
         rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
         stochastic_rounding, basis_dtype, seed,
     )  # fmt: skip
-    return _composed(
+    return in_subspace(
         adafactor_rule(learning_rate, b1, linear=is_linear(lift)),
         shared,
         None,
     )
-
-
-def osd_muon(
-    learning_rate: ScalarOrSchedule,
-    *,
-    rank: int,
-    momentum: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = False,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask = None,
-    full_lr: ScalarOrSchedule | None = None,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    second_moment: str = "full",
-    first_moment: str = "full",
-    ns_steps: int = 5,
-    ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
-    ns_dtype: jax.typing.DTypeLike | None = None,
-    muon_scale: str = "adamw",
-    basis: BasisRule | None = None,
-    lift: Lift | None = None,
-    side: Side = "shorter",
-    select: Select | None = None,
-    dimension_numbers: DimensionNumbers = None,
-    transport_moments: bool = False,
-    stochastic_rounding: bool = False,
-    basis_dtype: jax.typing.DTypeLike | None = None,
-    seed: int = 0,
-) -> SubspaceTransformation:
-    """Momentum in a subspace plus the full gradient, orthogonalized; weight decay first.
-
-        m <- b m + R,   R = P^T M
-        W <- (1 - lr wd) W - lr s O(M + P (D - R))
-
-    for a projected matrix. D is m, or `R + b m` with Nesterov momentum; O moves all singular values
-    close to 1 (Newton-Schulz); s is a scale. With a full-rank P this is Muon. Parameters that are
-    not projected are trained by AdamW.
-
-    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and the
-    state of P's optimizer.
-
-    Args:
-      learning_rate: Learning rate of the projected matrices, a number or a schedule.
-      rank: Number of columns of P.
-      momentum: b.
-      nesterov: Whether to use Nesterov momentum.
-      weight_decay: Decoupled, multiplied by the learning rate, before the update.
-      mask: What has weight decay, as in `osd_adamw`.
-      full_lr: Learning rate of the parameters that are not projected. None: `learning_rate`.
-      b1: AdamW's b1 for the parameters that are not projected.
-      b2: AdamW's b2 for these.
-      eps: AdamW's eps for these; added to the root of the second moment after bias correction.
-      second_moment: For matrices that are not projected: "full", or "row", one number for each
-        entry of the longer axis; see `scale_by_adam_of_rows`.
-      first_moment: "full", or "8bit" for the first moment of these matrices with "row", and for the
-        momentum.
-      ns_steps: Number of Newton-Schulz steps.
-      ns_coefficients: Coefficients of its polynomial.
-      ns_dtype: Dtype of the iteration; None: float32 or float64.
-      muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
-      basis: The basis rule; this and the following arguments as in `osd_adamw`.
-      lift: Turns a direction into an update of W, instead of `orthogonalized(add_gradient(), ...)`
-        with the options above.
-      side: The side of a matrix that P projects.
-      select: Which parameters are projected.
-      dimension_numbers: Matrix axes.
-      transport_moments: Whether the momentum follows changes of P.
-      stochastic_rounding: Whether bfloat16 weights are rounded stochastically.
-      basis_dtype: dtype of P.
-      seed: Seed of random basis rules and of stochastic rounding.
-
-    Returns:
-      See `osd_adamw`.
-
-    Raises:
-      ValueError: An argument is out of range; the message names it.
-
-    References:
-      Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on the
-      subspace of arXiv 2408.12857.
-
-    Example:
-      >>> import jax.numpy as jnp, osd_jax
-      >>> params = {"mlp": {"kernel": jnp.ones((16, 24))}, "norm": jnp.ones(16)}
-      >>> tx = osd_jax.osd_muon(0.02, rank=4, momentum=0.8, full_lr=0.01)
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params)
-      >>> osd_jax.projectors(state)["mlp/kernel"].shape
-      (16, 4)
-    """
-    full_lr = learning_rate if full_lr is None else full_lr
-    check_rates(learning_rate, weight_decay, rank, eps=eps)
-    if not callable(full_lr):
-        check_number("full_lr", full_lr)
-    check_betas(momentum=momentum, b1=b1, b2=b2)
-    check_muon(muon_scale, nesterov, momentum)
-    check_basis_dtype(ns_dtype, "ns_dtype")
-    options: dict[str, Any] = {
-        "steps": ns_steps,
-        "coefficients": ns_coefficients,
-        "dtype": ns_dtype,
-        "scale": muon_scale,
-    }
-    if lift is not None and tuple(options.values()) != (5, MUON_COEFFICIENTS, None, "adamw"):
-        raise ValueError(
-            "lift is given, so ns_steps, ns_coefficients, ns_dtype and muon_scale are not read: "
-            "leave them out, or pass them to orthogonalized(...)"
-        )
-    by_us = orthogonalized(add_gradient(), **options)
-    shared = Shared(
-        rank, weight_decay, mask, basis, lift, side, select, dimension_numbers,
-        stochastic_rounding, basis_dtype, seed,
-    )  # fmt: skip
-    return _composed(
-        muon_rule(
-            learning_rate,
-            full_lr,
-            functools.partial(decaying, weight_decay, mask),
-            by_us,
-            trace=scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit"),
-            adam=_adam_of_others(b1, b2, eps, second_moment, first_moment),
-        ),
-        shared,
-        _following(transport_moments, b1, b2, rounding="nearest"),
-    )
-
-
-class Shared(NamedTuple):
-    """Arguments that all optimizers here share; see `osd_adamw`."""
-
-    rank: int
-    weight_decay: Any
-    mask: Mask
-    basis: BasisRule | None
-    lift: Lift | None
-    side: Side
-    select: Select | None
-    dimension_numbers: DimensionNumbers
-    stochastic_rounding: bool
-    basis_dtype: Any
-    seed: int
-
-
-def _composed(
-    rule: WeightRule, shared: Shared, transport: Transport | None
-) -> SubspaceTransformation:
-    if shared.basis is not None:
-        check_object("basis", shared.basis, BasisRule, "online_pca(optax.adam(5e-3))", "None or a")
-    if shared.lift is not None:
-        check_object("lift", shared.lift, Lift, "scaled(0.25)", "None or a")
-    check_flag("stochastic_rounding", shared.stochastic_rounding)
-    select, numbers = shared.select, shared.dimension_numbers
-    if select is not None and not callable(select):
-        raise ValueError(
-            f"select is {select!r}: expected None or a function (path, parameter) -> bool"
-        )
-    if numbers is None and isinstance(select, LinearSelection):
-        numbers = select.dimension_numbers
-    by_adam = optax.chain(scale_by_adam_of_age(), optax.scale(-5e-3))
-    return composed(
-        rule,
-        shared.basis or online_pca(by_adam),
-        rank=shared.rank,
-        lift=shared.lift or rule.lift or scaled(1.0),
-        decay=functools.partial(decaying, shared.weight_decay, shared.mask),
-        side=shared.side,
-        select=select,
-        dimension_numbers=numbers,
-        seed=shared.seed,
-        basis_dtype=shared.basis_dtype,
-        transport=transport,
-        stochastic_rounding=shared.stochastic_rounding,
-    )
-
-
-def _following(
-    transport_moments: Any, b1: Any, b2: Any, rounding: Rounding = "table"
-) -> Transport | None:
-    check_flag("transport_moments", transport_moments)
-    return follow_basis(b1, b2, rounding=rounding) if transport_moments else None
-
-
-def _adam_of_others(
-    b1: Any, b2: Any, eps: Any, second_moment: str, first_moment: str
-) -> optax.GradientTransformation:
-    """Adam for the parameters that are not projected."""
-    check_moments(second_moment, first_moment)
-    if second_moment == "full":
-        return optax.scale_by_adam(b1, b2, eps)
-    return scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
-
-
-def is_linear(lift: Any) -> bool:
-    """Whether the learning rate can be applied before the lift; for None the optimizer decides."""
-    return lift is None or (isinstance(lift, Lift) and lift.linear)
-
-
-def check_rates(learning_rate: Any, weight_decay: Any, rank: Any, **numbers: Any) -> None:
-    """Raises ValueError for a negative number, or an array where a plain number is required."""
-    check_static("rank", rank, STATIC_ARGUMENTS)
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate)
-    for name, value in {"weight_decay": weight_decay, **numbers}.items():
-        check_number(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import optax
 
-from osd_jax.bases import BasisRule
+from osd_jax.bases import online_pca
+from osd_jax.basis_rule import BasisRule
 from osd_jax.diagnostics import projected_paths
 from osd_jax.guard import guarded
 from osd_jax.layout import (
@@ -20,11 +22,10 @@ from osd_jax.layout import (
     SubspaceDimensionNumbers,
     dimension_numbers_by_path,
 )
-from osd_jax.lift import Lift, sign_after_lift
-from osd_jax.numerics import known_zero
+from osd_jax.lift import Lift, scaled, sign_after_lift
+from osd_jax.numerics import check_number, check_object, check_static, known_zero
 from osd_jax.parts import in_parts
-from osd_jax.quantization import quantize_state, slice_by_slice
-from osd_jax.residuals import orthogonalize
+from osd_jax.quantization import Rounding, quantize_state, slice_by_slice
 from osd_jax.rules import (
     correct_adam_bias,
     decay_after_update,
@@ -33,12 +34,14 @@ from osd_jax.rules import (
     interpolate_momentum,
     on_matrices,
     scale_by_adafactor,
+    scale_by_adam_of_age,
     scale_by_adam_uncorrected_eps,
     scale_by_raw_adam,
 )
 from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projected
 from osd_jax.subspace import SubspaceTransformation, scale_by_subspace
 from osd_jax.transport import Transport
+from osd_jax.transport import transport_moments as follow_basis
 from osd_jax.trees import (
     boxed_like,
     by_path,
@@ -46,6 +49,7 @@ from osd_jax.trees import (
     paths_by_name,
     unboxed,
 )
+from osd_names import check_flag
 
 
 def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
@@ -235,59 +239,6 @@ def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> Weight
     )
 
 
-def muon_rule(
-    lr: Any,
-    full_lr: Any,
-    decay: Decay,
-    lift: Lift,
-    *,
-    trace: optax.GradientTransformation,
-    adam: optax.GradientTransformation,
-) -> WeightRule:
-    """Momentum in the subspace, AdamW with its own learning rate elsewhere; decay before both.
-
-    Args:
-      lr: Learning rate of projected parameters.
-      full_lr: Learning rate of all other parameters.
-      decay: What decays.
-      lift: A lift, such as `orthogonalized(...)`.
-      trace: The momentum; see `scale_by_momentum`.
-      adam: The rule of all other parameters.
-    """
-    decayed = lambda tx, lr: optax.chain(descending(tx, lr), decay(decay_before_update, lr))
-    return WeightRule(
-        trace,
-        lambda decay: optax.identity(),
-        lift=lift,
-        full_rank=decayed(adam, full_lr),
-        after_lift=lambda subspace: decayed(subspace, lr),
-    )
-
-
-def scale_by_momentum(
-    momentum: Any, nesterov: bool, *, in_8bit: bool = False
-) -> optax.GradientTransformation:
-    """`optax.trace`; without a moment if the momentum is 0, or with an 8-bit moment."""
-    if known_zero(momentum):
-        return optax.identity()
-    trace = optax.trace(momentum, nesterov)
-    return in_float32(quantize_state(trace, rounding="nearest")) if in_8bit else trace
-
-
-def full_rank_muon(
-    lr: Any,
-    decay: Decay,
-    trace: optax.GradientTransformation,
-    dimension_numbers: DimensionNumbers,
-    options: dict[str, Any],
-) -> optax.GradientTransformation:
-    """Muon: orthogonalized momentum; weight decay before the update."""
-    by_us = lambda x: orthogonalize(x, "input", **options)
-    orthogonal = optax.stateless(lambda updates, params: jax.tree.map(by_us, updates))
-    tx = on_matrices(optax.chain(trace, orthogonal), dimension_numbers)
-    return optax.chain(descending(tx, lr), decay(decay_before_update, lr))
-
-
 def by_selection(
     selected: optax.GradientTransformation,
     others: optax.GradientTransformation,
@@ -373,3 +324,97 @@ def _announcer(
             say_what_is_projected(shapes, projected, kinds=kinds, rank=rank, chosen_here=by_us)
 
     return announce
+
+
+ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
+Mask = Any | Callable[[optax.Params], Any] | None
+
+# Arguments that determine which computation is built: `static_args` of `optax.inject_hyperparams`.
+STATIC_ARGUMENTS = (
+    "rank",
+    "mask",
+    "basis",
+    "lift",
+    "side",
+    "select",
+    "dimension_numbers",
+    "transport_moments",
+    "stochastic_rounding",
+    "basis_dtype",
+    "seed",
+)
+
+
+class Subspace(NamedTuple):
+    """Arguments that all optimizers here share; see `osd_adamw`."""
+
+    rank: int
+    weight_decay: Any
+    mask: Mask
+    basis: BasisRule | None
+    lift: Lift | None
+    side: Side
+    select: Select | None
+    dimension_numbers: DimensionNumbers
+    stochastic_rounding: bool
+    basis_dtype: Any
+    seed: int
+
+
+def in_subspace(
+    rule: WeightRule, shared: Subspace, transport: Transport | None
+) -> SubspaceTransformation:
+    """`composed`, with the defaults of the optimizers in `aliases` and `muon`.
+
+    Raises:
+      ValueError: for an argument of the wrong kind.
+    """
+    if shared.basis is not None:
+        check_object("basis", shared.basis, BasisRule, "online_pca(optax.adam(5e-3))", "None or a")
+    if shared.lift is not None:
+        check_object("lift", shared.lift, Lift, "scaled(0.25)", "None or a")
+    check_flag("stochastic_rounding", shared.stochastic_rounding)
+    select, numbers = shared.select, shared.dimension_numbers
+    if select is not None and not callable(select):
+        raise ValueError(
+            f"select is {select!r}: expected None or a function (path, parameter) -> bool"
+        )
+    if numbers is None and isinstance(select, LinearSelection):
+        numbers = select.dimension_numbers
+    by_adam = optax.chain(scale_by_adam_of_age(), optax.scale(-5e-3))
+    return composed(
+        rule,
+        shared.basis or online_pca(by_adam),
+        rank=shared.rank,
+        lift=shared.lift or rule.lift or scaled(1.0),
+        decay=functools.partial(decaying, shared.weight_decay, shared.mask),
+        side=shared.side,
+        select=select,
+        dimension_numbers=numbers,
+        seed=shared.seed,
+        basis_dtype=shared.basis_dtype,
+        transport=transport,
+        stochastic_rounding=shared.stochastic_rounding,
+    )
+
+
+def following(
+    transport_moments: Any, b1: Any, b2: Any, rounding: Rounding = "table"
+) -> Transport | None:
+    """What carries Adam's, Lion's or Muon's moments over to another P, if that is asked for."""
+    check_flag("transport_moments", transport_moments)
+    return follow_basis(b1, b2, rounding=rounding) if transport_moments else None
+
+
+def is_linear(lift: Any) -> bool:
+    """Whether the learning rate can be applied before the lift; for None the optimizer decides."""
+    return lift is None or (isinstance(lift, Lift) and lift.linear)
+
+
+def check_rates(learning_rate: Any, weight_decay: Any, rank: Any, **numbers: Any) -> None:
+    """Raises ValueError for a negative number, or an array where a plain number is required."""
+    check_static("rank", rank, STATIC_ARGUMENTS)
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate)
+    for name, value in {"weight_decay": weight_decay, **numbers}.items():
+        check_number(name, value)

@@ -23,7 +23,7 @@ from osd_jax.sketch import (
     is_two_sided,
     low_rank_gradient,
 )
-from osd_jax.subspace import SubspaceState
+from osd_jax.state import SubspaceState
 from osd_jax.trees import (
     KeyPath,
     by_path,

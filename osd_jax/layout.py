@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.bases import ResolvedSide
 from osd_jax.trees import (
     KeyPath,
     by_path,
@@ -23,6 +23,7 @@ from osd_jax.trees import (
 )
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
+ResolvedSide = Literal["input", "output", "both"]
 SIDES = get_args(Side)
 SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))
 
@@ -209,3 +210,33 @@ def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dty
     """Raises ValueError unless `dtype` is None or a supported dtype of P; `name` is the option."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
+
+
+def layouts_of(
+    params: optax.Params, dimension_numbers: DimensionNumbers, side: Side = "shorter"
+) -> Any:
+    """A tree of `MatrixLayout` like `params`, less its boxes.
+
+    Args:
+      params: Parameters, or their gradients.
+      dimension_numbers: As in `scale_by_subspace`.
+      side: The side that P projects.
+    """
+    numbers = dimension_numbers_by_path(dimension_numbers, params)
+    draws = iter(random_draws(params))
+
+    def one(path: KeyPath, x: jax.Array) -> MatrixLayout:
+        layout = matrix_layout(path_name(path), x, numbers(path), side)
+        return dataclasses.replace(layout, draw=next(draws))
+
+    return jax.tree_util.tree_map_with_path(one, unboxed(params))
+
+
+def random_draws(params: optax.Params) -> list[int]:
+    """The number of each parameter that is folded into the key of its random draws.
+
+    The text of the path determines it, as in earlier versions; if two paths have the same text,
+    their keys determine it.
+    """
+    named = names([path for path, _ in flatten(params)])
+    return [zlib.crc32(name.encode()) for name in named]

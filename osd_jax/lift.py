@@ -7,14 +7,28 @@ product.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from osd_jax.numerics import check_number, contract, written_transpose
-from osd_jax.sketch import Basis, Needs, Sketch, TwoSided
+from osd_jax.layout import (
+    MatrixLayout,
+)
+from osd_jax.numerics import (
+    as_it_lies,
+    check_number,
+    contract,
+    written_transpose,
+)
+from osd_jax.sketch import (
+    Basis,
+    Needs,
+    Sketch,
+    TwoSided,
+)
 
 
 class Seen(NamedTuple):
@@ -157,3 +171,36 @@ def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Ar
     if is_flipped:
         return contract("rq,rp->qp", direction, written_transpose(basis)).mT
     return contract("pr,rq->pq", basis, direction)
+
+
+def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Array:
+    """The update of one parameter, in its shape."""
+    d: Any = lifted.low_rank
+    scale: Any = lifted.scale
+    if d is not None and lifted.rest is None and lifted.then is None:
+        # Before the lift, d is smaller; if the lift rounds to a narrower P, the scale is applied
+        # after it.
+        is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
+        before, after = (1, scale) if is_narrow else (scale, 1)
+        return after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
+    terms = [] if d is None else [as_it_lies(lift(basis, d, layout.is_flipped), layout.is_flipped)]
+    terms += [] if lifted.rest is None else [lifted.rest]
+    if not terms:
+        raise ValueError(
+            f"the lift of '{layout.name}' returns neither low_rank nor rest: expected one of them"
+        )
+    total = functools.reduce(jnp.add, terms)
+    return scale * layout.from_matrix(total if lifted.then is None else lifted.then(total))
+
+
+def check_lift_state(
+    lift: Lift, new: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
+) -> None:
+    """Raises ValueError for a lift whose new state differs from its initial state in structure."""
+    for name, value in new.items():
+        if name not in own or jnp.shape(value) != own[name].shape:
+            here = own[name].shape if name in own else "absent"
+            raise ValueError(
+                f"the lift {lift.name or lift.apply} returns state {name!r} of shape "
+                f"{jnp.shape(value)}: expected the shape of its init, {here}"
+            )

@@ -262,7 +262,7 @@ def check_object(name: str, value: Any, kind: type, example: str, expected: str 
 
 
 def check_period(every: int) -> None:
-    """Raises ValueError unless `every` is a whole number of steps, at least 1."""
+    """Raises ValueError unless `every` is a whole number of at least 1."""
     check_static("every", every)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"the period of P is {every!r}: expected a whole number of at least 1")
@@ -282,3 +282,8 @@ def check_number(name: str, value: jax.typing.ArrayLike) -> None:
 def known_zero(value: jax.typing.ArrayLike) -> bool:
     """Whether `value` is a plain 0, so that its term can be omitted; False for a traced number."""
     return isinstance(value, numbers.Real) and value == 0
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """sqrt(x), with a derivative of 0 where x is 0."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)

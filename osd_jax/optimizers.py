@@ -7,14 +7,13 @@ Each published optimizer is a short composition of public parts: the weight rule
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
+from osd_jax.adam_of_rows import scale_by_adam_of_rows
 from osd_jax.composition import (
-    Decay,
     WeightRule,
     adafactor_rule,
     adam8bit_rule,
@@ -26,13 +25,10 @@ from osd_jax.composition import (
     decay_after,
     decaying,
     descending,
-    full_rank_muon,
-    in_8bit,
     lion_rule,
     mask_of,
-    muon_rule,
-    scale_by_momentum,
 )
+from osd_jax.full_rank import full_rank_rule
 from osd_jax.guard import guarded
 from osd_jax.layout import (
     DimensionNumbers,
@@ -40,22 +36,16 @@ from osd_jax.layout import (
     check_rank,
 )
 from osd_jax.lift import scaled
-from osd_jax.numerics import check_number, check_static, known_zero
+from osd_jax.muon import full_rank_muon, muon_rule, scale_by_momentum
+from osd_jax.newton_schulz import orthogonalized
+from osd_jax.numerics import check_number, check_static
 from osd_jax.parts import in_parts
 from osd_jax.published import RESIDUAL_LIFTS, published_basis
 from osd_jax.quantization import MIN_SIZE
-from osd_jax.residuals import (
-    add_gradient,
-    orthogonalized,
-)
+from osd_jax.residuals import add_gradient
 from osd_jax.rules import (
     Schedule,
-    decay_after_update,
-    decay_before_update,
     in_float32,
-    on_matrices,
-    scale_by_adafactor,
-    scale_by_adam_of_rows,
 )
 from osd_jax.selection import LinearSelection, Select
 from osd_jax.subspace import SubspaceTransformation
@@ -348,7 +338,7 @@ def make_optimizer(
     if not is_projected:
         rounding_seed = seed if stochastic_rounding else None
         full_rank = functools.partial(
-            _full_rank,
+            full_rank_rule,
             decay=decay, adam=adam, beta1=beta1, dimension_numbers=dimension_numbers,
             slice_size=slice_size,
         )  # fmt: skip
@@ -427,55 +417,3 @@ def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
     """The decays of a rule's moments, with the rule's defaults for None."""
     second = 0.99 if kind == "lion" else 0.999
     return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
-
-
-def _full_rank(
-    kind: str,
-    lr: Schedule,
-    by_rows: Callable[[], optax.GradientTransformation] | None = None,
-    *,
-    decay: Decay,
-    adam: tuple[Any, Any, Any],
-    beta1: Any,
-    dimension_numbers: DimensionNumbers,
-    slice_size: int | None,
-) -> optax.GradientTransformation:
-    """A rule at full rank.
-
-    Args:
-      kind: As in `osd_names.Optimizer`.
-      lr: Learning rate.
-      by_rows: Builds the replacement of Adam.
-      decay: What decays.
-      adam: b1, b2 and eps.
-      beta1: The beta1 of Adafactor.
-      dimension_numbers: Matrix axes.
-      slice_size: See `make_optimizer`.
-    """
-    descend = optax.scale_by_learning_rate(lr)
-    l2 = decay(_l2, lr)
-    match kind:
-        case "adam":  # torch.optim.Adam: L2 on the gradient
-            return optax.chain(l2, by_rows() if by_rows else optax.scale_by_adam(*adam), descend)
-        case "adamw":  # torch.optim.AdamW: decoupled, before the update
-            return optax.chain(by_rows() if by_rows else optax.scale_by_adam(*adam), l2, descend)
-        case "lion":
-            return optax.chain(
-                optax.scale_by_lion(*adam[:2]), descend, decay(decay_after_update, lr)
-            )
-        case "adafactor":
-            rule = on_matrices(scale_by_adafactor(lr, beta1), dimension_numbers)
-            return optax.chain(rule, optax.scale(-1.0), decay(decay_before_update, lr))
-        case "adam8bit":  # bitsandbytes' Adam8bit: weight decay is decoupled
-            tx = in_8bit(optax.scale_by_adam(*adam), slice_size)
-            return optax.chain(on_matrices(tx, dimension_numbers), l2, descend)
-        case "sgd":
-            return optax.chain(l2, descend)
-    raise AssertionError(kind)
-
-
-def _l2(weight_decay: Any, learning_rate: Any) -> optax.GradientTransformation:
-    """Weight decay added to the updates and multiplied by the learning rate that follows."""
-    if known_zero(weight_decay):
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay)

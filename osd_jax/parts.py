@@ -9,6 +9,7 @@ import optax
 
 from osd_jax.diagnostics import subspace_states
 from osd_jax.sketch import (
+    ONLY_SKETCHES,
     Reduce,
     Sketch,
     SketchLeaf,
@@ -16,7 +17,8 @@ from osd_jax.sketch import (
     is_sketch,
     is_two_sided,
 )
-from osd_jax.subspace import ONLY_SKETCHES, SubspaceState, SubspaceTransformation
+from osd_jax.state import SubspaceState
+from osd_jax.subspace import SubspaceTransformation
 from osd_jax.trees import (
     Path,
     boxed_like,

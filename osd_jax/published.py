@@ -7,7 +7,8 @@ from typing import Any
 
 import optax
 
-from osd_jax.bases import BasisRule, gaussian, oja, online_pca, random, svd
+from osd_jax.bases import gaussian, oja, online_pca, random, svd
+from osd_jax.basis_rule import BasisRule
 from osd_jax.composition import in_8bit
 from osd_jax.lift import Lift
 from osd_jax.numerics import known_zero

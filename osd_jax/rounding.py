@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from osd_jax.layout import random_draws
 from osd_jax.numerics import like_sharding, random_bits, round_stochastically
-from osd_jax.subspace import random_draws
 from osd_jax.trees import promotes, unboxed
 
 # Folded into the key of the seed, which random basis rules use too.

@@ -332,3 +332,24 @@ def as_leaves(like: Any, tree: Any) -> Any:
         return SketchLeaf(x, tuple(like.shape), like.dtype) if is_sketch(x) else x
 
     return jax.tree.map(one, like, tree)
+
+
+def sketches_of(
+    tree: Any, grads: Any, bases: Any, statistics: Iterable[Statistic], reduce: Reduce | None = None
+) -> Any:
+    """The sketch of each gradient, with these statistics; `tree` is of `MatrixLayout`."""
+    return jax.tree.map(
+        lambda layout, g, basis: make_sketch(basis, layout.to_matrix(g), statistics, reduce),
+        tree,
+        grads,
+        bases,
+    )
+
+
+# Any operation on a gradient of which only the sketch is kept.
+ONLY_SKETCHES = (
+    "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
+    "layer-by-layer updates with micro-batches or clipping). A transformation before "
+    "scale_by_subspace may only multiply them by a number: put it after scale_by_subspace, or "
+    "keep whole gradients"
+)

@@ -140,3 +140,9 @@ def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return promoting
+
+
+def unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:
+    """A tree like `tree` with a pair at each leaf -> a pair of trees."""
+    first, second = (jax.tree.map(lambda _, x, i=i: x[i], tree, pairs) for i in range(2))
+    return first, second

@@ -18,22 +18,17 @@ from osd_torch.aliases import (
     SubspaceAdamW,
     SubspaceAdamW8bit,
     SubspaceLion,
-    SubspaceMuon,
 )
-from osd_torch.bases import BasisRule, Clock, gaussian, oja, online_pca, random, svd
+from osd_torch.bases import gaussian, oja, online_pca, random, svd
+from osd_torch.basis_rule import BasisRule, Clock
 from osd_torch.clipping import clip_
 from osd_torch.diagnostics import projectors, skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
+from osd_torch.muon import SubspaceMuon
+from osd_torch.newton_schulz import orthogonalized
 from osd_torch.optimizers import make_optimizer
-from osd_torch.residuals import (
-    add_gradient,
-    column_ema,
-    gradient_only,
-    norm_ratio,
-    orthogonalized,
-    residual_sign,
-)
+from osd_torch.residuals import add_gradient, column_ema, gradient_only, norm_ratio, residual_sign
 from osd_torch.selection import select_linear
 from osd_torch.sharding import data_parallel, mean_over_processes
 from osd_torch.sketch import (

@@ -11,15 +11,23 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from osd_names import MOVE_PROJECTOR, check_choice
-from osd_torch.numerics import accumulator_dtype, check_number, float32_or_more, has_direction
-from osd_torch.rules import SGD, Adam, Rule, State
-from osd_torch.sharding import distributed_as, local, parted_like, squared_norm, whole
+from osd_torch.basis_rule import BasisRule, Clock, Each, Order, StepSize
+from osd_torch.layout import to_matrix
+from osd_torch.numerics import (
+    accumulator_dtype,
+    check_number,
+    check_period,
+    float32_or_more,
+    has_direction,
+)
+from osd_torch.rules import SGD, Adam, Rule
+from osd_torch.sharding import local, parted_like, whole
 from osd_torch.sketch import (
     CORRELATION,
     SQUARED_NORM,
@@ -30,170 +38,8 @@ from osd_torch.sketch import (
     product,
 )
 
-NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 FROM_SVD = "svd sets P from the gradient's singular vectors"
-Order = Literal["after", "before"]
-Each = Callable[..., Any]  # (function, *arrays) -> the result of the function
-FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
-StepSize = float | Callable[[float], float]
 _ADAM, _SGD = Adam(), SGD()
-
-
-class Clock(NamedTuple):
-    """When P is set from a gradient, and when it moves.
-
-    Attributes:
-        refresh_every: P is set at steps 0, `refresh_every`, 2 `refresh_every`, ...; None: at step 0
-            only.
-        move_every: P moves at steps `move_every`, 2 `move_every`, ..., unless a refresh is due;
-            None: never.
-
-    Example:
-        >>> clock = Clock(refresh_every=4, move_every=2)
-        >>> [clock.event(step) for step in range(5)] == [REFRESH, NOTHING, MOVE, NOTHING, REFRESH]
-        True
-    """
-
-    refresh_every: int | None = None
-    move_every: int | None = None
-
-    def event(self, step: int) -> int:
-        """Returns `NOTHING`, `REFRESH` or `MOVE` for a step, from 0."""
-        if step == 0 or (self.refresh_every and step % self.refresh_every == 0):
-            return REFRESH
-        return MOVE if self.move_every and step % self.move_every == 0 else NOTHING
-
-
-class BasisRule(NamedTuple):
-    """A rule for P.
-
-    Attributes:
-        clock: When P is set, and when it moves. A matrix whose gradient is zero when P is due waits
-            for its next nonzero gradient, and P does not move at that step.
-        fresh: (M (p, q), the old P, side, key, each) -> P, with the shapes and dtype of the old
-            one. The side is "input", "output" or "both" (M is then (output, input) and P
-            `TwoSided`); the key is text that identifies the draw. `each(function, *arrays)` applies
-            a function to one matrix's arrays, which it gathers if they are sharded.
-        needs: What the rule reads in addition to R: the statistics of the steps at which P moves,
-            for `gradient`.
-        gradient: (P (p, r), float32 or float64; Sketch) -> the gradient of P's loss, (p, r); None:
-            P does not move.
-        optimizer: The rule of P's step.
-        weight_decay: Decoupled weight decay of P, before the step.
-        two_sided: Whether the rule supports side "both".
-        order: Whether P moves "after" W's step, or "before" it, in which case R is recomputed with
-            the new P.
-        step_size: Step size of P: a number, or a function of lr.
-        name: A name for messages and saved states. If not given, the name of `fresh`.
-        retract: (P (p, r), float32 or float64, not sharded) -> P after a step of its optimizer,
-            such as `orthonormalized`. None: no retraction.
-
-    Example:
-        >>> import torch, osd_torch
-        >>> corner = BasisRule(
-        ...     Clock(refresh_every=100),
-        ...     lambda matrix, old, side, key, each: torch.eye(*old.shape, dtype=old.dtype))
-        >>> layer = torch.nn.Linear(8, 6, bias=False)
-        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.1, rank=2, basis=corner)
-        >>> layer(torch.ones(1, 8)).sum().backward()
-        >>> optimizer.step()
-        >>> (layer.weight != 0).sum().item() > 0
-        True
-    """
-
-    clock: Clock
-    fresh: FreshBasis
-    needs: Needs = Needs()
-    gradient: Callable[[Tensor, Sketch], Tensor] | None = None
-    optimizer: Rule | None = None
-    weight_decay: float = 0.0
-    two_sided: bool = False
-    order: Order = "after"
-    step_size: StepSize = 0.005
-    name: str = ""
-    # Newer fields come last: a pickle stores the fields of a tuple by position.
-    retract: Callable[[Tensor], Tensor] | None = None
-
-    def init(self, basis: Basis, side: str) -> dict[str, Tensor]:
-        """The state of P's optimizer before its first step."""
-        if self.optimizer is None:
-            return {}
-        assert isinstance(basis, Tensor)
-        return self.optimizer.init(to_matrix(float32_or_more(basis), side))
-
-    def move_(
-        self, basis: Basis, side: str, sketch: Sketch, state: State, t: int, lr: float
-    ) -> bool:
-        """Moves P in place, unless the gradient is zero; returns whether it did.
-
-        Args:
-            basis: P, (p, r).
-            side: The side of p.
-            sketch: The sketch of the gradient for this P, with the statistics that the rule needs.
-            state: State of P's optimizer, updated in place, also if P stays unchanged.
-            t: The number of P's step, from 1.
-            lr: P's step size.
-        """
-        assert isinstance(basis, Tensor) and self.gradient is not None
-        assert self.optimizer is not None
-        gradient = self.gradient(float32_or_more(basis), sketch)
-        # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
-        now = (to_matrix(gradient, side), state, t, lr)
-        square = sketch.statistics.get("squared_norm")
-        square = squared_norm(sketch.low_rank) if square is None else square
-        moves = has_direction(float(square), gradient.dtype)
-        if moves:
-            self.optimizer.step_(to_matrix(basis, side), *now, self.weight_decay)
-            if self.retract is not None:
-                moved = self.retract(float32_or_more(whole(basis))).to(basis.dtype)
-                local(basis).copy_(local(distributed_as(moved, basis)))
-        else:
-            self.optimizer.step(*now)  # updates only its moments
-        return moves
-
-
-def name_of_rule(rule: Any) -> str:
-    """The name of a rule object, the same in every process: its own, or that of its code."""
-    if getattr(rule, "name", None):
-        return str(rule.name)
-    code = getattr(rule, "apply", None) or getattr(rule, "fresh", None)
-    if code is not None:
-        code = getattr(code, "func", code)
-        return f"{code.__module__}.{code.__qualname__}"
-    text = repr(rule)
-    return type(rule).__qualname__ if " at 0x" in text else text
-
-
-def check_rule(rule: BasisRule) -> None:
-    """Raises ValueError for a rule with contradictory attributes."""
-    name = name_of_rule(rule)
-    for every in rule.clock:
-        if every is not None:
-            check_period(every, f"the period of {name}")
-    check_choice("order", rule.order, MOVE_PROJECTOR)
-    moves = (rule.clock.move_every, rule.gradient, rule.optimizer)
-    if any(part is None for part in moves) != all(part is None for part in moves):
-        words = ["None" if part is None else "given" for part in moves[1:]]
-        raise ValueError(
-            f"{name} has clock.move_every={rule.clock.move_every!r}, a gradient that is "
-            f"{words[0]} and an optimizer that is {words[1]}: a rule that moves P has all three, "
-            "one that does not has none"
-        )
-    if rule.order == "before" and rule.needs.gradient != "always":
-        raise ValueError(
-            f"{name} has order='before', which recomputes R from the gradient after P has moved: "
-            "expected needs.gradient='always', with this as its reason"
-        )
-
-
-def check_fresh(new: Basis, old: Basis, name: str) -> None:
-    """Raises ValueError unless a newly set P has the shapes and dtype of the old one."""
-    both = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (new, old)]
-    kinds = [[(tuple(x.shape), x.dtype) for x in each] for each in both]
-    if kinds[0] != kinds[1]:
-        raise ValueError(
-            f"the rule's P of parameter '{name}' is {kinds[0]}: expected {kinds[1]}, like the old P"
-        )
 
 
 def online_pca(
@@ -453,12 +299,6 @@ def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
     return TwoSided(*map(draw, old)) if isinstance(old, TwoSided) else draw(old)
 
 
-def check_period(every: int, name: str = "update_proj_gap") -> None:
-    """Raises ValueError unless `every` is a whole number of at least 1."""
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")
-
-
 def on_whole_matrix(function: Callable[..., Any], *arrays: Tensor) -> Any:
     """`each` of `BasisRule.fresh`: applies a function to arrays, gathered if they are sharded."""
     return function(*map(whole, arrays))
@@ -496,13 +336,3 @@ def _leading(vectors: Tensor, old: Tensor) -> Tensor:
     """A copy of the first columns, as many as P has, with P's dtype."""
     columns = vectors[:, : old.shape[1]]
     return columns.to(old.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def to_matrix(tensor: Tensor, side: str) -> Tensor:
-    """Views a weight or gradient (output, input) as M (p, q), the projected axis first; or back.
-
-    Args:
-        tensor: A matrix.
-        side: "output", "input" or "both".
-    """
-    return tensor.mT if side == "input" else tensor

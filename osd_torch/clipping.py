@@ -14,7 +14,8 @@ from osd_torch.sharding import (
     local,
     total_norm,
 )
-from osd_torch.subspace import SubspaceOptimizer, all_params
+from osd_torch.state import all_params
+from osd_torch.subspace import SubspaceOptimizer
 
 
 @torch.no_grad()

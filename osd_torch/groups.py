@@ -17,11 +17,7 @@ from osd_names import (
     check_choice,
     check_flag,
 )
-from osd_torch.bases import (
-    BasisRule,
-    check_rule,
-    name_of_rule,
-)
+from osd_torch.basis_rule import BasisRule, check_rule, name_of_rule
 from osd_torch.lift import Lift
 from osd_torch.numerics import check_number
 from osd_torch.schedules import SCHEDULER_KEYS

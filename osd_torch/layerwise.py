@@ -32,18 +32,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osd_torch.clipping import clip_
-from osd_torch.diagnostics import inner_optimizer
-from osd_torch.numerics import check_number, without_autocast
-from osd_torch.sharding import Reduce, is_distributed, means_of
-from osd_torch.state import name_of
-from osd_torch.subspace import (
-    SubspaceOptimizer,
-    all_params,
+from osd_torch.accumulation import (
     check_sketch_suffices,
     is_sketched,
     zero_where_others_have_gradients,
 )
+from osd_torch.clipping import clip_
+from osd_torch.diagnostics import inner_optimizer
+from osd_torch.numerics import check_number, without_autocast
+from osd_torch.sharding import Reduce, is_distributed, means_of
+from osd_torch.state import all_params, name_of
+from osd_torch.subspace import SubspaceOptimizer
 
 # A second set of hooks would look for gradients that the first set has consumed.
 _UPDATED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()

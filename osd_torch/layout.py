@@ -7,7 +7,9 @@ from torch import Tensor
 
 from osd_names import Side
 from osd_torch.rules import Change
-from osd_torch.sharding import has_plain_placement
+from osd_torch.sharding import (
+    has_plain_placement,
+)
 from osd_torch.sketch import (
     Basis,
     TwoSided,
@@ -65,3 +67,13 @@ def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> N
     """Raises ValueError unless `dtype` is None or a supported dtype of P; `name` is the option."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
+
+
+def to_matrix(tensor: Tensor, side: str) -> Tensor:
+    """Views a weight or gradient (output, input) as M (p, q), the projected axis first; or back.
+
+    Args:
+        tensor: A matrix.
+        side: "output", "input" or "both".
+    """
+    return tensor.mT if side == "input" else tensor

@@ -11,10 +11,26 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from osd_torch.numerics import check_number
-from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
+from osd_torch.basis_rule import name_of_rule
+from osd_torch.numerics import (
+    check_number,
+    random_bits,
+    round_stochastically,
+)
+from osd_torch.sharding import (
+    local,
+    placed_like,
+)
+from osd_torch.sketch import (
+    Basis,
+    Needs,
+    Sketch,
+    TwoSided,
+    product,
+)
 
 
 class Seen(NamedTuple):
@@ -152,3 +168,80 @@ def lift(basis: Basis, direction: Tensor) -> Tensor:
     if isinstance(basis, TwoSided):
         return product(product(basis.output, direction), basis.input.mT)
     return product(basis, direction)
+
+
+def add_lifted_(
+    weight: Tensor,
+    basis: Basis,
+    lifted: Lifted,
+    alpha: float,
+    beta: float,
+    rounding_key: str | None = None,
+) -> None:
+    """W <- beta W + alpha * then(P D + rest) in place, rounded once.
+
+    The plain lift needs no temporary of W's size, except for a weight that is rounded
+    stochastically and for a bfloat16 weight on a CPU, where bfloat16 products are slow.
+    """
+    direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
+    is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
+    if direction is None or not is_plain or is_narrow or rounding_key is not None:
+        add_(weight, update_of(basis, lifted), alpha, beta, rounding_key)
+        return
+    if isinstance(basis, TwoSided):
+        left, right = product(basis.output, direction), basis.input.mT
+    else:
+        left, right = basis, direction
+    weight, left, right = local(weight), local(left), local(right)
+    weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
+
+
+def update_of(basis: Basis, lifted: Lifted) -> Tensor:
+    """then(P D + rest), (p, q)."""
+    if lifted.low_rank is None:
+        if lifted.rest is None:
+            raise ValueError("a lift returned neither a direction nor a rest: expected one of them")
+        # `then` may modify its argument, and the rest may be the gradient.
+        update = lifted.rest if lifted.then is None else lifted.rest.clone()
+    else:
+        update = lift(basis, lifted.low_rank)
+        if lifted.rest is not None:
+            local(update).add_(local(placed_like(lifted.rest, update)))
+    return update if lifted.then is None else lifted.then(update)
+
+
+def add_(
+    weight: Tensor, direction: Tensor, alpha: float, beta: float, rounding_key: str | None = None
+) -> None:
+    """W <- beta W + alpha D in place, computed in D's dtype and rounded once.
+
+    Args:
+        weight: W.
+        direction: D.
+        alpha: Its factor.
+        beta: W's factor.
+        rounding_key: Rounds a bfloat16 W stochastically, from float32, with the bits that this key
+            identifies. None: to nearest.
+    """
+    weight, direction = local(weight), local(direction)
+    if rounding_key is not None:
+        direction = direction.to(torch.float32)
+    result = weight.to(direction.dtype)  # W itself if the dtypes are equal
+    if beta != 1:
+        result.mul_(beta)
+    result.add_(direction, alpha=alpha)
+    if rounding_key is not None:
+        result = round_stochastically(result, random_bits(result, rounding_key))
+    if result is not weight:
+        weight.copy_(result)
+
+
+def check_lift_state(lift: Lift, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a lift whose new state differs from its initial state in structure."""
+    for name, value in new.items():
+        if name not in own or value.shape != own[name].shape:
+            here = tuple(own[name].shape) if name in own else "absent"
+            raise ValueError(
+                f"the lift {name_of_rule(lift)} returns state {name!r} of shape "
+                f"{tuple(value.shape)}: expected the shape of its init, {here}"
+            )

@@ -120,3 +120,9 @@ def check_number(name: str, value: float | Tensor) -> None:
     is_number = isinstance(value, (numbers.Real, Tensor)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+
+
+def check_period(every: int, name: str = "update_proj_gap") -> None:
+    """Raises ValueError unless `every` is a whole number of at least 1."""
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")

@@ -24,16 +24,14 @@ from osd_names import (
     check_residual,
 )
 from osd_torch.aliases import (
-    FullRankAdam,
     LionSign,
-    MoveProjector,
     SubspaceAdafactor,
     SubspaceAdamW,
     SubspaceAdamW8bit,
     SubspaceLion,
-    SubspaceMuon,
 )
-from osd_torch.bases import check_period
+from osd_torch.composition import MoveProjector
+from osd_torch.full_rank import FullRankAdam
 from osd_torch.groups import (
     check_beta,
     check_seed,
@@ -50,7 +48,8 @@ from osd_torch.guard import (
     skip_if_not_finite,
 )
 from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
-from osd_torch.numerics import check_number
+from osd_torch.muon import SubspaceMuon
+from osd_torch.numerics import check_number, check_period
 from osd_torch.published import RESIDUAL_LIFTS
 from osd_torch.quantization import import_bitsandbytes
 from osd_torch.selection import Select

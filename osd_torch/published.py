@@ -6,15 +6,8 @@ import functools
 from collections.abc import Callable
 
 from osd_names import PROJECTIONS
-from osd_torch.bases import (
-    BasisRule,
-    Order,
-    gaussian,
-    oja,
-    online_pca,
-    random,
-    svd,
-)
+from osd_torch.bases import gaussian, oja, online_pca, random, svd
+from osd_torch.basis_rule import BasisRule, Order
 from osd_torch.lift import Lift
 from osd_torch.residuals import (
     column_ema,

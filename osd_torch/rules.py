@@ -336,3 +336,9 @@ class SGD(Rule):
 
     def transport_(self, state: State, change: Change, t: int) -> None:
         """Does nothing: there is no state."""
+
+
+def check_can_transport(rule: Rule) -> None:
+    """Raises ValueError for a rule that cannot carry its state over to another P."""
+    if type(rule).transport_ is Rule.transport_:
+        rule.transport_({}, Change(None, None), 1)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_torch.bases import name_of_rule
-from osd_torch.lift import Lift
+from osd_torch.basis_rule import name_of_rule
 from osd_torch.sketch import (
     Basis,
     TwoSided,
@@ -71,17 +70,6 @@ def with_objects(optimizer: torch.optim.Optimizer, saved: list[Group]) -> list[G
     return groups
 
 
-def check_lift_state(lift: Lift, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a lift whose new state differs from its initial state in structure."""
-    for name, value in new.items():
-        if name not in own or value.shape != own[name].shape:
-            here = tuple(own[name].shape) if name in own else "absent"
-            raise ValueError(
-                f"the lift {name_of_rule(lift)} returns state {name!r} of shape "
-                f"{tuple(value.shape)}: expected the shape of its init, {here}"
-            )
-
-
 def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries of a parameter's state with a prefix, by the rest of the name."""
     named = [(name, x) for name, x in state.items() if name.startswith(prefix)]
@@ -136,3 +124,18 @@ def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
         f"this {type(optimizer).__name__} does not hold the parameter, of shape "
         f"{tuple(param.shape)}: expected one of the parameters that it was built with"
     )
+
+
+# Options newer than some saved states, with the values that those were trained with.
+LATER_OPTIONS = {
+    "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
+    "basis": None, "lift": None, "side": None,
+    "second_moment": "full", "first_moment": "full", "use_muon": False,
+}  # fmt: skip
+# For these, if a state was saved without them, the optimizer keeps its own values.
+OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
+
+
+def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
+    return [param for group in optimizer.param_groups for param in group["params"]]

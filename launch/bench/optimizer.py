@@ -226,7 +226,8 @@ def _osd_torch(
 ) -> Callable[[Case, Arrays, str, str], Built]:
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
         import osd_torch
-        from osd_torch.bases import leading_singular_vectors, to_matrix
+        from osd_torch.bases import leading_singular_vectors
+        from osd_torch.layout import to_matrix
 
         weight, gradient, basis = _torch_tensors(given, device, dtype)
         online = proj_type.startswith("continuous")
@@ -343,7 +344,7 @@ def jax_after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from osd_jax.subspace import SubspaceState
+    from osd_jax.state import SubspaceState
 
     is_subspace = lambda x: isinstance(x, SubspaceState)
 

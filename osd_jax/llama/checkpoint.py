@@ -24,9 +24,8 @@ import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from osd_jax.bases import NOT_SET, ProjectorState
 from osd_jax.llama.train import TrainState
-from osd_jax.subspace import SubspaceState
+from osd_jax.state import NOT_SET, ProjectorState, SubspaceState
 from osd_jax.trees import path_name
 
 

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import DynamicCache, LlamaForCausalLM
 
 from osd_torch import llama
-from osd_torch.bases import to_matrix
 from osd_torch.clipping import clip_
 from osd_torch.diagnostics import inner_optimizer, skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
+from osd_torch.layout import to_matrix
 from osd_torch.numerics import accumulator_dtype, without_autocast
 from osd_torch.sharding import (
     Reduce,

@@ -24,8 +24,8 @@ from osd_jax import scale_by_adam_of_rows
 from osd_jax.quantization import Quantized
 from osd_jax.rules import on_matrices
 from osd_jax.sharding import state_sharding
+from osd_torch.adam_of_rows import AdamOfRows
 from osd_torch.rules import Adam, Change
-from osd_torch.rules_8bit import AdamOfRows
 from osd_torch.sharding import local, whole
 from parity_tests.support.two_processes import Run
 

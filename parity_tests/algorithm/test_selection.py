@@ -22,7 +22,7 @@ import osd_jax
 import osd_torch
 from osd_jax import llama as jax_llama
 from osd_jax import selection as jax_selection
-from osd_jax.llama.layerwise import state_of_part
+from osd_jax.llama.layer_state import state_of_part
 from osd_torch import selection as torch_selection
 from osd_torch.selection import ARRAY, EXPERTS, HEAD, MATRIX, ROUTER, TABLE, VECTOR
 

@@ -27,7 +27,7 @@ from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import init_state, make_train_step
 from osd_jax.rounding import RoundingState, rounded_update
 from osd_torch import numerics as torch_numerics
-from osd_torch.aliases import FullRankAdam
+from osd_torch.full_rank import FullRankAdam
 from parity_tests.support.trainer_runs import SHORT, assert_same_end, copy, make_home
 from parity_tests.support.two_processes import TwoProcesses
 

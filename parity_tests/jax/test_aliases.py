@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import osd_jax
-from osd_jax.aliases import STATIC_ARGUMENTS
+from osd_jax.composition import STATIC_ARGUMENTS
 from osd_jax.rules import scale_by_adam_of_age, scale_by_factored_second_moment
 
 PARAMS = {

@@ -15,7 +15,8 @@ import pytest
 
 import osd_jax
 from osd_jax import llama
-from osd_jax.llama.layerwise import make_layerwise_train_step, state_of_part, state_of_parts
+from osd_jax.llama.layer_state import state_of_part, state_of_parts
+from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import TrainState, init_state, make_train_step
 
 CONFIG = llama.LlamaConfig(

@@ -20,12 +20,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import osd_jax
 import osd_torch
 from launch.compile_tpu.hlo import collectives
-from osd_jax.aliases import MUON_STATIC_ARGUMENTS
 from osd_jax.diagnostics import subspace_states
 from osd_jax.lift import Seen
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import make_train_step
-from osd_jax.residuals import MUON_COEFFICIENTS, newton_schulz, residual_energies
+from osd_jax.muon import MUON_STATIC_ARGUMENTS
+from osd_jax.newton_schulz import MUON_COEFFICIENTS, newton_schulz
+from osd_jax.residuals import residual_energies
 from osd_jax.rules import scale_by_adam_of_age
 from osd_jax.sharding import make_mesh
 from osd_jax.sketch import COLUMN_ENERGIES, make_sketch

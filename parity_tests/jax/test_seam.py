@@ -21,7 +21,7 @@ import pytest
 
 import osd_jax
 from osd_jax import COLUMN_ENERGIES, CORRELATION, SQUARED_NORM, Needs, llama
-from osd_jax.bases import MOVE, NOTHING, REFRESH, Clock
+from osd_jax.basis_rule import MOVE, NOTHING, REFRESH, Clock
 from osd_jax.diagnostics import subspace_diagnostics, subspace_states
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import make_train_step

@@ -27,7 +27,6 @@ from osd_jax import (
     layout,
     quantization,
     rules,
-    subspace,
     trees,
 )
 from osd_jax.sharding import make_mesh, state_sharding
@@ -391,8 +390,8 @@ def test_dimension_numbers_go_by_keys_and_then_by_text() -> None:
 def test_draws_of_other_trees_are_as_before() -> None:
     """Keyed by the CRC-32 of the path's text, so that runs from before repeat."""
     named = {"mlp": {"up": x, "down": y}, "list": [x, y]}
-    assert subspace.random_draws(named) == [1147255937, 862358551, 399685281, 50952869]
-    both = subspace.random_draws(ALIKE["a slash"])
+    assert layout.random_draws(named) == [1147255937, 862358551, 399685281, 50952869]
+    both = layout.random_draws(ALIKE["a slash"])
     assert len(set(both)) == 2
 
 

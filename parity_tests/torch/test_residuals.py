@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import osd_torch
 from osd_torch import BasisRule, Clock
 from osd_torch.lift import Seen
-from osd_torch.residuals import MUON_COEFFICIENTS, newton_schulz, residual_energies
+from osd_torch.newton_schulz import MUON_COEFFICIENTS, newton_schulz
+from osd_torch.residuals import residual_energies
 from osd_torch.rules import Adam, Trace
 from osd_torch.sharding import whole
 from osd_torch.sketch import COLUMN_ENERGIES, make_sketch

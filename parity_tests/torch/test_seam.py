@@ -31,7 +31,7 @@ from osd_torch import (
     Sketch,
     Statistic,
 )
-from osd_torch.aliases import FullRankAdam
+from osd_torch.full_rank import FullRankAdam
 from osd_torch.quantization import code_books, quantize, read_back
 from osd_torch.rules import SGD, Adam, Lion
 from osd_torch.sharding import settled, whole

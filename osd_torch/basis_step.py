@@ -1,0 +1,110 @@
+"""The steps of P: a basis set from a gradient, and a basis moved by its optimizer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from osd_torch.bases import on_whole_matrix
+from osd_torch.basis_rule import MOVE, REFRESH, BasisRule, check_fresh
+from osd_torch.layout import to_matrix
+from osd_torch.numerics import float32_or_more, has_direction
+from osd_torch.sharding import distributed_as, local, squared_norm, whole
+from osd_torch.sketch import Basis, Sketch
+from osd_torch.state import NOT_SET, PREFIX, basis_of, named_bases, of_prefix
+
+
+def is_due(rule: BasisRule, state: dict[str, Tensor], is_held: bool) -> bool:
+    """Whether P is to be set from the next gradient that has a direction.
+
+    Args:
+        rule: Of P.
+        state: Of the parameter.
+        is_held: Whether a part of the update is held as a sketch already.
+    """
+    is_first_part = rule.clock.event(int(state["step"])) == REFRESH and not is_held
+    return is_first_part or int(state["set_at"]) == NOT_SET
+
+
+def moves(rule: BasisRule, state: dict[str, Tensor]) -> bool:
+    """Whether P moves at the next step; it does not at the step that sets it."""
+    step, set_at = int(state["step"]), int(state["set_at"])
+    return rule.clock.event(step) == MOVE and set_at not in (step, NOT_SET)
+
+
+def set_basis_(
+    rule: BasisRule,
+    state: dict[str, Tensor],
+    gradient: Tensor,
+    side: str,
+    key: str,
+    name: str,
+    square: Tensor | None = None,
+) -> bool:
+    """Sets P from a gradient that has a direction; whether it did. Without one P waits.
+
+    Args:
+        rule: Of P.
+        state: Of the parameter, changed.
+        gradient: M, (p, q).
+        side: That P projects.
+        key: Names the draw.
+        name: The parameter's, for messages.
+        square: The squared norm of the gradient, if it is known.
+
+    Raises:
+        ValueError: for a rule whose P has another shape or dtype.
+    """
+    state["set_at"].fill_(NOT_SET)
+    square = squared_norm(gradient) if square is None else square
+    if not has_direction(float(square), square.dtype):
+        return False
+    old = basis_of(state)
+    basis = rule.fresh(gradient, old, side, key, on_whole_matrix)
+    check_fresh(name, basis, old)
+    state.update({k: distributed_as(x, state[k]) for k, x in named_bases(basis).items()})
+    state["set_at"].copy_(state["step"])
+    for x in of_prefix(state, PREFIX).values():
+        x.zero_()  # the state of P's optimizer belongs to the old P
+    return True
+
+
+def first_moments(rule: BasisRule, basis: Basis, side: str) -> dict[str, Tensor]:
+    """The state of P's optimizer before its first step."""
+    if rule.optimizer is None:
+        return {}
+    assert isinstance(basis, Tensor)
+    return rule.optimizer.init(to_matrix(float32_or_more(basis), side))
+
+
+def move_basis_(
+    rule: BasisRule, state: dict[str, Tensor], side: str, sketch: Sketch, step: int, lr: float
+) -> bool:
+    """Moves P in place, unless the gradient has no direction; whether it did.
+
+    Args:
+        rule: Of P.
+        state: Of the parameter; what P's optimizer keeps is written in place, where P stays, too.
+        side: That P projects.
+        sketch: Of the gradient by this P, with the statistics that the rule needs.
+        step: Of the parameter, from 0. The first step of P's optimizer is the first after P was
+            set.
+        lr: P's step size.
+    """
+    basis, every, optimizer = basis_of(state), rule.clock.move_every, rule.optimizer
+    assert isinstance(basis, Tensor) and every is not None
+    assert rule.gradient is not None and optimizer is not None
+    t = step // every - int(state["set_at"]) // every
+    gradient = rule.gradient(float32_or_more(basis), sketch)
+    # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
+    now = (to_matrix(gradient, side), of_prefix(state, PREFIX), t, lr)
+    square = sketch.statistics.get("squared_norm")
+    square = squared_norm(sketch.low_rank) if square is None else square
+    has_one = has_direction(float(square), gradient.dtype)
+    if has_one:
+        optimizer.step_(to_matrix(basis, side), *now, rule.weight_decay)
+        if rule.retract is not None:
+            moved = rule.retract(float32_or_more(whole(basis))).to(basis.dtype)
+            local(basis).copy_(local(distributed_as(moved, basis)))
+    else:
+        optimizer.step(*now)  # updates only its moments
+    return has_one
