@@ -1,4 +1,4 @@
-"""Adam with one second moment to a row of a matrix, for what is not projected."""
+"""Adam with one second moment per row of a matrix, for parameters that are not projected."""
 
 from __future__ import annotations
 

@@ -76,15 +76,15 @@ def set_basis(
     bases: Any,
     set_at: Any,
 ) -> tuple[Any, Any]:
-    """Sets each P that is due or waits and whose gradient has a direction.
+    """Sets each P that is due or waits from its gradient if that is nonzero.
 
     Args:
-      rule: Of P.
+      rule: The rule of P.
       layouts: (gradients) -> their `MatrixLayout`s.
-      reduce: The mean over devices, where each has gradients of its own.
+      reduce: The mean over devices, if each has its own gradients.
       due: Whether a refresh is due at this step, bool ().
-      count: Of the step, int32 ().
-      key_data: Of the random key that draws are folded from.
+      count: Count of the step, int32 ().
+      key_data: Of the random key from which draws are folded.
       grads: Gradients, a tree.
       bases: P by parameter, (..., p, r) each.
       set_at: See `ProjectorState`.

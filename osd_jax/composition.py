@@ -367,7 +367,7 @@ def in_subspace(
     """`composed`, with the defaults of the optimizers in `aliases` and `muon`.
 
     Raises:
-      ValueError: for an argument of the wrong kind.
+      ValueError: An argument has the wrong type.
     """
     if shared.basis is not None:
         check_object("basis", shared.basis, BasisRule, "online_pca(optax.adam(5e-3))", "None or a")
@@ -401,7 +401,7 @@ def in_subspace(
 def following(
     transport_moments: Any, b1: Any, b2: Any, rounding: Rounding = "table"
 ) -> Transport | None:
-    """What carries Adam's, Lion's or Muon's moments over to another P, if that is asked for."""
+    """The transport of Adam's, Lion's or Muon's moments to a new P, if requested."""
     check_flag("transport_moments", transport_moments)
     return follow_basis(b1, b2, rounding=rounding) if transport_moments else None
 

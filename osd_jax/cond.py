@@ -1,4 +1,4 @@
-"""A `lax.cond` that runs one branch under `jax.vmap` too."""
+"""A `lax.cond` that runs only one branch under `jax.vmap` too."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dty
 def layouts_of(
     params: optax.Params, dimension_numbers: DimensionNumbers, side: Side = "shorter"
 ) -> Any:
-    """A tree of `MatrixLayout` like `params`, less its boxes.
+    """A tree of `MatrixLayout` like `params`, without its boxes.
 
     Args:
       params: Parameters, or their gradients.

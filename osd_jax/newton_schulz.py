@@ -1,4 +1,4 @@
-"""Muon's lift: an update with all singular values near 1, by Newton-Schulz."""
+"""Muon's lift: an update with all singular values close to 1, by Newton-Schulz."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of the subspaces: the bases P, when each was set, and what the rules keep."""
+"""The state of the subspaces: the bases P, when each was set, and the state of the rules."""
 
 from __future__ import annotations
 

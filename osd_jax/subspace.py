@@ -289,7 +289,7 @@ def scale_by_subspace(
             functools.partial(set_basis, projector, layouts, reduce),
             lambda due, count, key_data, grads, bases, set_at: (bases, set_at),
             *(due, state.count, jax.random.key_data(jax.random.key(seed)), grads, *before),
-            # In place of `set_basis`, whose P is a constant.
+            # Replaces the derivative of `set_basis`, whose P is a constant.
             derivative_of=lambda due, count, key_data, grads, bases, set_at: (
                 optax.tree.zeros_like(bases),
                 set_at,

@@ -1,4 +1,4 @@
-"""Steps from sketches: what they suffice for, and what processes agree on."""
+"""Steps from sketches: when sketches suffice, and agreement between processes."""
 
 from __future__ import annotations
 
@@ -76,18 +76,19 @@ def check_agreed(
         )
     if abs(mean_share - share) > 1e-9:
         raise ValueError(
-            f"share is {share!r} for parameter '{name_of(optimizer, param)}' on this process, and "
-            f"{mean_share!r} in the mean of all: give it over all processes, the same on each"
+            f"share is {share!r} for parameter '{name_of(optimizer, param)}' on this process, but "
+            f"{mean_share!r} in the mean of all: give its share over all processes, the same on "
+            "each"
         )
 
 
 def read_norms(applied: Sequence[Tensor], held: Iterable[Sketch]) -> list[Tensor]:
-    """All that the host has to know of a step's gradients, in one synchronisation.
+    """All that the host needs to know of a step's gradients, in one synchronization.
 
     Args:
         applied: What the step applies: R of held sketches, other gradients.
-        held: The sketches. Their scalar statistics are put on the CPU: a held sketch's norm is not
-            that of its R.
+        held: The sketches. Their scalar statistics are moved to the CPU: the norm of a held sketch
+            is not that of its R.
 
     Returns:
         The squared norm of each, on the CPU.

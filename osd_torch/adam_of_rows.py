@@ -1,4 +1,4 @@
-"""Adam with one second moment to a row of a matrix, for what is not projected."""
+"""Adam with one second moment per row of a matrix, for parameters that are not projected."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from osd_torch.sharding import (
 
 @dataclass(frozen=True)
 class AdamOfRows(Rule):
-    """Adam with one second moment to a row of a matrix, the mean of g^2 along the row.
+    """Adam with one second moment per row of a matrix, the mean of g^2 along the row.
 
         m <- b1 m + (1 - b1) g
         v <- b2 v + (1 - b2) mean(g^2)
         direction = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    The rows are those of the longer axis, the vocabulary of an embedding or a head, whichever axis
-    that is; of a square matrix they are those of the first axis. So (m, n) has mn + max(m, n)
-    numbers of state, in place of Adam's 2mn. All else, and a matrix of one row or one column, has
-    Adam's state and step.
+    Rows are the entries of the longer axis, whichever it is: the vocabulary of an embedding or a
+    head. For a square matrix they are the entries of the first axis. The state of (m, n) has mn +
+    max(m, n) numbers, compared with Adam's 2mn. All other arrays, including matrices with one row
+    or column, have Adam's state and step.
 
-    In 8 bits, m lies with its rows first, in blocks of up to 256 values that end with each row.
-    Codes far below their block's largest value are so coarse that b1 times a value may round back
-    to the same code. A row without gradients in a block with others, whose largest value is steady,
-    would keep its m over a v that decays; in its own blocks m decays as their scales do.
+    In 8 bits, m is stored row by row, in blocks of up to 256 values that do not cross rows. Codes
+    far below the largest value of their block are so coarse that b1 times a value may round back to
+    the same code. A row without gradients that shared a block with a row of steady magnitude would
+    keep its m while v decays; in separate blocks m decays with its scale.
 
     Attributes:
         betas: Decay of the first and of the second moment.
-        eps: Added to the root of the second moment, after the bias correction, as in
+        eps: Added to the root of the second moment, after bias correction, as in
             `torch.optim.AdamW`.
-        first_8bit: Hold the first moment of a matrix of at least 4096 values in 8 bits, by the
-            code book of bitsandbytes, which must be installed.
+        first_8bit: Whether to store the first moment of a matrix of at least 4096 values in 8 bits,
+            with the code book of bitsandbytes, which must be installed.
 
     Example:
         >>> import torch

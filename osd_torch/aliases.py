@@ -33,22 +33,27 @@ _sign_after_lift = functools.cache(sign_after_lift)
 class SubspaceAdamW(PublishedOptimizer):
     """`galore_adamw`: AdamW on the low-rank gradient; weight decay after the update.
 
-    As in the release, eps is added to the root of the second moment before the bias correction.
+        R = P^T G,   W <- (1 - lr wd) (W - lr * lift(Adam(R)))
+
+    As in the release, epsilon is added to the root of the second moment before bias correction.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times lr.
-        second_moment: Of matrices that are not projected: "full", or "row", one number for each
+        weight_decay: Decoupled, multiplied by lr.
+        second_moment: For matrices that are not projected: "full", or "row", one number for each
             entry of the longer axis; see `osd_torch.adam_of_rows.AdamOfRows`.
-        first_moment: Of these with "row": "full", or "8bit".
+        first_moment: For these matrices with "row": "full", or "8bit".
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: for an option out of range, a dtype that is not float32, bfloat16 or float64,
-            or a projected parameter that is not a matrix.
+        ValueError: An option is out of range, a dtype is not float32, bfloat16 or float64, or a
+            projected parameter is not a matrix.
+
+    References:
+        Liang et al., arXiv 2408.12857, algorithm 1.
 
     Example:
         >>> import torch, osd_torch

@@ -1,4 +1,4 @@
-"""What a rule for P is: a `Clock` that says when P is set and when it moves, and how."""
+"""The definition of a basis rule: a `Clock`, which says when P is set and moved, and how."""
 
 from __future__ import annotations
 

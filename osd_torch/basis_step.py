@@ -14,12 +14,12 @@ from osd_torch.state import NOT_SET, PREFIX, basis_of, named_bases, of_prefix
 
 
 def is_due(rule: BasisRule, state: dict[str, Tensor], is_held: bool) -> bool:
-    """Whether P is to be set from the next gradient that has a direction.
+    """Whether the next nonzero gradient sets P.
 
     Args:
-        rule: Of P.
-        state: Of the parameter.
-        is_held: Whether a part of the update is held as a sketch already.
+        rule: The rule of P.
+        state: State of the parameter.
+        is_held: Whether a sketch of a part of the update is already held.
     """
     is_first_part = rule.clock.event(int(state["step"])) == REFRESH and not is_held
     return is_first_part or int(state["set_at"]) == NOT_SET
@@ -40,19 +40,19 @@ def set_basis_(
     name: str,
     square: Tensor | None = None,
 ) -> bool:
-    """Sets P from a gradient that has a direction; whether it did. Without one P waits.
+    """Sets P from a nonzero gradient; with a zero gradient P waits. Returns whether it was set.
 
     Args:
-        rule: Of P.
-        state: Of the parameter, changed.
+        rule: The rule of P.
+        state: State of the parameter, updated in place.
         gradient: M, (p, q).
-        side: That P projects.
-        key: Names the draw.
-        name: The parameter's, for messages.
-        square: The squared norm of the gradient, if it is known.
+        side: The side that P projects.
+        key: Identifies the draw.
+        name: The parameter's name, for messages.
+        square: The squared norm of the gradient, if known.
 
     Raises:
-        ValueError: for a rule whose P has another shape or dtype.
+        ValueError: The rule returns a P of another shape or dtype.
     """
     state["set_at"].fill_(NOT_SET)
     square = squared_norm(gradient) if square is None else square
@@ -79,15 +79,16 @@ def first_moments(rule: BasisRule, basis: Basis, side: str) -> dict[str, Tensor]
 def move_basis_(
     rule: BasisRule, state: dict[str, Tensor], side: str, sketch: Sketch, step: int, lr: float
 ) -> bool:
-    """Moves P in place, unless the gradient has no direction; whether it did.
+    """Moves P in place, unless the gradient is zero; returns whether it did.
 
     Args:
-        rule: Of P.
-        state: Of the parameter; what P's optimizer keeps is written in place, where P stays, too.
-        side: That P projects.
-        sketch: Of the gradient by this P, with the statistics that the rule needs.
-        step: Of the parameter, from 0. The first step of P's optimizer is the first after P was
-            set.
+        rule: The rule of P.
+        state: State of the parameter; the state of P's optimizer is updated in place, also if P
+            stays unchanged.
+        side: The side that P projects.
+        sketch: The sketch of the gradient for this P, with the statistics that the rule needs.
+        step: Step of the parameter, from 0. The first step of P's optimizer is the first after P
+            was set.
         lr: P's step size.
     """
     basis, every, optimizer = basis_of(state), rule.clock.move_every, rule.optimizer

@@ -1,4 +1,4 @@
-"""What the published optimizers share: rules as objects, or by the release's names."""
+"""Base of the published optimizers: rules as objects, or by the release's names."""
 
 from __future__ import annotations
 

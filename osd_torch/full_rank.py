@@ -29,26 +29,26 @@ def full_rank_adam(group: Group) -> Rule:
 
 
 class FullRankAdam(PublishedOptimizer):
-    """`adam` and `adamw` for bfloat16 parameters, and with other moments than `torch.optim`'s.
+    """`adam` and `adamw` for bfloat16 parameters, and with moments that `torch.optim` lacks.
 
-    Moments are float32. There they would be bfloat16, in which `0.999 * v` rounds to v and never
-    decays.
+    Moments are float32. In `torch.optim` they would be bfloat16, in which `0.999 * v` rounds to v
+    and never decays.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups without rank.
         lr: Learning rate.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times lr, before the update.
+        weight_decay: Decoupled, multiplied by lr, before the update.
         l2: Weight decay that is added to the gradient.
-        second_moment: Of matrices: "full", or "row", one number for each entry of the longer axis;
+        second_moment: For matrices: "full", or "row", one number for each entry of the longer axis;
             see `osd_torch.adam_of_rows.AdamOfRows`.
-        first_moment: Of these with "row": "full", or "8bit".
-        stochastic_rounding: Round weights up or down at random; see `make_optimizer`.
-        seed: Of that.
+        first_moment: For these with "row": "full", or "8bit".
+        stochastic_rounding: Whether to round weights up or down at random; see `make_optimizer`.
+        seed: Seed of stochastic rounding.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`.
+        ValueError: See `SubspaceAdamW`.
     """
 
     decays_first = True

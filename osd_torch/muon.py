@@ -38,48 +38,52 @@ MUON_DEFAULTS: dict[str, Any] = {
 def muon_lift(
     steps: int, coefficients: tuple[float, float, float], dtype: torch.dtype | None, scale: str
 ) -> Lift:
-    """The gradient and the momentum, orthogonalized: one object for the same options."""
+    """The full gradient plus the momentum, orthogonalized: one object for equal options."""
     options: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "dtype": dtype}
     return orthogonalized(add_gradient(), scale=scale, **options)
 
 
 class SubspaceMuon(PublishedOptimizer):
-    """Momentum in a subspace, the whole gradient, and the sum orthogonalized; weight decay first.
+    """Momentum in a subspace plus the full gradient, orthogonalized; weight decay first.
 
-    For a projected matrix, with R = P^T M: `m <- b m + R`, and
-    `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
-    momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a `scale`. With P of
-    full rank this is Muon. What is not projected is trained by AdamW, or in groups with
-    `use_muon=True` by Muon itself. With a momentum of 0 no moment is kept.
+        m <- b m + R,   R = P^T M
+        W <- (1 - lr wd) W - lr s O(M + P (D - R))
 
-    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
-    P's optimizer keeps.
+    for a projected matrix. D is m, or `R + b m` with Nesterov momentum; O moves all singular values
+    close to 1 (Newton-Schulz); s is a scale. With a full-rank P this is Muon. Parameters that are
+    not projected are trained by AdamW, or in groups with `use_muon=True` by Muon itself. With a
+    momentum of 0 no moment is kept.
 
-    Source: Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on
-    the subspace of arXiv 2408.12857.
+    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and the
+    state of P's optimizer.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
         lr: Learning rate of the projected matrices, a number or a tensor.
         momentum: b.
-        nesterov: Nesterov's momentum.
-        weight_decay: Decoupled, times lr, before the update.
-        full_lr: Learning rate of what is not projected, where `rank` is given; None: lr. In groups
-            it is `lr`.
-        betas: AdamW's, of what is not projected.
-        eps: Likewise.
-        second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
-            longer axis; see `osd_torch.adam_of_rows.AdamOfRows`.
-        first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
-        ns_steps: Steps of Newton-Schulz.
-        ns_coefficients: Its polynomial.
-        ns_dtype: That it runs in; None: float32 or float64.
+        nesterov: Whether to use Nesterov momentum.
+        weight_decay: Decoupled, multiplied by lr, before the update.
+        full_lr: Learning rate of the parameters that are not projected if `rank` is given; None:
+            lr. In groups it is `lr`.
+        betas: AdamW's betas for the parameters that are not projected.
+        eps: AdamW's eps for these.
+        second_moment: For matrices that are not projected: "full", or "row", one number for each
+            entry of the longer axis; see `osd_torch.adam_of_rows.AdamOfRows`.
+        first_moment: "full", or "8bit" for the first moment of these matrices with "row", and for
+            the momentum.
+        ns_steps: Number of Newton-Schulz steps.
+        ns_coefficients: Coefficients of its polynomial.
+        ns_dtype: Dtype of the iteration; None: float32 or float64.
         muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`, and for `muon_scale` or Newton-Schulz options out of
-            range.
+        ValueError: See `SubspaceAdamW`; also for `muon_scale` or Newton-Schulz options that are out
+            of range.
+
+    References:
+        Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on the
+        subspace of arXiv 2408.12857.
 
     Example:
         >>> import torch, osd_torch

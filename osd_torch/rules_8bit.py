@@ -1,4 +1,4 @@
-"""Rules with state in 8 bits: Adam8bit and Trace8bit."""
+"""Rules with 8-bit state: Adam8bit and Trace8bit."""
 
 from __future__ import annotations
 

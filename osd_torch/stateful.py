@@ -1,6 +1,6 @@
-"""An optimizer's parameter groups and their state: checked, made, saved and loaded.
+"""An optimizer's parameter groups and their state: checked, created, saved and loaded.
 
-`StatefulOptimizer` is the half of `osd_torch.subspace.SubspaceOptimizer` that takes no step.
+`StatefulOptimizer` is the part of `osd_torch.subspace.SubspaceOptimizer` that takes no steps.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from osd_torch.state import (
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
-    """An optimizer whose groups have a rule of W, a basis rule and a lift, with their state.
+    """An optimizer whose groups have a weight rule, a basis rule and a lift, with their state.
 
     See `osd_torch.subspace.SubspaceOptimizer`, which takes the steps.
     """

@@ -439,7 +439,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         return (-rate if self.decays_first else -rate * keep), keep
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restores what `state_dict` returned; see `StatefulOptimizer.load_state_dict`."""
+        """Restores a `state_dict`; see `StatefulOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
         forward_reduce()  # called by accelerate, which may not have been imported before
 

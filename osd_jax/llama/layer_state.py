@@ -1,4 +1,4 @@
-"""An optimizer's state in parts: of some parameters, and of one layer at a time."""
+"""An optimizer's state in parts: for some of the parameters, and for one layer at a time."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def take(tree: Any, index: jax.typing.ArrayLike) -> Any:
 
 
 def put(tree: Any, layer: Any, index: jax.typing.ArrayLike) -> Any:
-    """`tree` with its layer `index` as in `layer`, whose axis of layers has length 1."""
+    """`tree` with its layer `index` replaced by `layer`, whose axis of layers has length 1."""
 
     def one(x: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), index, 0)
