@@ -45,13 +45,12 @@ from osd_torch.guard import (
     TorchAdam,
     TorchAdamW,
     TorchSGD,
-    skip_if_not_finite,
+    skipping,
 )
 from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
 from osd_torch.muon import SubspaceMuon
 from osd_torch.numerics import check_number, check_period
 from osd_torch.published import RESIDUAL_LIFTS
-from osd_torch.quantization import import_bitsandbytes
 from osd_torch.selection import Select
 from osd_torch.sharding import is_distributed
 from osd_torch.state import Group
@@ -331,7 +330,7 @@ def _full_rank(
         case "sgd":
             return TorchSGD(groups, **common)
         case "adam8bit":
-            return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(groups, **common))
+            return skipping(import_bitsandbytes().optim.Adam8bit)(groups, **common)
         case "lion":
             return SubspaceLion(groups, **common, **rounding)
         case "adafactor":
