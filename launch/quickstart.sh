@@ -35,7 +35,7 @@ else
 fi
 
 if [ $# -eq 0 ] && [ -f "runs/$name/model/config.json" ]; then
-    echo "runs/$name holds a trained model already. To train it anew:"
+    echo "runs/$name holds a trained model already. To train it again:"
     echo "    bash launch/quickstart.sh --overwrite"
     exit
 fi

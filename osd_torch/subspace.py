@@ -107,7 +107,8 @@ from osd_torch.state import (
     with_objects,
 )
 
-# Options that are younger than some saved states, and what those were trained with.
+# Options that are younger than some saved states, and what those were trained with: they let a
+# state_dict, pickle or checkpoint of an earlier version load.
 LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
     "basis": None, "lift": None, "side": None,

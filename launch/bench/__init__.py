@@ -1,5 +1,6 @@
 """How fast and how large: `python -m launch.bench {optimizer,train,memory,docs}`.
 
-`timing.py` measures, `optimizer.py`, `train.py` with `parts.py`, and `memory.py` say what, and
-`report.py` tells of it, on a page by `page.py`.
+`timing` measures; `optimizer` times one step of each `contender`, which `in_torch` and `in_jax`
+build, `train` with `parts` the whole train step, and `memory` counts bytes. `report` makes tables
+and pictures of it, and `page` a page, whose text is `page.md`.
 """

@@ -1,7 +1,7 @@
 """Parts of the model alone, forward and backward: where the two frameworks' train steps differ.
 
 The attention and the MLP of one layer, without the products of attention's four kernels, and the
-head with its loss, of which there is one. Inputs are random, of the train step's shape. JAX's head
+head with its loss, which stands once. Inputs are random, of the train step's shape. JAX's head
 makes its logits in slices, and again in the backward pass, where all would take more than
 `osd_jax.llama.LOGITS_BYTES`.
 """

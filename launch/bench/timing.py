@@ -1,7 +1,7 @@
 """Times of several contenders in one process, in rounds, so that they meet the same machine.
 
 A machine that others use is now fast, now slow. In each round every contender has its turn, in an
-order drawn anew, and what is compared is the ratio of two times of one round.
+order drawn again, and what is compared is the ratio of two times of one round.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def time_in_rounds(
         rounds: How many.
         turn_seconds: How long a turn should last.
         settle: Whether a turn has that rest and first step; a long step need not.
-        seed: Of the order of turns, drawn anew for each round.
+        seed: Of the order of turns, drawn for each round.
     """
     counts = {name: _steps_in(step, turn_seconds) for name, step in steps.items()}
     draw = random.Random(seed)

@@ -44,7 +44,7 @@ class Method(NamedTuple):
         flags: Of the trainer, but for the rates; {rank} is a quarter of the hidden size, {low} a
             sixteenth, {never} more updates than any run has.
         lr: Where the search for the rate of the matrices begins.
-        own: Flags that are tuned beside the rate, the first of which the search begins with.
+        own: Flags that are tuned beside the rate; the search begins with the first.
         one_rate: Whether the rate of the matrices is that of all parameters.
     """
 

@@ -1,4 +1,4 @@
-"""Trains runs, and keeps what each found in a file that another machine goes on with."""
+"""Trains runs, and keeps what each found in a file, so that another machine can continue."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 compiles the train step of `launch/recipes/tpu.sh` for every size and slice, by launch.compile_tpu.
 A 7B step takes minutes. What is compiled is kept in `docs/tpu.json`, so an interrupted table goes
-on where it was; delete the file to make it anew.
+on where it was; delete the file to compile it again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A corpus (`corpus.py`) is two random-access sequences of documents: one to train on, one held out.
 A tokenizer (`tokenizer.py`) turns each document into int32 ids that end with the end-of-text
 token. Batches (`batches.py`) either join documents and cut rows of `max_length` (`pack=True`), or
-put one document in a row, truncated, padded and masked. grain shuffles anew every epoch, shares
+put one document in a row, truncated, padded and masked. grain reshuffles every epoch, shares
 the documents out over processes and tokenizes them ahead of time, in a thread or in worker
 processes; rows are formed after that, so what step t sees depends on (seed, t, process) alone. A
 training iterator's state is a document count and an offset: small, JSON, the same for any number

@@ -118,7 +118,7 @@ class Data:
     def train(
         self, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
     ) -> "TrainBatches":
-        """An endless iterator over this process's share, shuffled anew every epoch.
+        """An endless iterator over this process's share, reshuffled every epoch.
 
         Args:
             batch_size: rows in this process's batches.
@@ -204,7 +204,7 @@ class Data:
 class TrainBatches(Iterator[Batch]):
     """Endless training batches of one process; `set_state` continues exactly.
 
-    The documents of all epochs form one endless sequence, of which process p of P takes numbers p,
+    The documents of all epochs form one endless sequence; process p of P takes numbers p,
     p + P, p + 2P, ... Workers only tokenize; the rows are cut here, in order.
     """
 

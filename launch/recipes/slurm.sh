@@ -3,7 +3,7 @@
 # machines have to see:  sbatch --nodes=2 launch/recipes/slurm.sh SIZE [more flags]
 # SIZE is 60m, 130m, 350m, 1b or 7b. The same command goes on after an interruption.
 #
-# One task a GPU, each of which sees all GPUs of its machine and takes its own: JAX numbers them by
+# One task a GPU; each sees all GPUs of its machine and takes its own: JAX numbers them by
 # the task. So not --gpus-per-task, which hides the others.
 #SBATCH --job-name=osd
 #SBATCH --ntasks-per-node=8

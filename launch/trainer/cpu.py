@@ -13,10 +13,10 @@ import os
 def keep_memory() -> None:
     """Makes glibc keep freed memory for the next step instead of giving it back to the system.
 
-    By default it maps large arrays anew each time, and the system has to clear their pages: a third
-    of the time of a step of `llama_9m` in PyTorch, of which this spares two thirds. XLA's arrays
-    come from it too. It asks for no more memory than the largest step does. Other C libraries have
-    no such switch, and nothing is done.
+    By default it maps large arrays again each time, and the system has to clear their pages: a
+    third of the time of a step of `llama_9m` in PyTorch; this saves two thirds of that. XLA's
+    arrays come from it too. It asks for no more memory than the largest step does. Other C
+    libraries have no such switch, and nothing is done.
     """
     m_trim_threshold, m_mmap_threshold, large = -1, -3, 2**30  # the names in malloc.h
     with contextlib.suppress(OSError, AttributeError):

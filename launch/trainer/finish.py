@@ -88,7 +88,7 @@ def writing_model(options: Options, directory: Path) -> Iterator[None]:
 
 
 def sample_of_text(options: Options, tokenizer: Tokenizer, sample: Sample) -> str | None:
-    """The prompt as the model goes on with it; None where there is nothing to go on with."""
+    """The prompt and what the model writes after it; None where there is no prompt to continue."""
     from launch.data.tokenizer import NoTokenizer
 
     if not options.run.sample_tokens or isinstance(tokenizer, NoTokenizer):

@@ -218,9 +218,10 @@ def _check_coordinator(address: str, is_here: bool) -> None:
 class _AtAbort:
     """What this process says and returns where JAX ends it by abort().
 
-    JAX has no other answer to processes that do not meet, or that are lost: a page of addresses in
-    C++, and SIGABRT; what it would call in Python instead ends in std::bad_cast, in 0.10. A signal
-    handler of Python's own would run too late.
+    It saves the user of several machines from a page of C++ addresses, a core dump and exit code
+    134 wherever processes do not meet or one is lost: the last line says what happened and what to
+    do. JAX 0.10 has no other way to say it: the callback that it offers in Python ends in
+    std::bad_cast, and a handler of Python's `signal` module would run too late.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ _UNITS = ((2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 
 
 def plot(runs: Sequence[Path], out: Path) -> Path:
-    """Draws the runs into one picture; the suffix of `out` says of which format.
+    """Draws the runs into one picture; the suffix of `out` is its format.
 
     Raises:
         FileNotFoundError: a run has no metrics, or the folder of `out` does not exist.

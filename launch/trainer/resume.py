@@ -154,7 +154,7 @@ def restore_newest(
             return step, state, kept["data"]
     raise UsageError(
         f"no checkpoint in {directory} can be read; if the disk is at fault, try again when it is "
-        "mended; else start anew under another --name, or by --overwrite, which deletes them"
+        "mended; else start again under another --name, or by --overwrite, which deletes them"
     )
 
 

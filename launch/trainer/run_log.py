@@ -39,8 +39,8 @@ class RunLog:
     Args:
         options: checked options; `options.run.path` is the directory.
         resume_step: the checkpoint's step when the run goes on: younger lines are cut off. None
-            starts anew: with `--resume` the metrics of a run that was killed before its first
-            checkpoint are set aside, else what an earlier run's log left is removed.
+            starts from the beginning: with `--resume` the metrics of a run that was killed before
+            its first checkpoint are set aside, else what an earlier run's log left is removed.
         active: False on every process but the first; nothing is then written or shown.
     """
 

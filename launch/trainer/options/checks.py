@@ -114,9 +114,9 @@ def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices
     if devices.per_layer and waits and subspace.move_projector == "before":
         cause = "--grad_clipping" if optimizer.grad_clipping else "several micro-batches"
         raise UsageError(
-            "--move_projector: before takes R again from the gradient, of which layer-by-layer "
-            f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
-            "micro-batch in an update and no clipping"
+            "--move_projector: before takes R again from the gradient, and layer-by-layer updates "
+            f"(--per_layer) with {cause} keep only a sketch of it; use after, or one micro-batch "
+            "in an update and no clipping"
         )
     if not devices.accumulate_sketches:
         return
@@ -129,8 +129,8 @@ def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices
         raise UsageError(f"--accumulate_sketches: {reason}; leave it out")
     if subspace.move_projector == "before":
         raise UsageError(
-            "--move_projector: before takes R again from the gradient, of which "
-            "--accumulate_sketches keeps only a sketch; use after"
+            "--move_projector: before takes R again from the gradient, and --accumulate_sketches "
+            "keeps only a sketch of it; use after"
         )
 
 

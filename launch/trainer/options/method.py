@@ -155,6 +155,8 @@ class Subspace:
     """How gradients are projected, and how the projector moves."""
 
     rank: int = flag(128, low=1, help="rank of the subspace")
+    # The libraries' default is the 200 of the published commands; the trainer's is that of the
+    # published script, since a run without the flag has to be the same one.
     update_proj_gap: int = flag(
         50,
         low=1,
