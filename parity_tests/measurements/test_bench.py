@@ -18,22 +18,11 @@ import torch
 import osd_torch
 from launch.bench import page, report, timing
 from launch.bench.__main__ import main
+from launch.bench.contender import GAP, LR, SCALE, Case, arrays
+from launch.bench.in_jax import seven_products
+from launch.bench.in_torch import PublishedStep, SevenProducts
 from launch.bench.memory import most_allocated
-from launch.bench.optimizer import (
-    CONTENDERS,
-    FLOORS,
-    FULL_RANK,
-    GAP,
-    LR,
-    PUBLISHED,
-    SCALE,
-    Case,
-    PublishedStep,
-    SevenProducts,
-    arrays,
-    records,
-    seven_products,
-)
+from launch.bench.optimizer import CONTENDERS, FLOORS, FULL_RANK, PUBLISHED, records
 from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.trainer.cli import UsageError
