@@ -23,103 +23,58 @@ sides (output, input). P has shape (p, r), and its columns are the basis.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import sys
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from osd_names import Side
-from osd_torch.bases import (
-    MOVE,
-    REFRESH,
-    BasisRule,
-    check_fresh,
-    on_whole_matrix,
-    to_matrix,
+from osd_torch.accumulation import (
+    check_agreed,
+    check_sketch_suffices,
+    forward_reduce,
+    is_sketched,
+    read_norms,
+    zero_where_others_have_gradients,
 )
+from osd_torch.basis_step import is_due, move_basis_, moves, set_basis_
 from osd_torch.guard import check_dense, count_if_not_finite
 from osd_torch.layout import (
-    INPUT_AXIS,
-    OUTPUT_AXIS,
     change_of,
-    check_dtype,
-    check_placement,
-    check_rank,
+    to_matrix,
 )
-from osd_torch.lift import Lift, Lifted, Seen, lift
+from osd_torch.lift import Seen, add_, add_lifted_, check_lift_state
 from osd_torch.numerics import (
     accumulator_dtype,
-    check_number,
-    has_direction,
-    random_bits,
-    round_stochastically,
     without_autocast,
 )
-from osd_torch.rules import Change, Rule
 from osd_torch.sharding import (
     Reduce,
-    distributed_as,
     is_distributed,
-    local,
-    means_of,
-    on_host,
     part_of,
-    placed_like,
-    shape_of,
-    squared_norm,
-    squared_norms,
-    whole,
-    zeros_along,
 )
 from osd_torch.sketch import (
     Basis,
-    Needs,
     Sketch,
-    TwoSided,
     make_sketch,
     merged,
-    product,
-    reading_gradient,
 )
 from osd_torch.state import (
     LIFT_PREFIX,
-    NOT_SET,
-    ON_HOST,
-    PREFIX,
-    RULE_OPTIONS,
     Group,
     basis_of,
-    check_lift_state,
-    completed,
-    described,
     name_of,
-    named_bases,
-    named_parameters,
     of_prefix,
-    refuse_state,
-    step_number,
     unwrapped,
-    with_objects,
 )
+from osd_torch.stateful import StatefulOptimizer
 
-# Options that are younger than some saved states, and what those were trained with: they let a
-# state_dict, pickle or checkpoint of an earlier version load.
-LATER_OPTIONS = {
-    "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
-    "basis": None, "lift": None, "side": None,
-    "second_moment": "full", "first_moment": "full", "use_muon": False,
-}  # fmt: skip
-# For these, if a state was saved without them, the optimizer keeps its own values.
-OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
 log = logging.getLogger("osd_torch")
 
 
-class SubspaceOptimizer(torch.optim.Optimizer):
+class SubspaceOptimizer(StatefulOptimizer):
     """Base of the optimizer classes: a weight rule in a subspace that a basis rule moves.
 
         R = P^T M,   D = rule(R),   W <- W - lr * scale * P D
@@ -178,12 +133,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Restores a copy, a loaded state or a pickle; no sketches are held."""
         super().__setstate__(state)
         self.held = {}
-        if "rank" in self.defaults:  # for groups that are added to a pickle
-            self.defaults = {**LATER_OPTIONS, **self.defaults}
-        for group in self.param_groups:
-            for name, value in LATER_OPTIONS.items():
-                if name in self.defaults or "rank" in group:
-                    group.setdefault(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceOptimizer:
         """A copy with the same `reduce`; after unpickling, `reduce` must be set again."""
@@ -211,120 +160,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "already reduces: leave reduce None"
             )
         self._reduce = reduce
-
-    def rule(self, group: Group) -> Rule:
-        """The rule that turns a gradient of this group into a direction."""
-        raise NotImplementedError
-
-    def side(self, group: Group, param: Tensor) -> Side:
-        """The side of a matrix (output, input) that P projects: "output", "input" or "both"."""
-        raise NotImplementedError
-
-    def basis_rule(self, group: Group) -> BasisRule:
-        """The basis rule of this group."""
-        raise NotImplementedError
-
-    def lift(self, group: Group) -> Lift:
-        """The rule that turns a direction in the subspace into an update of W."""
-        raise NotImplementedError
-
-    def projector_lr(self, group: Group) -> float:
-        """P's step size at the group's current learning rate."""
-        raise NotImplementedError
-
-    def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option that is out of range, naming it and the choices."""
-        check_number("lr", group["lr"])
-        check_number("weight_decay", group["weight_decay"])
-        for name, param in named_parameters(group):
-            check_dtype(name, param)
-        if group["rank"] is None:
-            return
-        check_rank(group["rank"])
-        merged(*(needs.statistics for needs in needs_of(self, group)))
-        if group.get("transport_moments"):
-            check_can_transport(self.rule(group))
-        for name, param in named_parameters(group):
-            if param.ndim != 2:
-                raise ValueError(
-                    f"parameter '{name}' has shape {tuple(param.shape)}, which is not a matrix: put"
-                    " it into a group without rank"
-                )
-            check_placement(name, param)
-
-    def add_param_group(self, param_group: Group) -> None:
-        """Adds a group of parameters, projected if it has a `rank`.
-
-        Raises:
-            ValueError: An option is out of range, a dtype is not float32, bfloat16 or float64, or a
-                projected parameter is not a matrix.
-        """
-        super().add_param_group(param_group)
-        try:
-            self.check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        group = self.param_groups[-1]
-        for param in group["params"]:
-            if param.requires_grad:
-                self.state_of(group, param)
-
-    def state_of(self, group: Group, param: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter; before its first step, the result of `init_state`.
-
-        It is created again if the model has moved to another device or dtype since then, or an
-        option of the group has changed.
-        """
-        state = self.state[param]
-        if not state or (int(state["step"]) == 0 and not self._fits(group, param)):
-            state.clear()
-            state.update(self.init_state(group, param))
-        return state
-
-    def _fits(self, group: Group, param: Tensor) -> bool:
-        """Whether a parameter's state matches its current device, dtype and options."""
-        state, kinds = self.state[param], state_kinds(self, group, param)
-        is_here = (x.device == param.device for name, x in state.items() if name not in ON_HOST)
-        return {name: (x.shape, x.dtype) for name, x in state.items()} == kinds and all(is_here)
-
-    def init_state(self, group: Group, like: Tensor) -> dict[str, Tensor]:
-        """A parameter's state before its first step: zeros, and no P.
-
-        Args:
-            group: The parameter's group.
-            like: The parameter, or a tensor with its shape, dtype, device and placement.
-        """
-        rule, wide = self.rule(group), accumulator_dtype(like.dtype)
-        if group["rank"] is None:
-            return {"step": step_number(0), **rule.init(shape_of(like, wide))}
-        every_axis = tuple(range(like.ndim))
-        side, rank = self.side(group, like), min(group["rank"], *like.shape)
-
-        def basis_along(axis: int) -> Tensor:
-            dtype = group["basis_dtype"] or wide
-            return zeros_along(like, (like.shape[axis], rank), dtype, (axis, None))
-
-        projected = {"output": (OUTPUT_AXIS,), "input": (INPUT_AXIS,), "both": every_axis}[side]
-        names = ("basis_output", "basis_input") if side == "both" else ("basis",)
-        bases = {name: basis_along(axis) for name, axis in zip(names, projected, strict=True)}
-        moments = self.basis_rule(group).init(basis_of(bases), side)
-        # R in the layout of the weight, with the rank in place of the projected axis, so that the
-        # blocks of 8-bit moments are those of the release.
-        shape = [rank if axis in projected else n for axis, n in enumerate(like.shape)]
-        follows = [None if axis in projected else axis for axis in every_axis]
-        low_rank = zeros_along(like, shape, wide, follows)
-        kept = self.lift(group).init(
-            to_matrix(shape_of(like, wide), side), to_matrix(low_rank, side)
-        )
-        return {
-            "step": step_number(0),
-            "set_at": step_number(NOT_SET),
-            **bases,
-            **{PREFIX + name: x for name, x in moments.items()},
-            **{LIFT_PREFIX + name: x.contiguous() for name, x in kept.items()},
-            **rule.init(low_rank),
-        }
 
     def observe(self, group: Group) -> None:
         """Reads a group's learning rate before each step."""
@@ -371,20 +206,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         held, self.held = self.held, {}
         applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
         check_dense(self, applied)
-        # One synchronization transfers all that the host needs to know of the gradients: whether
-        # they are finite, and the norms that scale P's. The norm of a held sketch is not that of
-        # its R.
-        squares = squared_norms(applied)
-        numbers = [
-            (sketch.statistics, name)
-            for sketch in held.values()
-            for name, x in sketch.statistics.items()
-            if x.ndim == 0
-        ]
-        known = on_host([*squares, *(statistics[name] for statistics, name in numbers)])
-        squares, of_held = known[: len(squares)], known[len(squares) :]
-        for (statistics, name), value in zip(numbers, of_held, strict=True):
-            statistics[name] = value
+        squares = read_norms(applied, held.values())
         if count_if_not_finite(self, applied, squares):
             return
         for (group, param), square in zip(present, squares, strict=True):
@@ -452,23 +274,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if param.grad is None:
             raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
         if self._reduce is not None:
-            params = all_params(self)
-            flags = [float(p is param) for p in params]
-            *some, mean_share = means_of([*flags, share], self._reduce, param.device)
-            called_for = [p for p, is_any in zip(params, some, strict=True) if is_any]
-            if len(called_for) > 1:
-                names = ", ".join(repr(name_of(self, p)) for p in called_for)
-                raise ValueError(
-                    f"processes call accumulate for different parameters: {names}; with reduce "
-                    "set, call it for the same parameters in the same order on all of them, with "
-                    "a gradient of zeros if a process has none"
-                )
-            if abs(mean_share - share) > 1e-9:
-                raise ValueError(
-                    f"share is {share!r} for parameter '{name}' on this process, but "
-                    f"{mean_share!r} in the mean of all: give its share over all processes, the "
-                    "same on each"
-                )
+            check_agreed(self, self._reduce, param, share)
         self.accumulate_agreed(group, param, share)
 
     @torch.no_grad()
@@ -508,10 +314,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         True at the first part of an update whose step is a refresh of the rule's clock, and from
         then on until a nonzero gradient arrives.
         """
-        state = self.state_of(group, param)
-        event = self.basis_rule(group).clock.event(int(state["step"]))
-        is_first_part = param not in self.held
-        return (event == REFRESH and is_first_part) or int(state["set_at"]) == NOT_SET
+        return is_due(self.basis_rule(group), self.state_of(group, param), param in self.held)
 
     @torch.no_grad()
     @without_autocast()
@@ -525,31 +328,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         if not self.is_due(group, param):
             return
-        gradient, state = _gradient(param), self.state[param]
-        state["set_at"].fill_(NOT_SET)
-        if square is None:
-            square = squared_norm(gradient)
-        if not has_direction(float(square), square.dtype):
-            return
-        side, step, old = self.side(group, param), int(state["step"]), basis_of(state)
-        key = f"{group['seed']}/{unwrapped(name_of(self, param))}/{step}"
-        rule = self.basis_rule(group)
-        basis = rule.fresh(to_matrix(gradient, side), old, side, key, on_whole_matrix)
-        check_fresh(basis, old, name_of(self, param))
-        state.update(
-            {name: distributed_as(x, state[name]) for name, x in named_bases(basis).items()}
-        )
-        state["set_at"].fill_(step)
-        for x in of_prefix(state, PREFIX).values():
-            x.zero_()  # the state of P's optimizer belongs to the old P
-        self._transport(group, param, old)
+        side, state, name = self.side(group, param), self.state[param], name_of(self, param)
+        old, key = basis_of(state), f"{group['seed']}/{unwrapped(name)}/{int(state['step'])}"
+        gradient = to_matrix(_gradient(param), side)
+        if set_basis_(self.basis_rule(group), state, gradient, side, key, name, square):
+            self._transport(group, param, old)
 
     def moves(self, group: Group, param: Tensor) -> bool:
         """Whether P moves at the next step; it does not at the step that sets it."""
-        state = self.state_of(group, param)
-        step, set_at = int(state["step"]), int(state["set_at"])
-        event = self.basis_rule(group).clock.event(step)
-        return event == MOVE and set_at not in (step, NOT_SET)
+        return moves(self.basis_rule(group), self.state_of(group, param))
 
     @torch.no_grad()
     @without_autocast()
@@ -601,13 +388,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _move(self, group: Group, param: Tensor, sketch: Sketch, step: int) -> None:
         """Moves P at a step, from 0. Its optimizer's first step is the first after P was set."""
-        state, rule, side = self.state[param], self.basis_rule(group), self.side(group, param)
-        basis, every = basis_of(state), rule.clock.move_every
-        assert isinstance(basis, Tensor) and every is not None
+        state, side, lr = self.state[param], self.side(group, param), self.projector_lr(group)
+        basis = basis_of(state)
+        assert isinstance(basis, Tensor)
         old = basis.clone() if group.get("transport_moments") else basis
-        t = step // every - int(state["set_at"]) // every
-        lr = self.projector_lr(group)
-        moved = rule.move_(basis, side, sketch, of_prefix(state, PREFIX), t, lr)
+        moved = move_basis_(self.basis_rule(group), state, side, sketch, step, lr)
         if moved and lr:  # with a step size of 0 P stays unchanged
             self._transport(group, param, old)
 
@@ -653,227 +438,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         keep = 1 - float(group["lr"]) * group["weight_decay"]
         return (-rate if self.decays_first else -rate * keep), keep
 
-    def state_dict(self) -> StateDict:
-        """As in torch; rule objects are saved by name."""
-        state_dict = super().state_dict()
-        groups = [{k: described(k, x) for k, x in g.items()} for g in state_dict["param_groups"]]
-        return {**state_dict, "param_groups": groups}
-
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restores a `state_dict`, to continue bit for bit.
-
-        It copies the tensors and keeps their dtypes, whereas `torch.optim.Optimizer` would cast the
-        float32 moments of a bfloat16 parameter to bfloat16. Each tensor gets the placement of its
-        parameter: unsharded state can be loaded into sharded parameters. As in torch, the groups'
-        options become the saved ones.
-
-        Raises:
-            ValueError: The state belongs to another optimizer or other parameters; the message
-                names the first difference. Nothing is changed.
-        """
-        saved = state_dict["param_groups"]
-        own = [{k: g[k] for k in OWN_OPTIONS if k in g} for g in self.param_groups]
-        own += [{}] * (len(saved) - len(own))
-        later = {k: x for k, x in LATER_OPTIONS.items() if k in self.defaults}
-        groups = [{**later, **mine, **g} for mine, g in zip(own, saved, strict=False)]
-        groups = with_objects(self, groups)
-        state_dict = {**state_dict, "param_groups": groups}
-        states = {index: completed(state) for index, state in state_dict["state"].items()}
-        state_dict = {**state_dict, "state": states}
-        check_state(self, state_dict)
-        super().load_state_dict({**state_dict, "state": {}})
+        """Restores a `state_dict`; see `StatefulOptimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
         forward_reduce()  # called by accelerate, which may not have been imported before
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, param in zip(saved["params"], group["params"], strict=True):
-                if state := states.get(index):
-                    self.state[param] = self._placed(group, param, state)
-                elif param.requires_grad:
-                    self.state_of(group, param)
-
-    def _placed(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the tensors of a parameter's state, contiguous and with its placement."""
-        own = self.init_state(group, param) if is_distributed(param) else {}
-
-        def placed(name: str, value: Tensor) -> Tensor:
-            if name in ON_HOST:
-                return value.to(device="cpu", copy=True)
-            value = value.to(param.device)
-            value = distributed_as(value, own[name]) if own else whole(value)
-            return value.clone(memory_format=torch.contiguous_format)
-
-        return {name: placed(name, value) for name, value in state.items()}
-
-
-def forward_reduce() -> None:
-    """Forwards `prepared.reduce = ...` to the optimizer in `accelerate`'s wrapper.
-
-    The wrapper forwards methods, but keeps an attribute that is set on itself.
-    """
-    wrapper = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
-    if wrapper is not None and not hasattr(wrapper, "reduce"):
-        wrapper.reduce = property(
-            lambda self: getattr(self.optimizer, "reduce", None),
-            lambda self, reduce: setattr(self.optimizer, "reduce", reduce),
-        )
-
-
-def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of all groups, in their order."""
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def zero_where_others_have_gradients(
-    optimizer: torch.optim.Optimizer, reduce: Reduce, held: Container[Tensor] = ()
-) -> None:
-    """Gives a zero gradient to each parameter that has a gradient only on other processes.
-
-    Args:
-        optimizer: The optimizer of the parameters.
-        reduce: The mean over processes.
-        held: Parameters that count as having a gradient.
-    """
-    params = all_params(optimizer)
-    present = [p.grad is not None or p in held for p in params]
-    some_have = means_of(present, reduce, params[0].device)
-    for param, is_present, some in zip(params, present, some_have, strict=True):
-        if some and not is_present:
-            param.grad = torch.zeros_like(param)
-
-
-def add_lifted_(
-    weight: Tensor,
-    basis: Basis,
-    lifted: Lifted,
-    alpha: float,
-    beta: float,
-    rounding_key: str | None = None,
-) -> None:
-    """W <- beta W + alpha * then(P D + rest) in place, rounded once.
-
-    The plain lift needs no temporary of W's size, except for a weight that is rounded
-    stochastically and for a bfloat16 weight on a CPU, where bfloat16 products are slow.
-    """
-    direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
-    is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
-    if direction is None or not is_plain or is_narrow or rounding_key is not None:
-        add_(weight, update_of(basis, lifted), alpha, beta, rounding_key)
-        return
-    if isinstance(basis, TwoSided):
-        left, right = product(basis.output, direction), basis.input.mT
-    else:
-        left, right = basis, direction
-    weight, left, right = local(weight), local(left), local(right)
-    weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
-
-
-def update_of(basis: Basis, lifted: Lifted) -> Tensor:
-    """then(P D + rest), (p, q)."""
-    if lifted.low_rank is None:
-        if lifted.rest is None:
-            raise ValueError("a lift returned neither a direction nor a rest: expected one of them")
-        # `then` may modify its argument, and the rest may be the gradient.
-        update = lifted.rest if lifted.then is None else lifted.rest.clone()
-    else:
-        update = lift(basis, lifted.low_rank)
-        if lifted.rest is not None:
-            local(update).add_(local(placed_like(lifted.rest, update)))
-    return update if lifted.then is None else lifted.then(update)
-
-
-def add_(
-    weight: Tensor, direction: Tensor, alpha: float, beta: float, rounding_key: str | None = None
-) -> None:
-    """W <- beta W + alpha D in place, computed in D's dtype and rounded once.
-
-    Args:
-        weight: W.
-        direction: D.
-        alpha: Its factor.
-        beta: W's factor.
-        rounding_key: Rounds a bfloat16 W stochastically, from float32, with the bits that this key
-            identifies. None: to nearest.
-    """
-    weight, direction = local(weight), local(direction)
-    if rounding_key is not None:
-        direction = direction.to(torch.float32)
-    result = weight.to(direction.dtype)  # W itself if the dtypes are equal
-    if beta != 1:
-        result.mul_(beta)
-    result.add_(direction, alpha=alpha)
-    if rounding_key is not None:
-        result = round_stochastically(result, random_bits(result, rounding_key))
-    if result is not weight:
-        weight.copy_(result)
-
-
-def needs_of(optimizer: SubspaceOptimizer, group: Group) -> list[Needs]:
-    """What the rules of a projected group read of a gradient."""
-    return [optimizer.basis_rule(group).needs, optimizer.lift(group).needs]
-
-
-def is_sketched(optimizer: SubspaceOptimizer, group: Group) -> bool:
-    """Whether a step of this group can be computed from sketches alone."""
-    return group["rank"] is not None and reading_gradient(needs_of(optimizer, group)) is None
-
-
-def check_sketch_suffices(optimizer: SubspaceOptimizer, group: Group) -> None:
-    """Raises ValueError if a step of this group reads more of a gradient than its sketch."""
-    needs = None if group["rank"] is None else reading_gradient(needs_of(optimizer, group))
-    if needs is not None:
-        raise ValueError(
-            f"{needs.reason}, but only its sketch is kept here (layer-by-layer updates with "
-            f"micro-batches or clipping): use {needs.remedy}, or one micro-batch and no clipping"
-        )
-
-
-def check_can_transport(rule: Rule) -> None:
-    """Raises ValueError for a rule that cannot carry its state over to another P."""
-    if type(rule).transport_ is Rule.transport_:
-        rule.transport_({}, Change(None, None), 1)
 
 
 def _gradient(param: Tensor) -> Tensor:
     if param.grad is None:
         raise ValueError("this parameter has no gradient")
     return param.grad
-
-
-def state_kinds(
-    optimizer: SubspaceOptimizer, group: Group, param: Tensor
-) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The shapes and dtypes of a parameter's state, by name."""
-    like = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    return {name: (x.shape, x.dtype) for name, x in optimizer.init_state(group, like).items()}
-
-
-def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
-    """Raises ValueError unless a `state_dict` belongs to such an optimizer with such parameters."""
-    refuse = functools.partial(refuse_state, optimizer)
-    kept, own = state_dict["param_groups"], optimizer.param_groups
-    if len(kept) != len(own):
-        refuse("the number of parameter groups", len(kept), len(own))
-    for i, (saved, group) in enumerate(zip(kept, own, strict=True)):
-        if len(saved["params"]) != len(group["params"]):
-            refuse(
-                f"the number of parameters of group {i}", len(saved["params"]), len(group["params"])
-            )
-        for key in (*optimizer.defaults, *RULE_OPTIONS):
-            if (key in saved) != (key in group):
-                words = {True: "present", False: "absent"}
-                refuse(f"the option {key!r} of group {i}", words[key in saved], words[key in group])
-        named = list(named_parameters(group, prefix=f"{i}."))
-        for j, name in enumerate(saved.get("param_names", ())):
-            if "param_names" in group and unwrapped(name) != unwrapped(named[j][0]):
-                refuse(f"parameter {j} of group {i}", repr(name), repr(named[j][0]))
-        merged = {**saved, "params": group["params"]}
-        optimizer.check_group(merged)
-        for index, (name, param) in zip(saved["params"], named, strict=True):
-            state = state_dict["state"].get(index, {})
-            if not state:  # it has not taken a step
-                continue
-            wanted = {k: shape for k, (shape, _) in state_kinds(optimizer, merged, param).items()}
-            for part in sorted({*state, *wanted}):
-                there = getattr(state.get(part), "shape", None)
-                if there != wanted.get(part):
-                    shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
-                    refuse(f"the shape of {part!r} of parameter '{name}'", *shapes)

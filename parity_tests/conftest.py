@@ -1,4 +1,4 @@
-"""What every test shares. It runs before JAX or PyTorch is imported."""
+"""Set-up and fixtures shared by all tests. It runs before JAX or PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     )
     os.environ.setdefault("PJRT_NPROC", "16")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # With it, devices begin independent collectives in another order each: some wait for the others
-    # in a permutation, those for them in a gathering, and all of them for ever.
+    # With it, devices start independent collectives in different orders: some wait for the others
+    # in a permutation, those for them in an all-gather, and all of them forever.
     os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take minutes
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"

@@ -54,7 +54,7 @@ def after_first_step(state: Any, basis_of: Callable[[Any], Any]) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from osd_jax.subspace import SubspaceState
+    from osd_jax.state import SubspaceState
 
     is_subspace = lambda x: isinstance(x, SubspaceState)
 

@@ -138,7 +138,8 @@ def osd(
 
     def build(case: Case, given: Arrays, device: str, dtype: str) -> Built:
         import osd_torch
-        from osd_torch.bases import leading_singular_vectors, to_matrix
+        from osd_torch.bases import leading_singular_vectors
+        from osd_torch.layout import to_matrix
 
         weight, gradient, basis = tensors(given, device, dtype)
         online = proj_type.startswith("continuous")

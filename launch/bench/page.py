@@ -190,7 +190,7 @@ def _table(records: Sequence[report.Record], columns: report.Columns) -> str:
 
 
 def _trained(how: Mapping[str, Any]) -> str:
-    return f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}"
+    return f"`{how['model_config']}`, {how['tokens']:,} tokens per step, rank {how['rank']}"
 
 
 def about(found: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     if lost := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are missing, {lost[0]} "
+            f"{index} names {len(files)} shards, but {len(lost)} are missing, {lost[0]} "
             "first: fetch them, or save the model again"
         )
     return files

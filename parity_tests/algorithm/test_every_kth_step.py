@@ -1,6 +1,6 @@
-"""P moved every k-th step: what the steps between leave alone and leave out, on both sides.
+"""P moves only every k steps: what the other steps leave unchanged and do not compute.
 
-That the numbers are right says `algorithm/test_oracle.py`.
+`algorithm/test_oracle.py` checks the numbers.
 """
 
 from __future__ import annotations

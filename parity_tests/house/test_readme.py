@@ -1,4 +1,4 @@
-"""What the README and the docstrings show runs, and its tables are those of the suite."""
+"""The examples of README, docs and docstrings run, and the README's tables match the suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Flax LLaMA against transformers' own, on the same weights, and its Hugging Face files."""
+"""The Flax LLaMA compared with transformers', on the same weights, and its Hugging Face files."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The release's trajectories with XLA's defaults: what a user's program is compiled with.
+"""The release's trajectories with XLA's default optimizations, as in a user's program.
 
 The other tests are compiled without most optimizations (see `conftest.py`).
 """

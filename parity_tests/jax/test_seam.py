@@ -1,6 +1,6 @@
-"""The seam: rules for P, for the lift and of the moments that are written outside the library.
+"""Custom basis rules, lifts and transports, written outside the library.
 
-A toy of each, in some twenty lines, goes through every way of taking a step.
+A toy of each kind, about twenty lines long, runs in every kind of step.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def test_the_lifts_state_is_split_as_its_columns_are() -> None:
     assert layout.lift["w"]["mean"].spec == jax.sharding.PartitionSpec("fsdp")
 
 
-# ------------------------------------------------------------------ where the gradient is gone
+# ------------------------------------------------------------------ without the gradient
 
 WITH_REASON: list[Any] = [
     (lambda: (oja(), with_residual()), "the residual toy adds what P leaves of the gradient"),
@@ -334,7 +334,7 @@ WITH_REASON: list[Any] = [
 def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
     make: Callable[[], Any], reason: str
 ) -> None:
-    """Where gradients are gone, and only there."""
+    """In modes that free gradients, and only there."""
     tx = llama_toy(*make())
     refused = pytest.raises(ValueError, match=f"{reason}.*only its sketch is kept")
     with refused:

@@ -1,4 +1,4 @@
-"""Any pytree that Optax takes: the numbers are those of the plain dict of the same arrays."""
+"""Any pytree that Optax accepts gives the numbers of the plain dict of the same arrays."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The benchmark: that each mode runs, names every contender, and times what it says it does.
+"""The benchmark: each mode runs, names every contender, and times what it claims to time.
 
-No test here is about time.
+No test here depends on timings.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def test_rounds_give_each_contender_its_turn() -> None:
     assert {name: len(x) for name, x in times.items()} == dict.fromkeys("abc", 4)
     turns = calls[-12:]
     assert all(sorted(turns[i : i + 3]) == list("abc") for i in range(0, 12, 3))
-    assert turns != turns[:3] * 4  # the order is drawn anew
+    assert turns != turns[:3] * 4  # the order is random in each round
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Updates layer by layer, and the sums of sketches that micro-batches make."""
+"""Layer-by-layer updates, and accumulated sketches of micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-6
 
 
 class Net(torch.nn.Module):
-    """Three projected weights, of which P is on the input side, the output side and either."""
+    """Three projected weights, whose P is on the input side, the output side and either."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -435,7 +435,7 @@ def test_one_set_of_hooks_at_a_time() -> None:
         ValueError, match=r"another LayerwiseUpdates already updates this optimizer: close\(\)"
     ):
         osd_torch.LayerwiseUpdates(optimizer)
-    # Leaving in the midst of an update: what is held has to be dropped, and the message says how.
+    # Leaving the context during an update: the message says that held sketches must be dropped.
     micro = micro_batches(0)[0]
     loss_of(net, micro, 5).backward()
     updates.close()

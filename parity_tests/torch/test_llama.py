@@ -1,4 +1,4 @@
-"""The Hugging Face LLaMA as the trainer uses it: config, weights, files, loss, and the steps."""
+"""The Hugging Face LLaMA as used by the trainer: config, weights, files, loss, and steps."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""osd_torch's seam: rules written outside the library, what they need, and the classes' objects."""
+"""Custom rules for osd_torch, written outside the library; their needs; objects in the classes."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_what_needs_the_gradient_is_refused_by_its_reason_where_it_is_gone() -> 
     for options in ({"micro_batches": 2}, {"grad_clipping": 1.0}):
         with pytest.raises(ValueError, match=reason):
             osd_torch.LayerwiseUpdates(optimizer, **options)
-    with osd_torch.LayerwiseUpdates(optimizer) as updates:  # here it is at hand
+    with osd_torch.LayerwiseUpdates(optimizer) as updates:  # the gradient is available here
         before = net["mlp"].detach().clone()
         (net["mlp"] * gradient_of(0, "mlp")).sum().backward()
         updates.finish()
@@ -906,7 +906,7 @@ def test_names_beside_objects_are_refused() -> None:
 
 def test_a_rule_without_a_name_is_known_by_its_code() -> None:
     class Plain:
-        """A rule with no repr of its own."""
+        """A rule without a repr."""
 
         init, step, step_, transport_ = SGD.init, SGD.step, SGD.step_, SGD.transport_
 

@@ -1,4 +1,4 @@
-"""Every flag of the published commands is understood, and every mistake is named."""
+"""Every flag of the published commands is accepted, and every mistake is reported."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from parity_tests.support.published_commands import (
     PUBLISHED_60M,
 )
 
-# The published commands, word for word but for the script's name.
+# The published commands, verbatim except for the script's name.
 
 
 @pytest.fixture(autouse=True)
