@@ -347,7 +347,7 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
     with refused:
         llama_run(layerwise, tx, 2)
     params = llama.init(CONFIG, 0)
-    with pytest.raises(ValueError, match=f"{reason}: pass the gradients to apply as grads="):
+    with pytest.raises(ValueError, match=f"{reason}.*: pass the gradients to apply as grads="):
         state = jax.eval_shape(tx.init, params)
         jax.eval_shape(lambda g, s: tx.apply(tx.project(g, s), s, g), params, state)
 

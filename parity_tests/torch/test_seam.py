@@ -896,7 +896,7 @@ def test_names_beside_objects_are_refused() -> None:
     for key, value, of in (("penalty", 0.1, "basis"), ("scale", 0.5, "lift")):
         group = {"params": named, "rank": 2, key: value}
         given = {"basis": osd_torch.svd(5)} if of == "basis" else {"lift": osd_torch.scaled()}
-        with pytest.raises(ValueError, match=f"{key} is {value}, and {of} is given"):
+        with pytest.raises(ValueError, match=f"{key} is {value}, but {of} is given"):
             osd_torch.SubspaceAdamW([{**group, **given}], lr=LR)
     with pytest.raises(ValueError, match="optimizer is <class.*expected a Rule"):
         osd_torch.online_pca(Adam)  # type: ignore[arg-type]
@@ -930,7 +930,7 @@ def test_a_lift_may_not_return_other_state_than_it_began_with() -> None:
     net = model()
     optimizer = toys(net, lift=Lift(grows, name="grows"))
     net["mlp"].grad = gradient_of(0, "mlp")
-    with pytest.raises(ValueError, match="the lift grows returns state 'more'.*it is absent"):
+    with pytest.raises(ValueError, match="the lift grows returns state 'more'.*its init, absent"):
         optimizer.step()
 
 
