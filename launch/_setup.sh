@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh, in the project's root. `set_up EXTRA...` leaves .venv with
+# Sourced by the scripts of launch/, in the project's root. `set_up EXTRA...` leaves .venv with
 # these extras of pyproject.toml, in the versions of constraints.txt; when it has them it does nothing.
 # OSD_CONSTRAINTS names another file of versions; with /dev/null they are the newest.
 
