@@ -1,12 +1,18 @@
 """What every test shares. It runs before JAX or PyTorch is imported."""
 
+from __future__ import annotations
+
 import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from parity_tests.support.two_processes import TwoProcesses
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # -m gpu and -m tpu runs set it themselves
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' own processes share the cores
@@ -59,9 +65,31 @@ def few_memory_maps() -> Iterator[None]:
         count = sum(1 for _ in lines)
     if count > MOST_MAPS:
         sys.modules["jax"].clear_caches()
-        if "sides" in sys.modules:
-            sys.modules["sides"].forget_compiled()
+        if sides := sys.modules.get("parity_tests.support.sides"):
+            sides.forget_compiled()
         gc.collect()
 
 
-pytest.register_assert_rewrite("trainer_runs")  # its tests are collected where they are inherited
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch with one thread, as in `two_processes`: LAPACK's singular vectors depend on it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
+    """Runs a function of the test's module on two processes and returns what each returned."""
+    from parity_tests.support.two_processes import TwoProcesses
+
+    processes = TwoProcesses(tmp_path_factory.mktemp("two_processes"))
+    yield processes
+    processes.stop()
+
+
+# Its tests are collected where they are inherited.
+pytest.register_assert_rewrite("parity_tests.support.trainer_runs")

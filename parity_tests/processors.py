@@ -22,17 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+from parity_tests.support import ROOT
 
-TORCH = ("test_torch_golden", "test_torch_sharding", "test_torch_optimizers", "test_torch_llama",
-         "test_torch_layerwise", "test_torch_checkpoint", "test_train_torch",
-         "test_torch_in_other_hands", "test_torch_seam", "test_torch_residuals")  # fmt: skip
-JAX = ("test_jax_golden", "test_sharding", "test_jax_compose", "test_jax_layerwise", "test_llama",
-       "test_dimension_numbers", "test_checkpoint", "test_train_step", "test_train_jax",
-       "test_train_jax_hosts", "test_jax_set_at", "test_jax_x64", "test_jax_aliases",
-       "test_jax_seam", "test_jax_residuals")  # fmt: skip
-BOTH = ("test_oracle", "test_jax_torch", "test_blockwise", "test_every_kth_step", "test_rows",
-        "test_seam_agrees", "test_stochastic_rounding")  # fmt: skip
+TORCH = ("torch/test_golden", "torch/test_sharding", "torch/test_optimizers", "torch/test_llama",
+         "torch/test_layerwise", "torch/test_checkpoint", "trainers/test_train_torch",
+         "torch/test_in_other_hands", "torch/test_seam", "torch/test_residuals")  # fmt: skip
+JAX = ("jax/test_golden", "jax/test_sharding", "jax/test_compose", "jax/test_layerwise",
+       "jax/test_llama", "jax/test_dimension_numbers", "jax/test_checkpoint",
+       "jax/test_train_step", "trainers/test_train_jax", "trainers/test_train_jax_hosts",
+       "jax/test_set_at", "jax/test_x64", "jax/test_aliases", "jax/test_seam",
+       "jax/test_residuals")  # fmt: skip
+BOTH = ("algorithm/test_oracle", "algorithm/test_jax_torch", "jax/test_blockwise",
+        "algorithm/test_every_kth_step", "algorithm/test_rows", "algorithm/test_seam_agrees",
+        "algorithm/test_stochastic_rounding")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Setting:
         needs: Instructions that the processor must have, as Linux calls them; one of them where
             they are separated by `|`.
         arrives: What a child's report must hold (see `REPORT`), a regular expression.
-        modules: Those of the tests that it can reach.
+        modules: The files of tests that it can reach, within this folder.
     """
 
     environment: dict[str, str] = field(default_factory=dict)

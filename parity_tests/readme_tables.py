@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from launch.compare.report import headline, shares_table
+from launch.compare.runs import Runs
+from osd_names import PROJECTIONS, SUBSPACE_OPTIMIZERS
+from parity_tests.support import ROOT
+from parity_tests.support.combinations import PROJ_TYPES, RULES
+from parity_tests.support.golden_cases import golden_cases
+from parity_tests.support.state_bytes import table
+
 README = ROOT / "README.md"
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-from golden_cases import golden_cases  # noqa: E402
-from test_oracle import PROJ_TYPES, RULES  # noqa: E402
-from test_state_bytes import table  # noqa: E402
-
-from launch.compare.report import headline, shares_table  # noqa: E402
-from launch.compare.runs import Runs  # noqa: E402
-from osd_names import PROJECTIONS, SUBSPACE_OPTIMIZERS  # noqa: E402
 
 
 def combinations() -> str:

@@ -1,0 +1,1 @@
+"""The algorithm: against the float64 oracle, and JAX against PyTorch."""

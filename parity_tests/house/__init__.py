@@ -1,0 +1,1 @@
+"""The project itself: folders, README, docs, wheel."""

@@ -1,0 +1,446 @@
+"""Meshes: how weights, optimizer state and batches are laid out, and what a step exchanges.
+
+Eight virtual CPU devices; the numbers are those of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import osd_jax
+from launch.hlo import Collective, collectives, total_sent
+from osd_jax import llama, make_optimizer
+from osd_jax.llama.partition import batch_sharding, partition_specs
+from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
+from osd_jax.sharding import make_mesh, parse_mesh, state_sharding
+from osd_jax.trees import path_name
+from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
+from parity_tests.support import CONFIGS
+
+EVEN = llama.LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+)
+# 60 = 4 * 15 does not divide by 8, 90 = 2 * 45 not by 4, 251 by nothing.
+ODD = llama.LlamaConfig(
+    vocab_size=251,
+    hidden_size=60,
+    intermediate_size=90,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+)
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)]
+RANK = 8
+STEPS = 4
+ROWS, LENGTH = 16, 12
+
+
+def optimizer(name: str = "galore_adamw", proj_type: str = "continuous", **more: Any) -> Any:
+    # A larger step would let rounding grow past 1e-5 within the few steps.
+    options = {"learning_rate": 0.002, "rank": RANK, "update_proj_gap": 3} | more
+    return make_optimizer(name, proj_type, dimension_numbers=llama.dimension_numbers, **options)
+
+
+def shapes(config: llama.LlamaConfig) -> Any:
+    return jax.eval_shape(lambda: llama.init(config, 0))
+
+
+# ------------------------------------------------------------------------------------ meshes
+
+
+def test_a_mesh_is_read_from_text() -> None:
+    assert parse_mesh("data=2, tensor=4") == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert parse_mesh("") == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(**parse_mesh("fsdp=-1,tensor=2")).shape) == {
+        "data": 1, "fsdp": 4, "tensor": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model=2", "model=2.*expected each of data, fsdp, tensor"),
+        ("data=2,data=4", "data=4.*at most once"),
+        ("data", "expected a whole number"),
+        ("data=two", "expected a whole number"),
+        ("data=0", "at least 1"),
+        ("data=-1,fsdp=-1", "only one axis can be -1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (4, 4, 1), (-1, 3, 1), (1, 1, 1)])
+def test_a_mesh_of_other_than_all_devices_is_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="there are 8"):
+        make_mesh(*sizes)
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def test_every_matrix_is_split_on_both_axes() -> None:
+    specs = partition_specs(shapes(EVEN), make_mesh(2, 2, 2))
+    assert specs["embedding"] == P("tensor", "fsdp") and specs["head"] == P("fsdp", "tensor")
+    layers = specs["layers"]
+    for kernel in (*(layers["attention"][k] for k in ("query", "key", "value")),
+                   layers["mlp"]["gate"], layers["mlp"]["up"]):  # fmt: skip
+        assert kernel == P(None, "fsdp", "tensor")
+    assert layers["attention"]["output"] == layers["mlp"]["down"] == P(None, "tensor", "fsdp")
+    assert specs["norm"] == P(None) and layers["mlp_norm"] == P(None, None)
+
+
+def test_what_does_not_divide_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    config = llama.LlamaConfig(250, 52, 90, 2, 2)
+    with caplog.at_level(logging.WARNING, logger="osd_jax.llama.partition"):
+        specs = partition_specs(shapes(config), make_mesh(1, 2, 4))
+    assert specs["embedding"] == P(None, "fsdp")
+    assert specs["layers"]["mlp"]["gate"] == P(None, "fsdp", None)
+    assert specs["layers"]["attention"]["query"] == P(None, "fsdp", "tensor")
+    assert "layers/mlp/gate (2, 52, 90): 90 does not divide by tensor=4" in caplog.text
+    assert "query" not in caplog.text
+
+
+def test_other_models_are_told_to_write_their_own_specs() -> None:
+    with pytest.raises(ValueError, match="'dense/kernel' is none of osd_jax.llama's"):
+        partition_specs({"dense": {"kernel": jnp.ones((2, 2))}}, make_mesh(8))
+
+
+# ----------------------------------------------------------------------------- optimizer state
+
+SPECS = {"attention": {"query": P(None, "x", "y")}, "embedding": P("y", "x"), "norm": P(None)}
+PARAMS = {
+    "attention": {"query": jax.ShapeDtypeStruct((2, 1024, 2048), jnp.float32)},
+    "embedding": jax.ShapeDtypeStruct((512, 1024), jnp.float32),
+    "norm": jax.ShapeDtypeStruct((64,), jnp.float32),
+}
+NUMBERS = {
+    "attention": {"query": osd_jax.SubspaceDimensionNumbers(1, 2)},
+    "embedding": osd_jax.SubspaceDimensionNumbers(0, 1),
+    "norm": osd_jax.SubspaceDimensionNumbers((), 0),
+}
+
+
+def own_mesh() -> Mesh:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def state_specs(tx: Any, params: Any = PARAMS, specs: Any = SPECS) -> dict[str, tuple[Any, Any]]:
+    """By path: (shape, spec)."""
+    mesh = own_mesh()
+    found = jax.tree_util.tree_flatten_with_path(state_sharding(tx, params, specs, mesh))[0]
+    state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    assert all(x.mesh == mesh for _, x in found)
+    return {
+        path_name(path): (leaf.shape, tuple(x.spec) + (None,) * (leaf.ndim - len(x.spec)))
+        for (path, x), leaf in zip(found, state, strict=True)
+    }
+
+
+ALL = [(o, p) for o in SUBSPACE_OPTIMIZERS for p in PROJ_TYPES] + [
+    (o, "std") for o in FULL_RANK_OPTIMIZERS
+]
+
+
+@pytest.mark.parametrize(("name", "proj_type"), ALL)
+def test_state_follows_the_axes_of_the_weight(name: str, proj_type: str) -> None:
+    """By sizes, which differ here: each axis of the state is of the weight's axis of its size."""
+    tx = make_optimizer(name, proj_type, learning_rate=0.1, rank=16, dimension_numbers=NUMBERS)
+    by_size = {"query": {1024: "x", 2048: "y"}, "embedding": {512: "y", 1024: "x"}, "norm": {}}
+    side = PROJECTIONS[proj_type].side
+    seen = 0
+    for path, (shape, spec) in state_specs(tx).items():
+        last = path.rsplit("/", 1)[-1]
+        owner = next((owner for owner in by_size if owner in path.split("/")), None)
+        if owner is None:
+            assert shape == () == spec, path
+        elif last == "scales":
+            # 2048 in blocks of 256 is four whole ones on each of two; 1024 is one on each of four.
+            blocks = {size // 256: axis for size, axis in by_size[owner].items() if size >= 1024}
+            assert spec[-1] == blocks.get(shape[-1]), path
+            assert spec[-2] == by_size[owner].get(shape[-2]), path
+        else:
+            assert spec == tuple(by_size[owner].get(size) for size in shape), path
+            seen += owner == "query"
+    assert seen > 0 or name == "sgd"
+    if name.startswith("galore") and side in ("input", "output"):
+        (basis,) = [v for k, v in state_specs(tx).items() if "basis" in k]
+        p = 1024 if side == "input" else 2048
+        assert basis == ((2, p, 16), (None, "x" if p == 1024 else "y", None))
+
+
+@pytest.mark.parametrize(("proj_type", "p", "r"), [("std", "x", "y"), ("reverse_std", "y", "x")])
+def test_square_matrices_are_told_apart_by_their_side(proj_type: str, p: str, r: str) -> None:
+    tx = make_optimizer("galore_adamw", proj_type, learning_rate=0.1, rank=4)
+    found = state_specs(tx, {"mlp": jax.ShapeDtypeStruct((64, 64), jnp.float32)},
+                        {"mlp": P("x", "y")})  # fmt: skip
+    bases = [v for k, v in found.items() if "basis" in k]
+    moments = [v for k, v in found.items() if "/mu/" in k or "/nu/" in k]
+    assert bases == [((64, 4), (p, None))]
+    assert moments == [((4, 64), (None, r))] * 2
+
+
+@pytest.mark.parametrize("tx", [optax.adamw(0.1), optax.lion(0.1), optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adafactor(0.1))], ids=["adamw", "lion", "adafactor"]
+)  # fmt: skip
+def test_plain_optax_states_follow_their_weights(tx: optax.GradientTransformation) -> None:
+    by_size = {512: "y", 1024: "x", 2048: "y"}
+    found = state_specs(tx)
+    for path, (shape, spec) in found.items():
+        assert spec == tuple(by_size.get(size) for size in shape), path
+    assert len(found) > len(jax.tree.leaves(PARAMS))
+
+
+def test_attention_kernels_with_heads_and_short_specs() -> None:
+    params = {"mlp": jax.ShapeDtypeStruct((64, 8, 16), jnp.bfloat16)}
+    tx = osd_jax.scale_by_subspace(
+        optax.scale_by_adam(), osd_jax.online_pca(optax.adam(1e-2)), rank=4,
+        dimension_numbers=osd_jax.SubspaceDimensionNumbers(0, (1, 2)),
+    )  # fmt: skip
+    found = state_specs(tx, params, {"mlp": P("y", "x")})  # heads over x, each whole
+    assert found["projector/basis/mlp"] == ((64, 4), ("y", None))
+    assert found["inner/mu/mlp"] == ((4, 128), (None, "x"))
+    for path, (_, spec) in state_specs(tx, params, {"mlp": P(("x", "y"))}).items():
+        if "basis" in path:
+            assert spec == (("x", "y"), None)
+
+
+def test_a_spec_that_does_not_divide_is_refused() -> None:
+    params = {"mlp": jax.ShapeDtypeStruct((30, 64), jnp.float32)}
+    with pytest.raises(ValueError, match="'mlp' of shape .30, 64. .* 30 does not divide by x=4"):
+        state_specs(optax.adam(0.1), params, {"mlp": P("x", "y")})
+
+
+# -------------------------------------------------------------------------------- train steps
+
+
+class Run(NamedTuple):
+    """A few steps: losses, the bytes of the state on the first device, and the compiled text."""
+
+    losses: np.ndarray
+    bytes: int
+    text: str
+    state: TrainState
+
+
+@functools.cache
+def run(
+    config: llama.LlamaConfig,
+    sizes: tuple[int, int, int] | None,
+    name: str = "galore_adamw",
+    proj_type: str = "continuous",
+    micro_batches: int = 1,
+    **options: Any,
+) -> Run:
+    """Trains on one device, or on a mesh, with the same batches."""
+    mesh = None if sizes is None else make_mesh(*sizes)
+    tx = optimizer(name, proj_type)
+    state = init_state(llama.init(config, 0), tx, mesh)
+    step: Any = make_train_step(config, tx, mesh=mesh, **options)
+    rng = np.random.default_rng(0)
+    losses, compiled = [], None
+    for _ in range(STEPS):
+        shape = (micro_batches, ROWS, LENGTH)
+        batch = {
+            "tokens": rng.integers(0, config.vocab_size, shape, np.int32),
+            "mask": rng.random(shape) > 0.1,
+        }
+        where = jax.devices()[0] if mesh is None else batch_sharding(mesh)
+        args = (state, jax.device_put(batch, where), jnp.array(True))
+        # One layout in and out: a step never compiles again.
+        compiled = compiled or step.lower(*args).compile()
+        state, metrics = compiled(*args)
+        losses.append(float(metrics["loss"]))
+    held = sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(state)
+        for shard in leaf.addressable_shards
+        if shard.device == jax.devices()[0]
+    )
+    assert compiled is not None
+    return Run(np.array(losses), held, compiled.as_text(), state)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_gives_the_losses_of_one_device(sizes: tuple[int, int, int]) -> None:
+    np.testing.assert_allclose(run(EVEN, sizes).losses, run(EVEN, None).losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str
+)
+def test_so_does_one_that_does_not_divide_the_model(sizes: tuple[int, int, int]) -> None:
+    np.testing.assert_allclose(run(ODD, sizes).losses, run(ODD, None).losses, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "proj_type"),
+    [
+        ("galore_adamw8bit", "continuous_adam8bit"),
+        pytest.param("galore_adafactor", "std", marks=pytest.mark.slow),
+    ],
+)
+def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
+    found = run(EVEN, (2, 2, 2), name, proj_type, 2, grad_clipping=0.1).losses
+    alone = run(EVEN, None, name, proj_type, 2, grad_clipping=0.1).losses
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+def share(config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any) -> float:
+    """Bytes a device would hold if every array were cut into as many parts as it can be.
+
+    Weights and moments of full rank over fsdp and tensor; P over the axis of the weight's projected
+    side, R over the other's: (L, 64, 64) and (L, 64, 128) are projected on the input side,
+    (L, 128, 64) on the output side.
+    """
+    _, fsdp, tensor = sizes
+    params = shapes(config)
+    total = 0.0
+    for path, x in jax.tree_util.tree_flatten_with_path((params, jax.eval_shape(tx.init, params)))[
+        0
+    ]:
+        name = path_name(path)
+        parts = fsdp * tensor
+        if "norm" in name or x.ndim == 0:
+            parts = 1
+        elif "projector" in name:
+            parts = tensor if "attention/output" in name else fsdp
+        elif "inner_states/subspace" in name:
+            parts = fsdp if "attention/output" in name else tensor
+        total += x.size * x.dtype.itemsize / parts
+    return total
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_device_holds_its_share(sizes: tuple[int, int, int]) -> None:
+    assert run(EVEN, sizes).bytes == pytest.approx(share(EVEN, sizes, optimizer()), rel=0.05)
+
+
+def kernels(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(shapes(config))[0]
+    return {path_name(p): x.shape for p, x in leaves if "norm" not in path_name(p)}
+
+
+def assert_gathers_weights_only(
+    found: list[Collective], config: llama.LlamaConfig, sizes: tuple[int, int, int]
+) -> None:
+    """Outside conditionals, the weights that FSDP gathers; within the optimizer's, nothing.
+
+    The optimizer is within one conditional, that of a finite gradient, and the first P within two.
+    """
+    layers, tensor = config.num_hidden_layers, sizes[2]
+    norms = 4 * layers * config.hidden_size
+    gathered = [c for c in found if c.op == "all-gather" and c.branches < 2]
+    large = [c for c in gathered if c.bytes > max(norms, 4 * ROWS * LENGTH)]
+    moved = [c for c in found if c.branches == 1 and c.op in ("all-to-all", "collective-permute")]
+    assert not [c for c in large if c.branches], large
+    assert not [c for c in moved if c.bytes > norms], moved
+    wanted: dict[tuple[int, ...], int] = {}
+    for name, shape in kernels(config).items():
+        if name != "embedding" and sizes[1] > 1:  # whose rows travel, not the table
+            matrix = tuple(sorted(shape[-2:]))
+            split = config.vocab_size if name == "head" else None
+            wanted[matrix] = wanted.get(matrix, 0) + (1 if split else layers)
+    # Once for the forward pass and once for the backward pass.
+    weights = sum(
+        math.prod(shape) * n for shape, n in wanted.items()
+    ) * 4 / tensor  # fmt: skip
+    assert sum(c.bytes * c.times for c in large) <= 2 * weights
+    assert all("dot_general" in c.name and "jvp" in c.name for c in large), large
+    # The first P takes one layer's gradient at a time.
+    matrix = max(4 * math.prod(shape[-2:]) for shape in kernels(config).values())
+    assert all(c.bytes <= matrix for c in found if c.branches == 2 and c.op == "all-gather")
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_online_pca_gathers_no_gradient_and_no_state(sizes: tuple[int, int, int]) -> None:
+    assert_gathers_weights_only(collectives(run(EVEN, sizes).text), EVEN, sizes)
+
+
+# -------------------------------------------------------------------------- reduced sketches
+
+
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str
+)
+def test_reduced_sketches_give_the_losses_of_whole_gradients(sizes: tuple[int, int, int]) -> None:
+    """An SVD's P asks only R of a gradient, which is exact; online PCA a norm that is estimated."""
+    compressed = run(EVEN, sizes, proj_type="std", compress_gradients=True)
+    alone = run(EVEN, None, proj_type="std")
+    np.testing.assert_allclose(compressed.losses, alone.losses, atol=1e-5)
+
+
+def test_reduced_sketches_of_online_pca_come_near_the_losses_of_whole_gradients() -> None:
+    compressed = run(EVEN, (8, 1, 1), compress_gradients=True, micro_batches=2)
+    alone = run(EVEN, None, micro_batches=2)
+    np.testing.assert_allclose(compressed.losses, alone.losses, atol=1e-4)
+
+
+def test_reduced_sketches_need_a_mesh_and_an_optimizer_that_reads_no_more() -> None:
+    with pytest.raises(ValueError, match="give mesh"):
+        make_train_step(EVEN, optimizer(), compress_gradients=True)
+    with pytest.raises(ValueError, match="move_projector is 'before'"):
+        tx = optimizer(move_projector="before")
+        make_train_step(EVEN, tx, mesh=make_mesh(8), compress_gradients=True)
+
+
+def every_step(
+    config: llama.LlamaConfig, tx: Any, *, rows: int, length: int, **options: Any
+) -> list[Collective]:
+    """What data parallelism over eight devices exchanges in each step, by the compiler.
+
+    Not what is conditional: setting P from whole gradients, on the steps that do so. Nothing is
+    allocated.
+    """
+    mesh = make_mesh(8)
+    step = make_train_step(config, tx, mesh=mesh, **options)
+    params = shapes(config)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    state = jax.tree.map(put, state, train_state_sharding(tx, params, mesh))
+    batch = {
+        name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=batch_sharding(mesh))
+        for name, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
+    }
+    unmeasured: Any = jax.jit(lambda state, batch: step(state, batch, False), donate_argnums=0)
+    found = collectives(unmeasured.lower(state, batch).compile().as_text())
+    return [one for one in found if not one.branches]
+
+
+def sketch_bytes(config: llama.LlamaConfig, rank: int) -> int:
+    """R and A of every projected matrix, whole gradients of all else, in float32."""
+    numbers = 0
+    for path, x in jax.tree_util.tree_flatten_with_path(shapes(config))[0]:
+        projected = llama.is_projected(path_name(path), x)
+        numbers += x.shape[0] * sum(x.shape[-2:]) * rank if projected else x.size
+    return 4 * numbers
+
+
+def test_reduced_sketches_send_less_than_adamw_at_1b() -> None:
+    config, rank = llama.LlamaConfig.load(CONFIGS / "llama_1b.json"), 512
+    batch = {"rows": 8, "length": 256}
+    small = every_step(config, optimizer(rank=rank), compress_gradients=True, **batch)
+    large = every_step(config, optimizer("adamw", "std"), **batch)
+    assert {one.op for one in small + large} == {"all-reduce"}
+    reduced = [sum(one.bytes * one.times for one in found) for found in (small, large)]
+    # And a few scalars, such as R's squared norm beside each R.
+    assert reduced[0] == pytest.approx(sketch_bytes(config, rank), rel=1e-3)
+    assert reduced[1] == pytest.approx(4 * llama.num_parameters(config), rel=1e-3)
+    # 4.27e9 bytes sent by a device in place of 9.37e9.
+    assert total_sent(small) / total_sent(large) == pytest.approx(0.455, abs=0.001)

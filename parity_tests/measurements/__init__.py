@@ -1,0 +1,1 @@
+"""What is measured: the benchmark, the comparison, compiled programs, other processors."""

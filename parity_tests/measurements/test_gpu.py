@@ -1,0 +1,180 @@
+"""Both libraries and both trainers on a GPU: `JAX_PLATFORMS=cuda pytest -m gpu -n 0`.
+
+The trajectories of the release are followed there as on a CPU, within the same tolerances: matrix
+products of float32 are float32's own, not TF32. Singular vectors have the signs that a library
+gives them, and cuSOLVER's are not LAPACK's. Online PCA does not notice. Where P is set anew, the
+moments kept meet the new signs, so there PyTorch takes its SVDs on the CPU, and JAX's runs, which
+are compiled, are left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import osd_torch
+from launch import train_jax, train_torch
+from launch.files import read_metrics
+from parity_tests.support import golden_in_jax, golden_in_torch
+from parity_tests.support.golden_cases import GoldenCase, GoldenRun, golden_cases, golden_runs
+from parity_tests.support.sides import gradients, run_torch
+from parity_tests.support.trainer_runs import SHORT, Home, make_home
+
+pytestmark = pytest.mark.gpu
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def gpu() -> Iterator[None]:
+    """Products of float32 in float32, on both sides; fails where either sees no GPU."""
+    assert torch.cuda.is_available(), "PyTorch sees no GPU"
+    assert jax.default_backend() == "gpu", "JAX sees no GPU; set JAX_PLATFORMS=cuda"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with jax.default_matmul_precision("highest"):
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def marked(case: Any) -> Any:
+    is_8bit = "8bit" in case.optimizer + case.proj_type
+    return pytest.param(case, id=case.name, marks=needs_bitsandbytes if is_8bit else ())
+
+
+@pytest.fixture
+def lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Singular vectors with LAPACK's signs."""
+    svd = torch.linalg.svd
+
+    def on_cpu(matrix: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(x.to(matrix.device) for x in svd(matrix.cpu(), **options))
+
+    monkeypatch.setattr(torch.linalg, "svd", on_cpu)
+
+
+@pytest.mark.usefixtures("lapack")
+@pytest.mark.parametrize("case", [marked(case) for case in golden_cases()])
+def test_a_matrix_in_pytorch_follows_the_release(case: GoldenCase) -> None:
+    with torch.device("cuda"):
+        golden_in_torch.check_matrix(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in golden_cases() if case.proj_type.startswith("continuous")],
+    ids=lambda case: case.name,
+)
+def test_a_matrix_in_jax_follows_the_release(case: GoldenCase) -> None:
+    golden_in_jax.check_matrix(case, transposed=True)
+
+
+@pytest.mark.usefixtures("lapack")
+@pytest.mark.parametrize("run", [marked(run) for run in golden_runs()])
+def test_a_tiny_llama_in_pytorch_trains_as_in_the_release(run: GoldenRun) -> None:
+    with torch.device("cuda"):
+        golden_in_torch.check_tiny_llama(run)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [run for run in golden_runs() if run.proj_type.startswith("continuous")],
+    ids=lambda run: run.name,
+)
+def test_a_tiny_llama_in_jax_trains_as_in_the_release(run: GoldenRun) -> None:
+    golden_in_jax.check_tiny_llama(run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("optimizer", "proj_type"),
+    [
+        ("galore_adamw", "continuous"),
+        ("galore_adamw", "random"),
+        ("galore_lion", "continuous_lion"),
+        ("galore_adafactor", "continuous_adafactor"),
+        ("galore_adamw", "continuous_sgd"),
+    ],
+)
+def test_a_gpu_trains_as_a_cpu_does(optimizer: str, proj_type: str, dtype: str) -> None:
+    """Sketches of bfloat16 are products of bfloat16 there, and of float32 here: equal but for sums.
+
+    The limit is then a step of the weight's own rounding for each of 8 steps.
+    """
+    rng = np.random.default_rng(0)
+    start = {"mlp.weight": rng.standard_normal((48, 32)), "norm": rng.standard_normal(32)}
+    grads = {name: gradients(rng, 8, x.shape, 1.5 * (x.ndim == 2)) for name, x in start.items()}
+    options: Any = {"lr": 0.01, "rank": 6, "update_proj_gap": 20, "scale": 1.0, "seed": 3}
+    ends = []
+    for device in ("cpu", "cuda"):
+        with torch.device(device):
+            args = (start, grads, np.ones(8), optimizer, proj_type)
+            ends.append(run_torch(*args, dtype=dtype, **options).weights)
+    for name, first in start.items():
+        cpu, cuda = (end[name][-1] for end in ends)
+        error = np.linalg.norm(cuda - cpu) / np.linalg.norm(cpu - first)
+        assert error < (1e-3 if dtype == "float32" else 5e-2), name
+
+
+def test_the_count_of_steps_lies_on_the_cpu_and_the_rest_on_the_gpu() -> None:
+    with torch.device("cuda"):
+        weight = torch.nn.Parameter(torch.randn(24, 16))
+        weight.grad = torch.randn(24, 16)
+    optimizer = osd_torch.make_optimizer(
+        [("mlp", weight)], "galore_adamw", "continuous", lr=0.01, rank=4
+    )
+    for _ in range(2):
+        optimizer.step()
+    state = optimizer.state[weight]
+    kinds = {name: x.device.type for name, x in state.items()}
+    assert kinds.pop("step") == "cpu" and set(kinds.values()) == {"cuda"}
+
+
+@pytest.fixture(scope="module", params=[train_torch, train_jax], ids=["torch", "jax"])
+def home(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    trainer = request.param
+    return make_home(tmp_path_factory.mktemp("gpu"), trainer, "-m", trainer.__name__)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "galore_adamw", "proj_type": "continuous"},
+        {"optimizer": "galore_adamw_per_layer", "proj_type": "continuous", "batch_size": 8},
+        {"optimizer": "galore_adamw", "proj_type": "std", "dtype": "float32"},
+        pytest.param(
+            {
+                "optimizer": "galore_adamw8bit_per_layer",
+                "proj_type": "continuous_adam8bit",
+                "activation_checkpointing": True,
+                "batch_size": 8,
+            },
+            marks=needs_bitsandbytes,
+        ),
+        {"optimizer": "adamw"},
+    ],
+    ids=lambda changes: f"{changes['optimizer']}-{changes.get('proj_type')}",
+)
+def test_trainers_train_stop_and_go_on(changes: dict[str, Any], home: Home) -> None:
+    name = "-".join(map(str, changes.values()))
+    short: dict[str, Any] = {**SHORT, "num_training_steps": 40, "total_batch_size": 8} | changes
+    short |= {"eval_every": 20, "save_every": 10, "warmup_steps": 4}
+    assert home.run(name, **short) == 0
+    losses = losses_of(home / name)
+    assert np.isfinite(losses).all() and np.mean(losses[-4:]) < losses[0] - 0.2
+    again = f"{name}-again"
+    assert home.run(again, **short, continue_from=home / name / "checkpoints" / "30") == 0
+    # The gradients of embeddings are sums in no fixed order there.
+    np.testing.assert_allclose(losses_of(home / again)[-10:], losses[-10:], rtol=2e-2)
+
+
+def losses_of(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run) if record["kind"] == "train"]

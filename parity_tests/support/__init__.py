@@ -1,0 +1,7 @@
+"""What tests of several files share; no test imports another test."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+GOLDEN = ROOT / "parity_tests" / "golden"

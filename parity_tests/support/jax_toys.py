@@ -1,0 +1,50 @@
+"""A tiny LLaMA whose optimizer is composed outside osd_jax, and six steps of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import osd_jax
+from osd_jax import llama
+from osd_jax.guard import guarded
+from osd_jax.llama.train import init_state
+from osd_jax.trees import path_name
+
+Tree = Any
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+
+
+def llama_toy(rule: Any, lift: Any, **more: Any) -> Any:
+    """The whole optimizer, composed outside the library."""
+    subspace = osd_jax.scale_by_subspace(
+        optax.scale_by_adam(), rule, rank=4, lift=lift, widen_updates=True,
+        dimension_numbers=llama.dimension_numbers, **more,
+    )  # fmt: skip
+
+    def labels(params: Tree) -> Tree:
+        of = lambda path, x: "in" if llama.is_projected(path_name(path), x) else "full"
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    parts = optax.partition({"in": subspace, "full": optax.scale_by_adam()}, labels)
+    return osd_jax.in_parts(guarded(optax.chain(parts, optax.scale(-1e-3))), subspace)
+
+
+def llama_run(
+    step: Any, tx: Any, micro_batches: int, *, mesh: Any = None, dtype: Any = jnp.float32
+) -> tuple[np.ndarray, Tree]:
+    """The losses of six steps, and the weights after them."""
+    params = jax.tree.map(lambda x: x.astype(dtype), llama.init(CONFIG, 0))
+    state, rng, losses = init_state(params, tx, mesh), np.random.default_rng(0), []
+    for _ in range(6):
+        tokens = rng.integers(0, CONFIG.vocab_size, (micro_batches, 8, 9), np.int32)
+        state, metrics = step(state, {"tokens": tokens, "mask": tokens >= 0}, False)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(state.params)

@@ -1,0 +1,20 @@
+"""osd_torch against what the published PyTorch code does: `golden/`."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity_tests.support.golden_cases import GoldenCase, GoldenRun, golden_cases, golden_runs
+from parity_tests.support.golden_in_torch import check_matrix, check_tiny_llama
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.name)
+def test_a_matrix_follows_the_release(case: GoldenCase) -> None:
+    check_matrix(case)
+
+
+@pytest.mark.parametrize("run", golden_runs(), ids=lambda run: run.name)
+def test_a_tiny_llama_trains_as_in_the_release(run: GoldenRun) -> None:
+    check_tiny_llama(run)

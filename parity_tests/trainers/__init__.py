@@ -1,0 +1,1 @@
+"""The trainers: options, data, runs that are killed and resumed."""

@@ -1,0 +1,89 @@
+"""Each recipe starts the published run of each size, as `launch.train_jax` understands it."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.options import Options
+from launch.train_jax import refuse_torch_only
+from parity_tests.support import ROOT
+
+# rank, steps, warmup, learning rate, gap, and rows of one device in a forward pass, as published
+PUBLISHED = {
+    "60m": (128, 10_000, 1_000, 0.01, 200, 256),
+    "130m": (256, 20_000, 2_000, 0.01, 200, 256),
+    "350m": (256, 60_000, 6_000, 0.01, 200, 128),
+    "1b": (1024, 100_000, 10_000, 0.01, 200, 16),
+    "7b": (1024, 150_000, 15_000, 0.005, 500, 16),
+}
+# recipe, environment, processes, devices of each
+PLACES = [
+    ("gpu", {}, 1, 1),
+    ("slurm", {"SLURM_NTASKS": "8"}, 8, 1),
+    ("slurm", {"SLURM_NTASKS": "64"}, 64, 1),
+    ("tpu", {}, 1, 4),
+    ("tpu", {"HOSTS": "16", "CHIPS": "8", "RUNS": "there"}, 16, 8),
+]
+
+
+def printed(recipe: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", f"launch/recipes/{recipe}.sh", *words],
+        cwd=ROOT,
+        env={**os.environ, "DRY_RUN": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    rank, steps, warmup, lr, gap, rows = PUBLISHED[size]
+    for recipe, environment, processes, devices in PLACES:
+        shown = printed(recipe, size, "--seed", "3", "--name", "other", **environment)
+        assert shown.returncode == 0, shown.stderr
+        command = shown.stdout.split()
+        start = command.index("launch.train_jax")
+        launcher = ["srun"] if recipe == "slurm" else []
+        assert command[:start] == [*launcher, ".venv/bin/python", "-m"]
+        options = Options.parse(command[start + 1 :]).check(processes=processes)
+
+        assert options.model_config == f"configs/llama_{size}.json"
+        assert (options.rank, options.num_training_steps, options.warmup_steps) == (
+            rank, steps, warmup
+        )  # fmt: skip
+        assert (options.lr, options.update_proj_gap, options.galore_scale) == (lr, gap, 0.25)
+        is_7b = size == "7b"
+        assert options.optimizer == ("galore_adamw8bit" if is_7b else "galore_adamw")
+        assert options.proj_type == ("continuous_adam8bit" if is_7b else "continuous")
+        assert options.grad_clipping == (1.0 if is_7b else 0)
+        assert options.activation_checkpointing == is_7b
+        assert options.total_batch_size == 512
+        assert options.batch_size == min(rows * devices, 512 // processes)
+        assert options.batch_size % devices == 0
+        # what is needed for the weights to fit
+        assert options.fsdp == (recipe != "gpu" and size in ("1b", "7b"))
+        assert options.per_layer == (recipe == "gpu" and is_7b)
+        assert options.single_gpu == (recipe == "gpu")
+        assert options.resume and (options.seed, options.name) == (3, "other")
+        refuse_torch_only(options)
+
+
+def test_what_is_wrong_is_named() -> None:
+    for shown, message in (
+        (printed("gpu", "2b"), "error: no published run of '2b'; expected 60m, 130m, 350m, 1b or"),
+        (printed("tpu"), "error: no published run of ''"),
+        (printed("slurm", "60m", SLURM_NTASKS="12"), "do not divide by 12 processes x 1 devices"),
+    ):
+        assert shown.returncode == 2
+        assert message in shown.stderr and shown.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    scripts = [*Path("launch").glob("*.sh"), *Path("launch/recipes").glob("*.sh")]
+    subprocess.run(["shellcheck", "-x", "-s", "bash", *map(str, scripts)], cwd=ROOT, check=True)
