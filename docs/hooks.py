@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import griffe
-from latex2mathml.converter import convert
+from math_core import LatexToMathML
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+MATH = LatexToMathML()  # raises LatexError for what it does not know
 
 
 def _equation(source: str, *_: Any, **__: Any) -> str:
-    return f'<div class="math">{convert(source, display="block")}</div>'
+    return f'<div class="math">{MATH.convert_with_local_state(source, displaystyle=True)}</div>'
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -39,7 +40,7 @@ class GoogleExample(griffe.Extension):
 def _page(example: Path) -> str:
     if example.suffix == ".ipynb":
         body, _ = MarkdownExporter().from_filename(str(example))
-        return body
+        return body.replace("](../docs/", "](../")
     return f"# {example.name}\n\n```python\n{example.read_text(encoding='utf-8')}```\n"
 
 
