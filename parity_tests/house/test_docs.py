@@ -84,7 +84,6 @@ def test_what_a_page_links_to_is_there(page: Path) -> None:
 # Code
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("page", GUIDES, ids=name)
 def test_the_code_of_a_guide_runs(page: Path) -> None:
     """Block by block in one namespace, as a reader would run them."""

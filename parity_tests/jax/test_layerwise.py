@@ -34,7 +34,6 @@ WIDE = llama.LlamaConfig(  # large enough for 8-bit state
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def make_optimizer(optimizer: str, proj_type: str = "continuous", **more: Any) -> Any:

@@ -35,7 +35,6 @@ from parity_tests.support.jax_toys import CONFIG, llama_run, llama_toy
 from parity_tests.support.residual_cases import ResidualCase, residual_cases
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_fast"),
     pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64"),  # one lift's
 ]
 

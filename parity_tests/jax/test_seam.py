@@ -288,7 +288,6 @@ def test_accumulated_parts_that_are_alike_are_a_plain_step(shape: tuple[int, ...
     chex.assert_trees_all_close(state.inner, plain_state, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize(("micro_batches", "clipping"), [(1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5)])
 def test_the_toys_go_layer_by_layer(micro_batches: int, clipping: float) -> None:
     with jax.enable_x64(True):
@@ -301,7 +300,6 @@ def test_the_toys_go_layer_by_layer(micro_batches: int, clipping: float) -> None
     chex.assert_trees_all_close(*ends, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_the_toys_train_by_reduced_sketches_on_a_mesh() -> None:
     """Column sums are exact over devices; ||G||^2, by which P's step is divided, is estimated."""
     tx = llama_toy(oja(step_size=1e-3), by_column_sums())
@@ -354,7 +352,6 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
         jax.eval_shape(lambda g, s: tx.apply(tx.project(g, s), s, g), params, state)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_rule_that_reads_the_gradient_trains_where_it_is_there() -> None:
     with jax.enable_x64(True):
         tx = llama_toy(oja(), with_residual())
@@ -461,7 +458,6 @@ def test_a_chain_that_hides_its_subspace_is_refused() -> None:
             llama_run(step, tx, micro_batches)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_in_parts_of_a_chain_is_the_chain() -> None:
     """Around what `make_optimizer` returns, by sketches and layer by layer."""
     made = osd_jax.make_optimizer(
@@ -477,7 +473,6 @@ def test_in_parts_of_a_chain_is_the_chain() -> None:
         chex.assert_trees_all_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_plain_optimizer_has_nothing_to_sketch() -> None:
     tx = optax.apply_if_finite(optax.adamw(1e-3), 5)
     wanted = llama_run(make_train_step(CONFIG, tx), tx, 2)

@@ -40,7 +40,6 @@ KINDS = ("attention/query", "mlp/down")  # a square and an oblong one; fewer com
 SHAPE = (3, 12)  # rows and tokens of a micro-batch
 
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 # ---------------------------------------------------------------------------- the schedule

@@ -34,7 +34,6 @@ from osd_jax.sharding import make_mesh, state_sharding
 from parity_tests.support.arrays import normal_jax
 
 Tree = Any
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture(scope="module", autouse=True)
