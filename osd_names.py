@@ -116,6 +116,7 @@ RESIDUALS: dict[str, Residual] = {
     "sign": Residual(1.0),
 }
 MOVE_PROJECTOR = ("after", "before")
+PROJECTOR_INITS = ("svd", "qr")
 
 
 class Reader(NamedTuple):
@@ -242,8 +243,8 @@ def check_muon(muon_scale: str, nesterov: bool, momentum: Any) -> None:
     check_flag("nesterov", nesterov)
     if nesterov and isinstance(momentum, numbers.Number) and momentum == 0:
         raise ValueError(
-            "nesterov is True, but a momentum of 0 keeps no moment and ignores it; leave it out, or "
-            "give a momentum above 0"
+            "nesterov is True, but a momentum of 0 keeps no moment and ignores it; leave it out, "
+            "or give a momentum above 0"
         )
 
 
@@ -277,8 +278,8 @@ def check_moments(second_moment: str, first_moment: str) -> None:
     check_choice("first_moment", first_moment, FIRST_MOMENTS)
     if first_moment != "full" and second_moment != "row":
         raise ValueError(
-            f"first_moment is {first_moment!r}: only second_moment 'row' reads it; leave it out, or "
-            "give both"
+            f"first_moment is {first_moment!r}: only second_moment 'row' reads it; leave it out, "
+            "or give both"
         )
 
 

@@ -32,11 +32,10 @@ from osd_jax.sketch import (
     Sketch,
     TwoSided,
 )
-from osd_names import MOVE_PROJECTOR, check_choice
+from osd_names import MOVE_PROJECTOR, PROJECTOR_INITS, check_choice
 
 ResolvedSide = Literal["input", "output", "both"]
 Order = Literal["after", "before"]
-PROJECTOR_INITS = ("svd", "qr")
 NOT_SET = -1  # value of ProjectorState.set_at
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 

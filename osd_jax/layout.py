@@ -206,6 +206,6 @@ def check_dtype(name: str, array: jax.Array) -> None:
 
 
 def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dtype") -> None:
-    """Raises ValueError unless `dtype` is None or a supported dtype of P, given as option `name`."""
+    """Raises ValueError unless `dtype` is None or a supported dtype of P; `name` is the option."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")

@@ -216,7 +216,7 @@ def replicated(array: jax.Array) -> jax.Array:
 
 
 def whole_columns(matrix: jax.Array) -> jax.Array:
-    """Under Explicit axes, shards (..., p, q) along q alone, over the axes of p too if they divide q.
+    """Under Explicit axes, shards (..., p, q) along q alone, over the axes of p too if they fit.
 
     A product over q, such as M M^T, is then one all-reduce of p x p numbers.
     """

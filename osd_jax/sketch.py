@@ -177,7 +177,8 @@ def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
     for statistic in (one for several in statistics for one in several):
         if by_name.setdefault(statistic.name, statistic) != statistic:
             raise ValueError(
-                f"two different statistics are named {statistic.name!r}: names must be unique; rename one"
+                f"two different statistics are named {statistic.name!r}: names must be unique; "
+                "rename one"
             )
     return tuple(by_name.values())
 

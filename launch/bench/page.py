@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import report
-from launch.files import write_atomic
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.files import write_atomic
 
 MODES = ("optimizer", "train", "memory")
 PRODUCTS = (

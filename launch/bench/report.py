@@ -9,6 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from launch.trainer.files import atomic
+
 Record = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Record], str]]  # title -> cell of a record
 COLORS = {"torch": "tab:orange", "jax": "tab:blue"}
@@ -180,9 +182,8 @@ def plot_all(results: Mapping[str, Sequence[Record]], out: Path) -> None:
             draw(ax)
         for ax in line_axes[len(line) :]:
             ax.set_visible(False)
-    temporary = out.with_name(f".{out.name}")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(out)
+    with atomic(out) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def _draw_case(name: str, group: Sequence[Record], ax: Any) -> None:

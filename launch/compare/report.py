@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from launch.compare.methods import BAR, METHODS, Config, Setting
 from launch.compare.state import share_of_bar
 from launch.compare.tune import MORE, SECOND_SEED, TRIALS, TUNING_SEED
-from launch.files import write_atomic
+from launch.trainer.files import atomic, write_atomic
 
 Run = Mapping[str, Any]
 SEARCHED = (TUNING_SEED, SECOND_SEED)
@@ -301,6 +301,5 @@ def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
     for axis in (by_state, over_run):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        figure.savefig(temporary)

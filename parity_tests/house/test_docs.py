@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import math
 import os
 import re
@@ -160,7 +160,8 @@ def check_example(module: str, arguments: list[str], capsys: pytest.CaptureFixtu
 
 def check_module(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The flags are in the module's help; what `compile_tpu` passes on, the trainer accepts."""
-    if module.endswith("compile_tpu"):
+    assert importlib.util.find_spec(module) is not None, f"no module {module}"
+    if module == "launch.compile_tpu":
         topology = argparse.ArgumentParser(allow_abbrev=False)
         topology.add_argument("--topology", required=True)
         check_trainer("launch.train_jax", topology.parse_known_args(arguments)[1], processes=1)

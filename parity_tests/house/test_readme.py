@@ -15,7 +15,11 @@ import osd_torch
 from parity_tests.readme_tables import README, updated
 
 LIBRARIES = (osd_jax, osd_torch)
-MODULES = ("launch.hlo", "launch.hosts", "launch.training", "osd_names") + tuple(
+EXAMPLES = (
+    "osd_names", "launch.compile_tpu.hlo", "launch.trainer.keywords",
+    "launch.trainer.options.options", "launch.trainer.processes",
+)  # fmt: skip
+MODULES = EXAMPLES + tuple(
     module.name
     for library in LIBRARIES
     for module in pkgutil.walk_packages(library.__path__, f"{library.__name__}.")

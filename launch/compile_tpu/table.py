@@ -1,6 +1,6 @@
 """Writes `docs/tpu.md`: memory and communication of the published runs on TPU slices.
 
-    python -m launch.tpu_table
+    python -m launch.compile_tpu.table
 
 compiles the train step of `launch/recipes/tpu.sh` for every size and slice with launch.compile_tpu.
 A 7B step takes minutes. The results are stored in `docs/tpu.json`, so an interrupted table resumes;
@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.compile_tpu import GIB, IN_BRANCH, Report, find_topology
-from launch.files import write_atomic
-from launch.options import run_cli
+from launch.compile_tpu.step import GIB, IN_BRANCH, Report, find_topology
+from launch.trainer.cli import run_cli
+from launch.trainer.files import write_atomic
 
 RECIPE = "launch/recipes/tpu.sh"
 SIZES = ("60m", "130m", "350m", "1b", "7b")
@@ -130,7 +130,7 @@ def page(found: dict[str, Report]) -> str:
         "To reproduce the table, or to compile a step of your own, install `pip install -e "
         "'.[jax,train,tpu]'` and run:",
         "",
-        "    python -m launch.tpu_table",
+        "    python -m launch.compile_tpu.table",
         "    python -m launch.compile_tpu --topology v6e:4x4 --model_config configs/llama_1b.json "
         "--batch_size 16 ...",
     ]
@@ -155,7 +155,7 @@ def make_table(wanted: Iterable[Row], out: Path) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.tpu_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m launch.compile_tpu.table", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="output folder of the page")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
