@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import page, report, timing
-from launch.files import write_atomic
-from launch.options import UsageError, count, run_cli
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.files import write_atomic
+from launch.trainer.options import count
 
 
 def write(args: argparse.Namespace, records: list[dict[str, Any]], **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""`docs/benchmark.md` and its picture, made from what was measured; `_cuda` of a GPU."""
+"""Writes `docs/benchmark.md` and its figure from the measurements; `_cuda` for a GPU."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import report
-from launch.files import write_atomic
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.files import write_atomic
 
 MODES = ("optimizer", "train", "memory")
 PRODUCTS = (
-    # what it is, operations and numbers read and written, of M (p, q) and P (p, r)
+    # Product, formula, and (operations, numbers read and written) for M (p, q) and P (p, r).
     ("R = P^T M", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + p * r + q * r)),
     ("W += P D", "2 p q r", lambda p, q, r: (2 * p * q * r, 2 * p * q + p * r + q * r)),
     ("A = M R^T", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + q * r + p * r)),
@@ -29,17 +29,17 @@ NUMBERS_MOVED = (
 
 
 def floor_of(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Operations of the seven products, and the numbers that they read and write at least."""
+    """Operations of the seven products, and the least count of numbers that they read and write."""
     p, q = sorted(shape)
     each = [count(p, q, rank) for _, _, count in PRODUCTS]
     return sum(ops for ops, _ in each), sum(numbers for _, numbers in each)
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What was measured, by mode.
+    """The measurements, by mode.
 
     Raises:
-        UsageError: there is nothing, or a file is damaged.
+        UsageError: The folder holds no results, or a file is damaged.
     """
     found = {}
     for mode in MODES:
@@ -57,7 +57,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], docs: Path) -> Path:
-    """Writes the page, its numbers and its picture into a folder; returns the page's path."""
+    """Writes the page, its data and its figure into a folder; returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     name = stem(results)
     write_atomic(docs / f"{name}.json", json.dumps(results, indent=1) + "\n")
@@ -68,10 +68,10 @@ def write(results: Mapping[str, Any], docs: Path) -> Path:
 
 
 def stem(results: Mapping[str, Any]) -> str:
-    """The page's name: a GPU has one of its own.
+    """The page's name, separate for a GPU.
 
     Raises:
-        UsageError: the results are of several devices.
+        UsageError: The results are from several devices.
     """
     devices = sorted({found["how"]["device"] for found in results.values()})
     if len(devices) > 1:
@@ -86,9 +86,10 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         f"# How fast a step is, and how large{on}",
         "",
-        "What one step costs beside its floor, beside the published way of taking it, and beside "
-        "other optimizers. In every round each contender has its turn in the same process; ratios "
-        "are of two times of one round. All figures are medians, with quartiles in brackets.",
+        "The time of one step relative to its lower bound (the floor), to the published "
+        "implementation (the *published way* in the tables), and to other optimizers. In every "
+        "round each contender runs once in the same process; a ratio divides two times of the "
+        "same round. All figures are medians, with quartiles in brackets.",
         "",
         f"![Times and sizes]({name}.png)",
         "",
@@ -108,10 +109,10 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         "python -m launch.bench docs       # writes this page from runs/bench",
         "```",
         "",
-        "`--device cuda` runs the same on a GPU, with the matrices of 7B too; `--out` then names "
-        "another folder, for `docs` as well. Measure on a machine that does nothing else: ratios "
-        "within a round bear other programs, a pool of threads that waits for one of its own does "
-        "less well.",
+        "`--device cuda` runs the same on a GPU, including the matrices of 7B; `--out` then "
+        "names another folder, for `docs` as well. Measure on an otherwise idle machine: ratios "
+        "within a round tolerate other programs, but a thread pool waiting for one of its "
+        "threads is affected.",
     )
 
 
@@ -119,12 +120,13 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         "## The floor",
         "",
-        "A step of Online Subspace Descent needs of a gradient M (p, q), p the projected axis, its "
-        "projection R = P^T M, the correlation A = M R^T and ||M||. With them the gradient of P is "
-        "`(2 / ||M||^2) (P (P^T A) + A (P^T P) - 2 A)`: no autograd, no SVD, no other matrix of "
-        "M's size. So a step is seven matrix products, with P (p, r) and the direction D (r, q) "
-        "that the optimizer makes of R. The floor is the time of those seven alone, into memory "
-        "that is there already, in the same framework:",
+        "A step of Online Subspace Descent computes three things from a gradient M (p, q), where "
+        "p is the projected axis: its projection R = P^T M, the correlation A = M R^T, and "
+        "||M||. The gradient of P is then `(2 / ||M||^2) (P (P^T A) + A (P^T P) - 2 A)`: it "
+        "needs no autograd, no SVD and no other matrix of M's size. A step therefore consists of "
+        "seven matrix products, with P (p, r) and the direction D (r, q) that the optimizer "
+        "computes from R. The floor is the time of these seven products alone, in the same "
+        "framework, written into preallocated memory:",
         "",
         report.markdown_table(
             ("product", "operations", "numbers read and written, at least"),
@@ -134,19 +136,20 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
             ],
         ),
         "",
-        "All else reads or writes each number a few times: ||M||, which is also whether M is "
-        "finite (p q), the moments of R (q r numbers each) and those of P (p r each). That is what "
-        "a step may cost above 1 in the tables below. GaLore's step has two of the seven products, "
-        "R and W, and an SVD now and then. The published way has 3.25 times the floor's operations "
-        "for a square matrix of rank p / 4: its time over the floor's, below, is the most by which "
-        "any step could be faster than it.",
+        "All other operations read or write each number a few times: ||M||, which also tells "
+        "whether M is finite (p q), the moments of R (q r numbers each) and those of P (p r "
+        "each). They account for the ratios above 1 in the tables below. GaLore's step has two "
+        "of the seven products, R and W, and an SVD every update_proj_gap steps. The published "
+        "implementation has 3.25 times the floor's operations for a square matrix of rank p / 4: "
+        "its time over the floor's, below, is the largest speedup over it that any step could "
+        "reach.",
         "",
-        "`osd_muon` has the seven products and Muon's orthogonalization on top: 5 Newton-Schulz "
-        "steps of three products each, 5 (4 s^2 l + 2 s^3) operations for a matrix with sides s "
-        "and l >= s. For a square matrix of rank p / 4 that is 15 times the floor, as it is for "
-        "Muon itself. Beside the forward and backward passes, 6 p q operations a token, it is 5 p "
-        "/ tokens of an update: 2 % for p = 512 and 131,072 tokens, 31 % for the quickstart's "
-        "p = 128 and 2,048.",
+        "`osd_muon` adds Muon's orthogonalization to the seven products: 5 Newton-Schulz steps "
+        "of three products each, 5 (4 s^2 l + 2 s^3) operations for a matrix with sides s and l "
+        ">= s. For a square matrix of rank p / 4 this is 15 times the floor, as for Muon itself. "
+        "Relative to the forward and backward passes, 6 p q operations per token, it is 5 p / "
+        "tokens of an update: 2 % for p = 512 and 131,072 tokens, 31 % for the quickstart's p = "
+        "128 and 2,048.",
         "",
     )
     if "optimizer" not in results:
@@ -160,12 +163,12 @@ def _floor(results: Mapping[str, Any]) -> Iterator[str]:
         rows.append((name, f"{ops / 1e6:,.0f}", f"{numbers * 4 / 1e6:,.1f}", *rates))
     header = ("matrix", "10^6 operations", "MB in float32", "GFLOP/s, torch", "GFLOP/s, jax")
     yield report.markdown_table(header, rows)
-    yield from ("", "What the machine does at best:", "")
+    yield from ("", "Peak rates of the machine:", "")
     yield from (f"- {line}" for line in report.rates_text(found_rates).splitlines())
-    whose = "PyTorch's float32 products are MKL's, JAX's are XLA's own."
+    whose = "PyTorch's float32 products call MKL, JAX's use XLA's own kernels."
     if stem(results) != "benchmark":
-        whose = "both have cuBLAS's, and XLA's own beside, and float32 is TF32 in both."
-    yield from ("", "Where the two frameworks' floors differ, their products do: " + whose, "")
+        whose = "both call cuBLAS, XLA also its own kernels, and float32 is TF32 in both."
+    yield from ("", "Where the two frameworks' floors differ, their products differ: " + whose, "")
 
 
 def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
@@ -173,19 +176,19 @@ def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (*_in_short(found["records"]), "")
     if found["device"] != "cpu":
         yield from (
-            "Where a step takes as long for a small matrix as for a large one, it is the host that "
-            "takes it, launching some twenty kernels one by one; XLA launches fewer. Full-rank "
-            "AdamW reads and writes each number a few times and multiplies no matrices: where the "
-            "floor is above it, no step with these seven products reaches it. Its moments are "
-            "bfloat16 with bfloat16 weights; those of a subspace, and P, are float32, and the "
-            "published way's P is bfloat16.",
+            "If a step takes the same time for a small matrix as for a large one, it is limited "
+            "by the host, which launches about twenty kernels one by one; XLA launches fewer. "
+            "Full-rank AdamW reads and writes each number a few times and computes no matrix "
+            "products: if the floor is slower than it, no step with these seven products can be "
+            "as fast. With bfloat16 weights its moments are bfloat16; the moments in a subspace, "
+            "and P, are float32, and the P of the published implementation is bfloat16.",
             "",
         )
     yield (
-        "GaLore's step has its SVD, measured alone, spread over 200 steps; optax.contrib.galore "
-        "projects the longer side, the others the shorter. Where P moves every k-th step, a time "
-        "is the mean over k steps. The published way steps P by autograd through "
-        "`||P P^T G - G||^2`, for which it forms P P^T."
+        "GaLore's step includes its SVD, measured alone and amortized over 200 steps; "
+        "optax.contrib.galore projects the longer side, the others the shorter. If P moves every "
+        "k steps, the time is the mean over k steps. The published implementation steps P by "
+        "autograd through `||P P^T G - G||^2`, for which it forms P P^T."
     )
     for name, records in report.by_case(found["records"]):
         yield from ("", f"### {name}", "", _table(records, report.OPTIMIZER_COLUMNS))
@@ -194,14 +197,14 @@ def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _in_short(records: Sequence[report.Record]) -> Iterator[str]:
     yield from (
-        "In short, P by online PCA with AdamW; what P moved every 10th step does to the loss is in "
-        "the [comparison](comparison/README.md):",
+        "Summary for P by online PCA with AdamW; the [comparison](comparison/README.md) shows "
+        "how moving P only every 10 steps affects the loss:",
         "",
     )
     titles = (
         "matrix", "framework", "step over floor", "published way over step",
-        "published way over floor", "step over GaLore's: what P moved at every step costs",
-        "P moved every 10th over GaLore's", "step over full-rank AdamW's",
+        "published way over floor", "step over GaLore's: the cost of moving P at every step",
+        "P moved every 10 steps over GaLore's", "step over full-rank AdamW's",
         "floor over full-rank AdamW's",
     )  # fmt: skip
     body = []
@@ -236,16 +239,16 @@ def _train(found: Mapping[str, Any]) -> Iterator[str]:
         "",
         about(found),
         "",
-        _trained(found["how"]) + "by the train steps of `launch.train_torch` and "
+        _trained(found["how"]) + "with the train steps of `launch.train_torch` and "
         "`launch.train_jax`. GaLore without its SVDs.",
         "",
         _table(found["records"], report.TRAIN_COLUMNS),
         "",
-        "Where the two frameworks differ, full-rank AdamW does too: the same parts of the model "
-        "alone. PyTorch has one kernel for attention, without what the mask hides; XLA's is "
-        "products, and passes of their own. For the head JAX takes four products where PyTorch "
-        "takes three: many logits are made in slices, and again in the backward pass, and are "
-        "never whole.",
+        "Where the two frameworks differ, full-rank AdamW differs too. The next table times the "
+        "same parts of the model alone. PyTorch has one kernel for attention, which skips what "
+        "the mask hides; XLA computes products and separate passes. For the head JAX computes "
+        "four products where PyTorch computes three: it computes the logits of many tokens in "
+        "slices, recomputes them in the backward pass, and never stores all of them.",
         "",
         report.markdown_table(report.PARTS_HEADER, report.parts_rows(found["parts"])),
         "",
@@ -257,10 +260,10 @@ def _memory(found: Mapping[str, Any]) -> Iterator[str]:
         "## Memory",
         "",
         _trained(found["how"])
-        + f"{found['how']['dtype']}. State is counted on the arrays. The peak is of all that is "
-        "alive within a train step: as the compiler plans it in JAX; in PyTorch what the "
-        "allocator hands out, "
-        "on a CPU by the profiler's events, on top of weights and state.",
+        + f"{found['how']['dtype']}. The state is counted on the arrays. The peak covers all "
+        "memory alive within a train step: in JAX as planned by the compiler; in PyTorch as "
+        "handed out by the allocator, on a CPU as recorded by the profiler, in addition to weights "
+        "and state.",
         "",
         _table(found["records"], report.MEMORY_COLUMNS),
         "",
@@ -268,19 +271,20 @@ def _memory(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def about(found: Mapping[str, Any]) -> str:
-    """The machine, the date and the versions of a measurement."""
+    """Machine, date and versions of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     device = "" if found["device"] == "cpu" else f", {found['device']}"
     return (
         f"{found['machine']}: {found['cpu']}{device}, {found['threads']} threads, "
         f"{found['system']}, {found['date']}; {found['how']['rounds']} rounds, "
-        f"{found['how']['dtype']}; {versions}. Load average {found['load']}: where it is more than "
-        f"the {found['threads']} threads, other programs ran beside, and widened the quartiles."
+        f"{found['how']['dtype']}; {versions}. Load average {found['load']}: if it exceeds the "
+        f"{found['threads']} threads, other programs ran at the same time and widened the "
+        "quartiles."
     )
 
 
 def command(mode: str, found: Mapping[str, Any]) -> str:
-    """The command line that measured."""
+    """The command line of a measurement."""
     given = {k: v for k, v in found["how"].items() if v is not None}
     flags = " ".join(
         f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.cpu import keep_lapack_to_one_thread, keep_memory
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.cpu import keep_lapack_to_one_thread, keep_memory
 
 Step = Callable[[], Any]  # one whole step, which is done when it returns
 Times = dict[str, list[float]]  # seconds of each round, by contender

@@ -22,7 +22,8 @@ from launch.compare import report
 from launch.compare.methods import BAR, FULL_RATES, METHODS, MODELS, Config, Setting
 from launch.compare.runs import Runs
 from launch.compare.tune import TRIALS, tuned
-from launch.options import UsageError, count, run_cli
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.options import count
 
 SEEDS = 5
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare.methods import METHODS, Config, Setting, flags_of
-from launch.files import read_metrics, write_atomic
-from launch.options import UsageError
-from launch.training import MAX_SKIPPED_IN_A_ROW
+from launch.trainer.cli import UsageError
+from launch.trainer.files import read_metrics, write_atomic
+from launch.trainer.loop import MAX_SKIPPED_IN_A_ROW
 
 RUN_DIR = Path("runs/compare")
 CURVE = 30  # points of a kept curve

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from launch.compare.methods import BAR, METHODS, Config, Setting, flags_of
-from launch.options import Options
+from launch.trainer.options import Options
 
 
 class Size(NamedTuple):
@@ -30,14 +30,14 @@ def state_size(model: str, method: str) -> Size:
     """
     import jax
 
-    from launch.train_jax import make_step
+    from launch.trainer.jax_step import make_step
     from osd_jax import llama
 
     own = METHODS[method]
     setting = Setting(model, 10**9)
     flags = flags_of(setting, own, Config(own.lr, own.lr, own.own[0]), seed=0)
     options = Options.parse([*flags.split(), "--overwrite"]).check()
-    config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
+    config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
     tx, _ = make_step(options, config, lambda count: 1.0, None)
     params = jax.eval_shape(lambda: llama.init(config, 0))
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))

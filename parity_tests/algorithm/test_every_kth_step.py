@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import osd_jax
 import osd_torch
-from launch.options import Options, UsageError
-from launch.training import optimizer_options
+from launch.trainer.cli import UsageError
+from launch.trainer.keywords import optimizer_options
+from launch.trainer.options import Options
+from launch.trainer.options.record import check_same_run
 from osd_jax import llama
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import init_state, make_train_step
@@ -431,7 +433,7 @@ def test_a_run_goes_on_with_its_own_period(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     every_fifth = options("--optimizer galore_adamw --proj_type continuous --update_proj_every 5")
     kept = every_fifth.record()
-    every_fifth.check_same_run(kept, Path("runs/test"))
+    check_same_run(kept, every_fifth.record(), Path("runs/test"))
     del kept["options"]["update_proj_every"]
     with pytest.raises(UsageError, match="--update_proj_every: .* started with 1, not 5"):
-        every_fifth.check_same_run(kept, Path("runs/test"))
+        check_same_run(kept, every_fifth.record(), Path("runs/test"))

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import osd_jax
 import osd_torch
-from launch.hlo import collectives
+from launch.compile_tpu.hlo import collectives
 from osd_jax.aliases import MUON_STATIC_ARGUMENTS
 from osd_jax.diagnostics import subspace_states
 from osd_jax.lift import Seen

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import osd_jax
-from launch.hlo import Collective, collectives, total_sent
+from launch.compile_tpu.hlo import Collective, collectives, total_sent
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.partition import batch_sharding, partition_specs
 from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding

@@ -36,8 +36,8 @@ from launch.bench.optimizer import (
 )
 from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
-from launch.cpu import keep_lapack_to_one_thread
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.cpu import keep_lapack_to_one_thread
 from osd_torch.bases import online_pca_gradient
 from osd_torch.sketch import CORRELATION, SQUARED_NORM, make_sketch
 

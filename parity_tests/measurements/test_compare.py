@@ -15,7 +15,8 @@ from scipy import stats
 from launch.compare import __main__ as program
 from launch.compare import methods, report, runs, state, tune
 from launch.compare.methods import METHODS, Config, Setting
-from launch.options import Options, UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
 
 SETTING = Setting("quickstart", 1_200_000)
 
@@ -61,7 +62,7 @@ def test_a_rate_at_an_edge_of_its_trials_is_marked() -> None:
     one = report.Summary(Config(0.02, 0.03, "b"), {}, trials, [])
     assert report.rate_text(one) == "0.02"
     del trials[Config(0.04, 0.03, "b")]
-    assert report.rate_text(one) == "0.02, an edge of its trials"
+    assert report.rate_text(one) == "0.02, at the edge of its trials"
 
 
 def test_a_rate_that_fails_is_not_chosen() -> None:
@@ -83,8 +84,8 @@ def test_every_method_has_flags_that_the_trainer_takes(model: str, name: str) ->
     for one in (*own.own, *own.wider.values()):
         flags = methods.flags_of(Setting(model, 10**9), own, Config(own.lr, 0.03, one), seed=3)
         options = Options.parse([*flags.split(), "--run_dir", "nowhere"]).check()
-        assert options.lr == own.lr and options.seed == 3
-        assert options.full_lr == (None if own.one_rate else 0.03)
+        assert options.optimizer.lr == own.lr and options.run.seed == 3
+        assert options.optimizer.full_lr == (None if own.one_rate else 0.03)
 
 
 def kept(method: str, seed: int, loss: float | None, lr: float = 0.01) -> dict[str, Any]:
@@ -142,9 +143,10 @@ def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         trained.append(flags)
         options = Options.parse(flags.split())
-        assert options.full_lr is not None
-        loss = 4 + math.log2(options.lr / 0.004) ** 2 + math.log2(options.full_lr / 0.1) ** 2
-        return {"loss": loss + 0.01 * options.seed, "curve": [loss], "seconds": 1.0}
+        rates = options.optimizer
+        assert rates.full_lr is not None
+        loss = 4 + math.log2(rates.lr / 0.004) ** 2 + math.log2(rates.full_lr / 0.1) ** 2
+        return {"loss": loss + 0.01 * options.run.seed, "curve": [loss], "seconds": 1.0}
 
     monkeypatch.setattr(runs, "trained", train)
     argv = ["--methods", "adamw,osd_muon", "--jobs", "1", "--out", str(tmp_path), "--seeds", "2"]

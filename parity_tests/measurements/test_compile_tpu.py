@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import pytest
 
 import osd_jax
-from launch import compile_tpu, tpu_table
-from launch.compile_tpu import Report, find_topology, memory_granted, product_flops, refusal
-from launch.options import Options, UsageError
+from launch.compile_tpu import step, table
+from launch.compile_tpu.__main__ import main
+from launch.compile_tpu.step import Report, find_topology, memory_granted, product_flops, refusal
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
 from osd_jax import llama
 from osd_jax.llama.train import init_state
 
@@ -60,7 +62,7 @@ def test_a_slice_that_does_not_exist_is_refused() -> None:
 def test_a_slice_has_its_chips_and_most_of_their_memory(name: str, chips: int, gib: float) -> None:
     devices = find_topology(name)
     assert len(devices) == chips
-    assert gib - 1 < memory_granted(devices[0]) / compile_tpu.GIB < gib
+    assert gib - 1 < memory_granted(devices[0]) / step.GIB < gib
 
 
 def test_both_forms_of_a_refusal_are_read() -> None:
@@ -92,7 +94,7 @@ def test_products_are_counted_in_loops_and_branches() -> None:
 def test_a_step_on_one_chip(
     flags: list[str], more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = compile_tpu.main(["--topology", "v6e:1x1", "--json", *flags, *more])
+    code = main(["--topology", "v6e:1x1", "--json", *flags, *more])
     report = Report(**json.loads(capsys.readouterr().out))
     assert code == 0 and report.fits and report.chips == 1 and not report.mesh
     assert report.arguments is not None
@@ -132,7 +134,7 @@ def products(layerwise: bool) -> float:
 
 @needs_compiler
 def test_a_step_on_a_mesh_exchanges(flags: list[str]) -> None:
-    report = compile_tpu.compile_step("v5e:2x2", [*flags, "--mesh", "data=2,fsdp=2"])
+    report = step.compile_step("v5e:2x2", [*flags, "--mesh", "data=2,fsdp=2"])
     assert (report.chips, report.mesh, report.fits) == (4, "data=2,fsdp=2", True)
     assert report.arguments is not None
     assert 0.5 <= report.arguments / argument_bytes() < 0.7  # halves, and what does not divide
@@ -148,18 +150,18 @@ def test_a_step_that_does_not_fit_ends_with_1(
     """A head of 16 GiB."""
     large = SMALL | {"hidden_size": 2**14, "vocab_size": 2**18, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(large))
-    assert compile_tpu.main(["--topology", "v5e:1x1", *flags]) == 1
+    assert main(["--topology", "v5e:1x1", *flags]) == 1
     shown = capsys.readouterr().out
     assert "It does not fit: " in shown and re.search(r"of 15\.75G|HBM \(15\.75G\)", shown)
 
 
 def test_mistakes_come_before_any_work(flags: list[str]) -> None:
     with pytest.raises(UsageError, match="--compile"):
-        compile_tpu.compile_step("v5e:1x1", [*flags, "--compile"])
+        step.compile_step("v5e:1x1", [*flags, "--compile"])
     with pytest.raises(UsageError, match="--per_layer.*there are 4"):
-        compile_tpu.compile_step("v5e:2x2", [*flags, "--per_layer"])
+        step.compile_step("v5e:2x2", [*flags, "--per_layer"])
     with pytest.raises(UsageError, match="--batch_size: 6 rows do not divide"):
-        compile_tpu.compile_step("v6e:4x4", [*flags, "--mesh", "data=16", "--batch_size", "6"])
+        step.compile_step("v6e:4x4", [*flags, "--mesh", "data=16", "--batch_size", "6"])
 
 
 # ---------------------------------------------------------------------------------- the table
@@ -168,22 +170,22 @@ def test_mistakes_come_before_any_work(flags: list[str]) -> None:
 @needs_compiler
 def test_every_row_is_a_run_of_the_recipe() -> None:
     names = set()
-    for row in tpu_table.rows():
-        options = Options.parse(tpu_table.recipe_flags(row))
-        assert options.model_config == f"configs/llama_{row.size}.json"
-        assert options.projector_init == "qr"
+    for row in table.rows():
+        options = Options.parse(table.recipe_flags(row))
+        assert options.model.model_config == f"configs/llama_{row.size}.json"
+        assert options.subspace.projector_init == "qr"
         devices = find_topology(row.topology)
-        rows = options.batch_size * len({device.process_index for device in devices})
+        rows = options.data.batch_size * len({device.process_index for device in devices})
         assert 512 % rows == 0 and rows >= len(devices)
         names.add(row.key)
-    assert len(names) == len(list(tpu_table.rows()))
+    assert len(names) == len(list(table.rows()))
 
 
 def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [row for row in tpu_table.rows() if row.size == "60m"][:2]
+    wanted = [row for row in table.rows() if row.size == "60m"][:2]
     asked = []
 
-    def compiled(row: tpu_table.Row) -> Report:
+    def compiled(row: table.Row) -> Report:
         asked.append(row.topology)
         fits = row.topology == "v5e:1x1"
         return Report(
@@ -193,9 +195,9 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
             collectives={"all-reduce": {"count": 3, "bytes_sent": 5e6}} if fits else {},
         )  # fmt: skip
 
-    monkeypatch.setattr(tpu_table, "compiled", compiled)
-    tpu_table.make_table(wanted[:1], tmp_path)
-    text = tpu_table.make_table(wanted, tmp_path)
+    monkeypatch.setattr(table, "compiled", compiled)
+    table.make_table(wanted[:1], tmp_path)
+    text = table.make_table(wanted, tmp_path)
     assert asked == ["v5e:1x1", "v5e:4x4"]
     assert (tmp_path / "tpu.md").read_text() == text
     row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
@@ -208,6 +210,6 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("more", "gib"), [("", 22.8), (", continuous_sgd", 21)])
 def test_7b_fits_one_v6e_chip(more: str, gib: float) -> None:
     """The published figure, of a GPU, is 22.8 GiB."""
-    rows = {row.key: row for row in tpu_table.rows()}
-    report = tpu_table.compiled(rows[f"v6e:1x1 7b layer by layer{more}"])
+    rows = {row.key: row for row in table.rows()}
+    report = table.compiled(rows[f"v6e:1x1 7b layer by layer{more}"])
     assert report.fits and report.peak <= gib * 2**30

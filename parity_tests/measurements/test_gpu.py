@@ -21,7 +21,7 @@ import torch
 
 import osd_torch
 from launch import train_jax, train_torch
-from launch.files import read_metrics
+from launch.trainer.files import read_metrics
 from parity_tests.support import golden_in_jax, golden_in_torch
 from parity_tests.support.golden_cases import GoldenCase, GoldenRun, golden_cases, golden_runs
 from parity_tests.support.sides import gradients, run_torch

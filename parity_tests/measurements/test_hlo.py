@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from launch.hlo import Collective, collectives, total_sent
+from launch.compile_tpu.hlo import Collective, collectives, total_sent
 
 FLOAT = 4
 

@@ -27,11 +27,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from launch import training
 from launch.data import TrainBatches, load_tokenizer, open_data
-from launch.files import read_metrics
-from launch.options import FULL_RANK, Options, UsageError
-from launch.run_log import TIMING
+from launch.trainer.cli import UsageError
+from launch.trainer.directory import claimed
+from launch.trainer.files import read_metrics
+from launch.trainer.loop import STOPPED
+from launch.trainer.options import Options
+from launch.trainer.run_log import TIMING
+from osd_names import FULL_RANK_OPTIMIZERS
 from parity_tests.support import ROOT
 
 STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 7
@@ -126,7 +129,7 @@ class Home:
             "single_gpu": "mesh" not in changes or None,  # JAX has 8 devices in the tests
         }
         values |= changes
-        if values["optimizer"] in FULL_RANK:
+        if values["optimizer"] in FULL_RANK_OPTIMIZERS:
             values |= dict.fromkeys(("proj_type", "rank", "update_proj_gap", "galore_scale"))
         if not str(values["optimizer"]).startswith("galore"):
             values["galore_scale"] = None
@@ -605,7 +608,7 @@ class RunTests:
             stop = lambda batch, number=number: os.kill(os.getpid(), number)
             with monkeypatch.context() as patch:
                 patch.setattr(TrainBatches, "__next__", at_batches(range(batch, batch + 1), stop))
-                assert home.run("stopped", resume=True) == training.STOPPED
+                assert home.run("stopped", resume=True) == STOPPED
             assert self.checkpoints(home / "stopped" / "checkpoints").steps()[0] == step
             assert read_metrics(home / "stopped")[-1]["step"] == step
             said = capsys.readouterr().err
@@ -648,7 +651,7 @@ class RunTests:
         stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TrainBatches, "__next__", at_batches(range(10, 11), stop))
-            assert home.run("20261124", **started) == training.STOPPED
+            assert home.run("20261124", **started) == STOPPED
         assert self.checkpoints(home / "20261124" / "checkpoints").steps()[0] == 48
         assert home.run("20261124", **started) == 0
         assert_same_end(home / "20261124", reference.path, after=42)
@@ -660,7 +663,7 @@ class RunTests:
         options = Options.parse(home.flags("claimed", resume=True)).check()
         before = everything(run)
         with (
-            training.claimed(options),
+            claimed(options),
             pytest.raises(UsageError, match="another process is writing to"),
         ):
             home.run("claimed", resume=True)

@@ -1,6 +1,5 @@
 """Every flag of the published commands is understood, and every mistake is named."""
 
-import dataclasses
 import json
 import re
 import shutil
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import training
-from launch.options import FIXED, Options, UsageError, count
+from launch.trainer import keywords
+from launch.trainer.cli import UsageError
+from launch.trainer.options import FIXED, Options, count
+from launch.trainer.options.groups import FLAGS
 from osd_names import OPTIONS
 from parity_tests.support import ROOT
 from parity_tests.support.published_commands import (
@@ -51,11 +52,12 @@ def test_published_commands_mean_what_they_say(command):
     options = Options.parse(command.split()).check()
     flags = dict(re.findall(r"--(\w+) ([\w./]+)", command))
     for name, text in flags.items():
-        value = getattr(options, name)
+        value = options.values()[name]
         assert value == type(value)(text), name
-    assert options.gradient_accumulation == 512 // options.batch_size
-    assert options.single_gpu == options.per_layer == ("single_gpu" in command)
-    assert options.activation_checkpointing == ("activation_checkpointing" in command)
+    assert options.data.gradient_accumulation == 512 // options.data.batch_size
+    devices = options.devices
+    assert devices.single_gpu == devices.per_layer == ("single_gpu" in command)
+    assert options.model.activation_checkpointing == ("activation_checkpointing" in command)
 
 
 def test_defaults_are_the_published_ones():
@@ -67,8 +69,8 @@ def test_defaults_are_the_published_ones():
         "name": "test", "grad_clipping": 0.0, "beta1": 0.0, "rank": 128, "update_proj_gap": 50,
         "galore_scale": 1.0, "proj_type": "std", "single_gpu": False, "dataset": "c4",
     }  # fmt: skip
-    options = parse()
-    assert {name: getattr(options, name) for name in published} == published
+    options = parse().values()
+    assert {name: options[name] for name in published} == published
 
 
 def test_help_names_every_flag(capsys):
@@ -76,26 +78,28 @@ def test_help_names_every_flag(capsys):
         Options.parse(["--help"], prog="python -m launch.train_jax")
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(f"--{field.name}" in shown for field in dataclasses.fields(Options))
+    assert all(f"--{name}" in shown for name in FLAGS)
     assert max(map(len, shown.splitlines())) <= 100
 
 
 def test_importing_options_is_light():
-    code = "import sys, launch.options; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    code = (
+        "import sys, launch.trainer.options; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not {"jax", "torch", "numpy", "transformers", "tqdm"} & set(eval(out.stdout))
 
 
 def test_booleans_can_be_taken_back():
-    assert parse("--pack").pack is True
-    assert parse("--no-pack").pack is False
-    assert parse("--resume --no-resume").resume is False
+    assert parse("--pack").data.pack is True
+    assert parse("--no-pack").data.pack is False
+    assert parse("--resume --no-resume").run.resume is False
 
 
 def test_spellings():
     options = parse("--optimizer GaLore_AdamW --dtype BF16 --proj_type Continuous").check()
-    assert (options.optimizer, options.dtype) == ("galore_adamw", "bfloat16")
-    assert options.proj_type == "continuous"
+    assert (options.optimizer.optimizer, options.model.dtype) == ("galore_adamw", "bfloat16")
+    assert options.subspace.proj_type == "continuous"
 
 
 @pytest.mark.parametrize(
@@ -107,19 +111,19 @@ def test_count(text, number):
 
 def test_max_train_tokens_counts_tokens():
     options = parse("--max_train_tokens 1M --total_batch_size 8 --warmup_steps 0").check()
-    assert options.num_training_steps == 1_000_000 // (8 * 256)
+    assert options.optimizer.num_training_steps == 1_000_000 // (8 * 256)
 
 
 def test_batches():
-    assert parse("--gradient_accumulation 3").check().total_batch_size == 12
-    assert parse("--gradient_accumulation 3").check(processes=2).total_batch_size == 24
-    assert parse("--total_batch_size 16").check(processes=2).gradient_accumulation == 2
+    assert parse("--gradient_accumulation 3").check().data.total_batch_size == 12
+    assert parse("--gradient_accumulation 3").check(processes=2).data.total_batch_size == 24
+    assert parse("--total_batch_size 16").check(processes=2).data.gradient_accumulation == 2
     checked = parse("--total_batch_size 16").check()
     assert checked.check() == checked
 
 
 def test_cosine_restarts():
-    options = parse("--scheduler cosine_restarts --num_training_steps 8K").check()
+    options = parse("--scheduler cosine_restarts --num_training_steps 8K").check().optimizer
     assert (options.cycle_length, options.restart_warmup_steps) == (2000, 200)
 
 
@@ -228,8 +232,8 @@ def test_missing_flags_are_named():
 
 def start_run(line: str = "") -> None:
     options = parse(line).check()
-    options.path.mkdir(parents=True)
-    (options.path / "options.json").write_text(json.dumps(options.record()))
+    options.run.path.mkdir(parents=True)
+    (options.run.path / "options.json").write_text(json.dumps(options.record()))
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident():
@@ -274,29 +278,30 @@ def test_a_tilde_is_the_home(monkeypatch):
     Path("there").mkdir()
     line = "--dataset text:~/some.txt --data_dir ~/there --model_config ~/small.json"
     options = parse(line).check()
-    assert options.dataset == f"text:{Path.cwd()}/some.txt"
-    assert options.data_dir == f"{Path.cwd()}/there"
-    assert options.model_config == f"{Path.cwd()}/small.json"
+    assert options.data.dataset == f"text:{Path.cwd()}/some.txt"
+    assert options.data.data_dir == f"{Path.cwd()}/there"
+    assert options.model.model_config == f"{Path.cwd()}/small.json"
 
 
 def test_weights_bring_their_tokenizer():
     model = Path("weights")
     model.mkdir()
     (model / "config.json").write_text("{}")
-    assert parse("--continue_from weights").check().tokenizer is None
+    assert parse("--continue_from weights").check().data.tokenizer is None
     (model / "tokenizer.json").write_text("{}")
-    assert parse("--continue_from weights").check().tokenizer == "weights"
-    assert parse("--continue_from weights --tokenizer byte").check().tokenizer == "byte"
+    assert parse("--continue_from weights").check().data.tokenizer == "weights"
+    assert parse("--continue_from weights --tokenizer byte").check().data.tokenizer == "byte"
 
 
 def test_what_is_fixed_exists():
-    assert set(FIXED) <= {field.name for field in dataclasses.fields(Options)}
+    assert set(FIXED) <= FLAGS.keys()
 
 
 def test_exit_code_and_one_line_on_stderr():
     code = (
-        "import sys; from launch.options import Options, run_cli\n"
-        "sys.exit(run_cli(lambda argv: print(Options.parse(argv).check().rank)))"
+        "import sys; from launch.trainer.cli import run_cli\n"
+        "from launch.trainer.options import Options\n"
+        "sys.exit(run_cli(lambda argv: print(Options.parse(argv).check().subspace.rank)))"
     )
     words = [sys.executable, "-c", code, "--model_config", "configs/llama_9m.json"]
     for more, expected in ((["--batch_size", "8"], 0), (["--rnak", "8"], 2)):
@@ -307,19 +312,17 @@ def test_exit_code_and_one_line_on_stderr():
 
 
 def test_a_word_that_no_name_has_is_named():
-    training.check_words("norm, embed", ["layers/norm", "embedding"])
-    training.check_words(None, [])
+    keywords.check_words("norm, embed", ["layers/norm", "embedding"])
+    keywords.check_words(None, [])
     with pytest.raises(UsageError, match=r"--no_decay: no parameter has 'layernorm' in its name"):
-        training.check_words("norm,layernorm", ["layers/norm", "embedding"])
-    assert [training.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
+        keywords.check_words("norm,layernorm", ["layers/norm", "embedding"])
+    assert [keywords.has_words(" norm , head")(name, None) for name in ("head", "mlp")] == [1, 0]
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"peak_lr", "ns_dtype", "projector_init"}))
 def test_every_flag_of_an_option_reaches_the_optimizer(name: str) -> None:
     """But those that PyTorch's or JAX' trainer gives in its own types."""
     flag = "galore_scale" if name == "scale" else name
-    options, value = object.__new__(Options), object()
-    for field in dataclasses.fields(Options):
-        object.__setattr__(options, field.name, field.default)
-    object.__setattr__(options, flag, value)
-    assert training.optimizer_options(options)[name] is value
+    value = object()
+    options = Options.of(model_config="small.json", batch_size=4, **{flag: value})
+    assert keywords.optimizer_options(options)[name] is value

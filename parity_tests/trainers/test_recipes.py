@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.options import Options
 from launch.train_jax import refuse_torch_only
+from launch.trainer.options import Options
 from parity_tests.support import ROOT
 
 # rank, steps, warmup, learning rate, gap, and rows of one device in a forward pass, as published
@@ -52,24 +52,25 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert command[:start] == [*launcher, ".venv/bin/python", "-m"]
         options = Options.parse(command[start + 1 :]).check(processes=processes)
 
-        assert options.model_config == f"configs/llama_{size}.json"
-        assert (options.rank, options.num_training_steps, options.warmup_steps) == (
+        assert options.model.model_config == f"configs/llama_{size}.json"
+        subspace, optimizer = options.subspace, options.optimizer
+        assert (subspace.rank, optimizer.num_training_steps, optimizer.warmup_steps) == (
             rank, steps, warmup
         )  # fmt: skip
-        assert (options.lr, options.update_proj_gap, options.galore_scale) == (lr, gap, 0.25)
+        assert (optimizer.lr, subspace.update_proj_gap, subspace.galore_scale) == (lr, gap, 0.25)
         is_7b = size == "7b"
-        assert options.optimizer == ("galore_adamw8bit" if is_7b else "galore_adamw")
-        assert options.proj_type == ("continuous_adam8bit" if is_7b else "continuous")
-        assert options.grad_clipping == (1.0 if is_7b else 0)
-        assert options.activation_checkpointing == is_7b
-        assert options.total_batch_size == 512
-        assert options.batch_size == min(rows * devices, 512 // processes)
-        assert options.batch_size % devices == 0
+        assert optimizer.optimizer == ("galore_adamw8bit" if is_7b else "galore_adamw")
+        assert subspace.proj_type == ("continuous_adam8bit" if is_7b else "continuous")
+        assert optimizer.grad_clipping == (1.0 if is_7b else 0)
+        assert options.model.activation_checkpointing == is_7b
+        assert options.data.total_batch_size == 512
+        assert options.data.batch_size == min(rows * devices, 512 // processes)
+        assert options.data.batch_size % devices == 0
         # what is needed for the weights to fit
-        assert options.fsdp == (recipe != "gpu" and size in ("1b", "7b"))
-        assert options.per_layer == (recipe == "gpu" and is_7b)
-        assert options.single_gpu == (recipe == "gpu")
-        assert options.resume and (options.seed, options.name) == (3, "other")
+        assert options.devices.fsdp == (recipe != "gpu" and size in ("1b", "7b"))
+        assert options.devices.per_layer == (recipe == "gpu" and is_7b)
+        assert options.devices.single_gpu == (recipe == "gpu")
+        assert options.run.resume and (options.run.seed, options.run.name) == (3, "other")
         refuse_torch_only(options)
 
 

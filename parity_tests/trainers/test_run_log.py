@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.files import read_metrics, write_atomic
-from launch.options import Options, UsageError
 from launch.plot import main as plot_main
 from launch.plot import plot
-from launch.run_log import TIMING, RunLog
+from launch.trainer.cli import UsageError
+from launch.trainer.files import read_metrics, write_atomic
+from launch.trainer.options import Options
+from launch.trainer.run_log import TIMING, RunLog
 from parity_tests.support import ROOT
 
 STEPS = 20
@@ -26,7 +27,7 @@ def here(tmp_path, monkeypatch):
 
 
 def options(name: str = "a") -> Options:
-    return Options(
+    return Options.of(
         model_config=str(ROOT / "configs/llama_9m.json"), dataset="builtin", batch_size=2,
         num_training_steps=STEPS, warmup_steps=0, name=name, resume=True,
     ).check()  # fmt: skip
@@ -57,15 +58,15 @@ def timeless(directory: Path) -> list[dict]:
 def test_metrics_are_strict_json_and_exact():
     run = options()
     with RunLog(run) as log:
-        train(log, 0, STEPS, run.tokens_per_update)
+        train(log, 0, STEPS, run.data.tokens_per_update)
         log.write("final", STEPS, 1, loss=1.0, text="So it ends.")
 
     def refuse(constant):
         raise AssertionError(constant)
 
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    lines = (run.run.path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=refuse) for line in lines]
-    assert records == read_metrics(run.path)
+    assert records == read_metrics(run.run.path)
     updates = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in updates] == list(range(1, STEPS + 1))
     assert [record["kind"] for record in records].count("eval") == STEPS // 5
@@ -79,25 +80,25 @@ def test_metrics_are_strict_json_and_exact():
         assert record["skipped"] == int(record["step"] >= 7)
         assert set(TIMING) <= record.keys()
     assert records[-1]["text"] == "So it ends."
-    assert json.loads((run.path / "options.json").read_text())["options"]["batch_size"] == 2
-    assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(run.path.glob(".*"))  # no temporary file is left
+    assert json.loads((run.run.path / "options.json").read_text())["options"]["batch_size"] == 2
+    assert (run.run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(run.run.path.glob(".*"))  # no temporary file is left
 
 
 @pytest.mark.parametrize("resume_step", [0, 4, 5, 12])
 def test_an_interrupted_run_reads_as_an_uninterrupted_one(resume_step):
     whole, broken = options("whole"), options("broken")
     with RunLog(whole) as log:
-        train(log, 0, STEPS, whole.tokens_per_update)
+        train(log, 0, STEPS, whole.data.tokens_per_update)
     with RunLog(broken) as log:
-        train(log, 0, 13, broken.tokens_per_update)
+        train(log, 0, 13, broken.data.tokens_per_update)
         log.write("final", 13, 0)
-    with (broken.path / "metrics.jsonl").open("a") as file:
+    with (broken.run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while writing
     with RunLog(broken, resume_step=resume_step) as log:
-        train(log, resume_step, STEPS, broken.tokens_per_update)
-    assert timeless(broken.path) == timeless(whole.path)
-    seconds = [record["seconds"] for record in read_metrics(broken.path)]
+        train(log, resume_step, STEPS, broken.data.tokens_per_update)
+    assert timeless(broken.run.path) == timeless(whole.run.path)
+    seconds = [record["seconds"] for record in read_metrics(broken.run.path)]
     assert seconds == sorted(seconds)
 
 
@@ -108,7 +109,7 @@ def test_a_step_stands_once():
     with RunLog(run, resume_step=5) as log:
         log.eval(5, 5, loss=9.0)  # evaluated again, as at the end of a finished run
         train(log, 5, 6, 1)
-    assert [r["step"] for r in read_metrics(run.path) if r["kind"] == "eval"] == [5]
+    assert [r["step"] for r in read_metrics(run.run.path) if r["kind"] == "eval"] == [5]
 
 
 def test_starting_anew_clears_the_old_log():
@@ -116,8 +117,8 @@ def test_starting_anew_clears_the_old_log():
     for _ in range(2):
         with RunLog(run) as log:
             train(log, 0, 3, 1)
-    assert len(read_metrics(run.path)) == 3
-    assert len(list(run.path.glob("events.out.tfevents.*"))) == 1
+    assert len(read_metrics(run.run.path)) == 3
+    assert len(list(run.run.path.glob("events.out.tfevents.*"))) == 1
 
 
 def test_tensorboard_reads_the_events_once_each():
@@ -127,11 +128,11 @@ def test_tensorboard_reads_the_events_once_each():
     with RunLog(run) as log:
         train(log, 0, 6, 1)
     # Event files are named by the second and ordered by name.
-    for file in run.path.glob("events.out.tfevents.*"):
-        file.rename(run.path / "events.out.tfevents.0000000001.host")
+    for file in run.run.path.glob("events.out.tfevents.*"):
+        file.rename(run.run.path / "events.out.tfevents.0000000001.host")
     with RunLog(run, resume_step=4) as log:
         train(log, 4, STEPS, 1)
-    events = EventAccumulator(str(run.path))
+    events = EventAccumulator(str(run.run.path))
     events.Reload()
     drawn = events.Scalars("train/loss")
     assert [event.step for event in drawn] == [n for n in range(1, STEPS + 1) if n != 7]
@@ -143,8 +144,8 @@ def test_tensorboard_reads_the_events_once_each():
 def test_neither_tensorflow_nor_torch_is_loaded():
     code = (
         "import sys\nfor name in ('tensorflow', 'torch', 'jax'): sys.modules[name] = None\n"
-        "from launch.options import Options\nfrom launch.run_log import RunLog\n"
-        f"o = Options(model_config={str(ROOT / 'configs/llama_9m.json')!r}, batch_size=2)\n"
+        "from launch.trainer.options import Options\nfrom launch.trainer.run_log import RunLog\n"
+        f"o = Options.of(model_config={str(ROOT / 'configs/llama_9m.json')!r}, batch_size=2)\n"
         "with RunLog(o) as log:\n    log.train(1, 2, loss=1.0)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -162,7 +163,7 @@ def test_other_processes_write_and_show_nothing(capsys):
 def test_quiet_progress_without_a_terminal(capsys):
     run = options()
     with RunLog(run) as log:
-        train(log, 0, STEPS, run.tokens_per_update)
+        train(log, 0, STEPS, run.data.tokens_per_update)
     shown = capsys.readouterr().err.splitlines()
     assert shown[0].startswith("step 1/20  loss 7.159  ppl 1,285  ")
     assert "step 20/20" in shown[-2] and "1 skipped" in shown[-2]

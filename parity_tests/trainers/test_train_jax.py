@@ -16,8 +16,8 @@ import pytest
 
 from launch import train_jax
 from launch.data import TrainBatches
-from launch.files import read_metrics
-from launch.options import UsageError
+from launch.trainer.cli import UsageError
+from launch.trainer.files import read_metrics
 from osd_jax import llama
 from osd_jax.llama.checkpoint import Checkpoints
 from osd_jax.llama.train import make_eval_step

@@ -20,18 +20,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from launch import hosts, train_jax
-from launch.files import read_metrics
-from launch.options import UsageError
+from launch import train_jax
+from launch.trainer import jax_processes
+from launch.trainer.cli import UsageError
+from launch.trainer.files import read_metrics
+from launch.trainer.processes import OneProcess
 from osd_jax.llama.checkpoint import Checkpoints
 from parity_tests.support.hang import HANG
 from parity_tests.support.trainer_runs import ROOT, Home, lines_in, make_home, model, timeless
 
 # `python -m launch.train_jax` that takes no busy process for a lost one.
 PATIENT = f"""
-from launch import hosts, train_jax
-from launch.options import run_cli
-hosts.SECONDS_OF_SILENCE = {HANG:.0f}
+from launch import train_jax
+from launch.trainer import jax_processes
+from launch.trainer.cli import run_cli
+jax_processes.SECONDS_OF_SILENCE = {HANG:.0f}
 raise SystemExit(run_cli(train_jax.main))
 """
 
@@ -227,7 +230,7 @@ def test_mistakes_are_named_and_leave_nothing(home: Home) -> None:
 
 
 def test_a_coordinator_that_cannot_be(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "SECONDS_TO_MEET", 0.5)
+    monkeypatch.setattr(jax_processes, "SECONDS_TO_MEET", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         meet = {"coordinator_address": address, "num_processes": 2, "process_id": 0}
@@ -251,10 +254,10 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
     ):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        with hosts.joined(options) as processes:
-            assert processes == hosts.Processes(0, 1)
+        with jax_processes.joined(options) as processes:
+            assert processes == OneProcess()
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert hosts._is_launched()
+    assert jax_processes._is_launched()
 
 
 # ------------------------------------------------------------------------------ two processes
@@ -264,7 +267,7 @@ def assert_lost(pair: Pair, victim: int) -> None:
     """The other one has ended by itself, and said why."""
     codes = pair.ends()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, pair.said()
-    assert last_lines(pair.said()[1 - victim]) == hosts.LOST
+    assert last_lines(pair.said()[1 - victim]) == jax_processes.LOST
 
 
 def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device: Path) -> None:
@@ -390,4 +393,4 @@ def test_a_full_disk_in_one_ends_both(home: Home) -> None:
     assert pair.ends() == [1, 1], pair.said()
     said = [last_lines(text) for text in pair.said()]
     assert said[0].startswith("error: ") and "File too large" in said[0], said
-    assert said[1] == hosts.LOST
+    assert said[1] == jax_processes.LOST

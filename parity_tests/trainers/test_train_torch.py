@@ -26,10 +26,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch import train_torch, training
+from launch import train_torch
 from launch.data import TrainBatches
-from launch.files import read_metrics
-from launch.options import UsageError, run_cli
+from launch.trainer import loop, torch_processes
+from launch.trainer.cli import UsageError, run_cli
+from launch.trainer.files import read_metrics
+from launch.trainer.resume import skipped_documents
 from osd_torch import llama
 from osd_torch.llama import checkpoint
 from osd_torch.llama.checkpoint import Checkpoints
@@ -111,7 +113,8 @@ def serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    train_torch.SECONDS_FOR_THE_FIRST = train_torch.SECONDS_TO_BE_STOPPED = 0  # nothing stops it
+    torch_processes.SECONDS_FOR_THE_FIRST = 0  # nothing stops it
+    torch_processes.SECONDS_TO_BE_STOPPED = 0
     while (job := connection.recv()) is not None:
         port, flags, spoil = job
         os.environ["MASTER_PORT"] = str(port)
@@ -463,7 +466,7 @@ def test_a_stop_and_resume_is_the_same_run(
     stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(TrainBatches, "__next__", at_batches(range(6, 7), stop))
-        assert home.run(f"{name} stopped", **settings) == training.STOPPED
+        assert home.run(f"{name} stopped", **settings) == loop.STOPPED
     assert Checkpoints(home / f"{name} stopped" / "checkpoints").steps()[0] < 12
     assert home.run(f"{name} stopped", resume=True, **settings) == 0
     assert_same_end(home / f"{name} stopped", home / f"{name} whole")
@@ -494,7 +497,7 @@ def test_another_number_of_processes_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
         patch.setattr(TrainBatches, "__next__", at_batches(range(5, 6), stop))
-        assert home.run(run.name, **stop_at_12) == training.STOPPED
+        assert home.run(run.name, **stop_at_12) == loop.STOPPED
     assert Checkpoints(run / "checkpoints").steps()[0] == 12
     assert pair(run.name, resume=True, **settings) == [0, 0]
     assert differences(run, one_process, "loss") < 1e-4
@@ -682,8 +685,8 @@ def test_mistakes_are_named_and_leave_nothing(reference: Reference, home: Home) 
 
 
 def test_the_number_of_processes_in_words() -> None:
-    assert "by 1 process, and now by 2: " in training.skipped_documents(1, 2)
-    assert "by 2 processes, and now by 1: " in training.skipped_documents(2, 1)
+    assert "by 1 process, and now by 2: " in skipped_documents(1, 2)
+    assert "by 2 processes, and now by 1: " in skipped_documents(2, 1)
 
 
 def test_a_gpu_that_is_not_there(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,29 +1,12 @@
-"""Compiles the train step for a TPU that is not there, and says whether it fits.
-
-    python -m launch.compile_tpu --topology v6e:1x1 --model_config configs/llama_7b.json \
-        --batch_size 16 --optimizer galore_adamw8bit --proj_type continuous_adam8bit \
-        --rank 1024 --basis_dtype bfloat16 --projector_init qr --per_layer
-
-It takes the flags of launch.train_jax, builds the very step that would run, and hands it to the TPU
-compiler, which runs on a CPU: `pip install -e ".[jax,tpu]"`. Needed are neither a TPU nor data.
-Printed are the bytes of a chip that arguments, temporaries and the peak take, the operations of a
-step, and what the chips send each other. The exit code is 0 where the step fits, 1 where it does
-not, and 2 where the compiler could not say.
-
-`--batch_size` is the rows of one process in one forward pass, as in training. A process is a host
-of the slice, and hosts are taken to have four chips, or the one that there is.
-"""
+"""Compiles the train step for a TPU slice, and reads what the compiler says of it."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -31,9 +14,11 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import hosts, training
-from launch.options import Options, UsageError, run_cli
-from launch.train_jax import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+from launch.trainer import keywords
+from launch.trainer.cli import UsageError, user_errors
+from launch.trainer.jax_step import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+from launch.trainer.mesh import make_mesh, mesh_text
+from launch.trainer.options import Options
 
 if TYPE_CHECKING:
     import jax
@@ -112,27 +97,6 @@ class Report:
         return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the program; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.compile_tpu",
-        description="Compile launch.train_jax's step for a TPU slice, on a machine without one.",
-        epilog="All other flags are those of launch.train_jax; see its --help.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--topology",
-        required=True,
-        metavar="KIND:SIZES",
-        help="the slice: v5e:1x1, v6e:16x16, v5p:4x4x4, ...",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    own, rest = parser.parse_known_args(argv)
-    report = compile_step(own.topology, rest)
-    print(json.dumps(dataclasses.asdict(report), indent=2) if own.json else report.text())
-    return 0 if report.fits else 1
-
-
 def compile_step(topology: str, argv: Sequence[str]) -> Report:
     """Compiles the step that launch.train_jax would run with these flags on a slice.
 
@@ -149,32 +113,38 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     import jax
     import jax.numpy as jnp
 
-    from launch.hlo import collectives
+    from launch.compile_tpu.hlo import collectives
     from osd_jax import llama
     from osd_jax.llama.partition import batch_sharding
     from osd_jax.llama.train import init_state, learning_rate_schedule, train_state_sharding
 
-    processes = hosts.Processes(count=len({device.process_index for device in devices}))
+    processes = len({device.process_index for device in devices})
     with tempfile.TemporaryDirectory() as nowhere:  # no earlier run is in the way
-        options = dataclasses.replace(options, run_dir=nowhere, save_dir=None)
-        options = options.check(processes=processes.count)
+        options = options.replace(run_dir=nowhere, save_dir=None)
+        options = options.check(processes)
     refuse_torch_only(options)
-    mesh = hosts.make_mesh(options, processes, devices)
+    mesh = make_mesh(options, processes, devices)
     refuse_layers_on(mesh, options)
-    with training.user_errors():
-        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model()})
-        schedule = learning_rate_schedule(options.scheduler, **training.schedule_options(options))
+    with user_errors():
+        config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
+        schedule = learning_rate_schedule(
+            options.optimizer.scheduler, **keywords.schedule_options(options)
+        )
         tx, train_step = make_step(options, config, schedule, mesh)
 
     dtype = weights_dtype(options, "tpu")
     like = jax.eval_shape(
         lambda: init_state(
-            jax.tree.map(lambda x: x.astype(dtype), llama.init(config, options.seed)), tx
+            jax.tree.map(lambda x: x.astype(dtype), llama.init(config, options.run.seed)), tx
         )
     )
     one = jax.sharding.SingleDeviceSharding(devices[0])
     rows = jax.ShapeDtypeStruct(
-        (options.gradient_accumulation, options.batch_size * processes.count, options.max_length),
+        (
+            options.data.gradient_accumulation,
+            options.data.batch_size * processes,
+            options.data.max_length,
+        ),
         jnp.int32,
         sharding=batch_sharding(mesh) if mesh else one,
     )
@@ -191,7 +161,7 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
     about: dict[str, Any] = {
         "topology": topology,
         "chips": len(devices),
-        "mesh": hosts.mesh_text(mesh) if mesh else "",
+        "mesh": mesh_text(mesh) if mesh else "",
         "memory": memory_granted(devices[0]),
         "product_flops": product_flops(traced.jaxpr.jaxpr) / (mesh.size if mesh else 1),
     }
@@ -343,7 +313,3 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, kinds))
     return [x for x in leaves if isinstance(x, kinds)]
-
-
-if __name__ == "__main__":
-    sys.exit(run_cli(main))

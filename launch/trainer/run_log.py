@@ -22,8 +22,8 @@ from typing import Any, Self, SupportsFloat
 
 from tqdm import tqdm
 
-from launch.files import records_of, telling, write_atomic
-from launch.options import Options
+from launch.trainer.files import records_of, telling, write_atomic
+from launch.trainer.options import Options
 
 TIMING = ("seconds", "tokens_per_second")
 _QUIET_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -37,7 +37,7 @@ class RunLog:
     before the checkpoint of that step is written: then every line up to the checkpoint is kept.
 
     Args:
-        options: checked options; `options.path` is the directory.
+        options: checked options; `options.run.path` is the directory.
         resume_step: the checkpoint's step when the run goes on: younger lines are cut off. None
             starts anew: with `--resume` the metrics of a run that was killed before its first
             checkpoint are set aside, else what an earlier run's log left is removed.
@@ -47,10 +47,10 @@ class RunLog:
     def __init__(
         self, options: Options, *, resume_step: int | None = None, active: bool = True
     ) -> None:
-        self.directory = options.path
+        self.directory = options.run.path
         self._active = active
-        self._resumes = options.resume
-        self._total = options.num_training_steps
+        self._resumes = options.run.resume
+        self._total = options.optimizer.num_training_steps
         self._last: dict[str, int] = {}  # kind -> newest step written
         self._shown = -math.inf
         self._pace: tuple[int, float] | None = None  # step and time of this process's first line
@@ -67,10 +67,10 @@ class RunLog:
             self._last[record["kind"]] = record["step"]
             self._seconds_before = record["seconds"]
         self._start = self._mark = time.monotonic()
-        self._mark_tokens = (resume_step or 0) * options.tokens_per_update
+        self._mark_tokens = (resume_step or 0) * options.data.tokens_per_update
         self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
         self._events = _Events(self.directory, resume_step)
-        self._wandb = _Wandb(options) if options.wandb else None
+        self._wandb = _Wandb(options) if options.run.wandb else None
         self._bar = tqdm(
             total=self._total,
             initial=resume_step or 0,
@@ -158,7 +158,7 @@ class RunLog:
         if self._wandb:
             self._wandb.close()
         if "train" in self._last:
-            from launch.plot import plot
+            from launch.trainer.picture import plot
 
             try:
                 plot([self.directory], self.directory / "loss.png")
@@ -253,10 +253,10 @@ class _Wandb:
 
         self._run = wandb.init(
             project="online-subspace-descent",
-            name=options.name,
-            dir=str(options.path),
+            name=options.run.name,
+            dir=str(options.run.path),
             config=options.record(),
-            tags=options.tags.split() if options.tags else None,
+            tags=options.run.tags.split() if options.run.tags else None,
         )
 
     def write(self, record: dict[str, Any]) -> None:

@@ -24,14 +24,12 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
-from launch import training
-from launch.options import Options, UsageError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
+from launch.trainer.processes import OneProcess, Processes
 
 SECONDS_TO_MEET = 300
 """How long the first process to come waits for the last."""
@@ -47,30 +45,14 @@ LOST = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Processes:
-    """The processes of a run, seen from one of them. What they ask each other, all have to ask.
+class JaxProcesses(Processes):
+    """Several processes that `jax.distributed` has brought together."""
 
-    Attributes:
-        index: The number of this process, from 0.
-        count: How many there are.
-
-    Example:
-        >>> Processes().gathered({"document": 3})
-        [{'document': 3}]
-    """
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes and shows."""
-        return self.index == 0
+    index: int
+    count: int
 
     def gathered(self, value: Any) -> list[Any]:
-        """What each process has, on every process; a value that JSON can hold."""
-        if self.count == 1:
-            return [value]
+        """What each process has, in order, on every process; a value that JSON can hold."""
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
@@ -83,40 +65,10 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes."""
-        if self.count == 1:
-            return flag
         import numpy as np
         from jax.experimental.multihost_utils import process_allgather
 
         return bool(process_allgather(np.bool_(flag)).any())
-
-    def together(self, in_turn: bool = False) -> contextlib.AbstractContextManager[None]:
-        """What is the user's mistake in one process ends all; see `training.together`."""
-        return training.together(self.gathered, self.is_first, in_turn)
-
-
-def check_same(options: Options, processes: Processes) -> None:
-    """Refuses different flags in different processes, which would wait for each other for good.
-
-    Args:
-        options: Checked options.
-        processes: Of the run. All of them call this.
-
-    Raises:
-        UsageError: in all of them.
-    """
-    own = ("process_id", "data_dir", "cache_dir")
-    record = options.record()
-    mine = {f"--{name}": x for name, x in record["options"].items() if name not in own}
-    mine |= {f"--model_config: {name}": x for name, x in record["model"].items()}
-    first, *others = processes.gathered(mine)
-    for index, other in enumerate(others, start=1):
-        for name in {**first, **other}:
-            if first.get(name) != other.get(name):
-                raise UsageError(
-                    f"{name}: process 0 has {first.get(name)} and process {index} "
-                    f"{other.get(name)}; give all of them the same"
-                )
 
 
 # ---------------------------------------------------------------------------- meeting, and ending
@@ -135,7 +87,7 @@ def joined(options: Options) -> Iterator[Processes]:
     """
     given = _explicit(options)
     if given is None and not _is_launched():
-        yield Processes()
+        yield OneProcess()
         return
     processes = _initialized(given)
     try:
@@ -157,7 +109,7 @@ def _explicit(options: Options) -> dict[str, Any] | None:
         UsageError: the flags are incomplete or contradict each other.
     """
     names = ("coordinator_address", "num_processes", "process_id")
-    given = {name: getattr(options, name) for name in names}
+    given = {name: getattr(options.devices, name) for name in names}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == 3 or given["num_processes"] == 1:
         return None
@@ -222,13 +174,14 @@ def _initialized(given: dict[str, Any] | None) -> Processes:
             )
         except (RuntimeError, ValueError) as error:
             if given is None and "should be defined" in str(error):  # a TPU, and no pod
-                return Processes()
+                return OneProcess()
             reason = str(error).partition("\n")[0]
             raise UsageError(f"the processes cannot meet at {where}: {reason}") from None
         # JAX takes SIGTERM for notices of preemption; until the run minds it, it is to end this.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _at_abort.say(LOST, code=1)
-    return Processes(jax.process_index(), jax.process_count())
+    count = jax.process_count()
+    return JaxProcesses(jax.process_index(), count) if count > 1 else OneProcess()
 
 
 def _check_coordinator(address: str, is_here: bool) -> None:
@@ -319,88 +272,3 @@ def _is_loss(error: BaseException) -> bool:
             return True
         error = error.__cause__  # type: ignore[assignment]
     return False
-
-
-# --------------------------------------------------------------------------------------- devices
-
-
-def make_mesh(
-    options: Options, processes: Processes, devices: Sequence[Any] | None = None
-) -> Mesh | None:
-    """The mesh that the options ask for, over the devices of all processes; None: one device.
-
-    Args:
-        options: Checked options.
-        processes: Of the run.
-        devices: Of all processes; None: those that JAX finds.
-
-    Raises:
-        UsageError: sizes that do not fit the devices, the processes or the batch.
-    """
-    import jax
-
-    from osd_jax import sharding
-    from osd_jax.llama.partition import batch_sharding
-
-    devices = devices or jax.devices()
-    try:
-        asked = options.mesh or ("fsdp=-1" if options.fsdp else "data=-1")
-        sizes = sharding.parse_mesh("data=1" if options.single_gpu else asked)
-        product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-        if processes.count == 1 and 0 < product < len(devices):
-            devices = devices[:product]
-        mesh = sharding.make_mesh(**sizes, devices=devices)
-    except ValueError as error:
-        raise UsageError(f"--mesh: {error}") from None
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.compress_gradients and mesh.shape["data"] == 1:
-        raise UsageError(
-            "--compress_gradients: gradients are reduced over the mesh's data axis, and here it is "
-            "1 device long; leave it out, or use --mesh data=-1 on several devices"
-        )
-    if mesh.size == 1:
-        return None
-    readers: dict[Any, set[int]] = {}  # part of the batch -> processes that hold it
-    layout: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((1, shards, 1)))
-    for device, (_, rows, _) in layout.items():
-        readers.setdefault(rows.start or 0, set()).add(device.process_index)
-    if any(len(of) > 1 for of in readers.values()) or shards % processes.count:
-        raise UsageError(
-            f"--mesh: tensor={mesh.shape['tensor']} splits a row of the batch over several of the "
-            f"{processes.count} processes, each of which reads its own rows; use at most "
-            f"tensor={len(devices) // processes.count}, the devices of a process"
-        )
-    each = shards // processes.count
-    if options.batch_size % each:
-        raise UsageError(
-            f"--batch_size: {options.batch_size} rows do not divide by {each}, the data x fsdp "
-            f"parts of the mesh ({mesh_text(mesh)}) in a process; use "
-            f"{each * max(1, round(options.batch_size / each))}, or another --mesh"
-        )
-    return mesh
-
-
-def mesh_text(mesh: Mesh) -> str:
-    """A mesh in the words of `--mesh`: "data=2,fsdp=4", without the axes of one device."""
-    return ",".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
-
-
-def global_batch(mesh: Mesh | None, batch: training.Batch) -> Any:
-    """The arrays of which each process has read its share, laid out over the mesh.
-
-    Args:
-        mesh: From `make_mesh`.
-        batch: This process's rows: (K, B, S) for an update, (B, S) for an evaluation.
-    """
-    if mesh is None:
-        return batch
-    import jax
-
-    from osd_jax.llama.partition import batch_sharding
-
-    def laid_out(rows: Any) -> jax.Array:
-        spec = batch_sharding(mesh).spec[3 - rows.ndim :]
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        return jax.make_array_from_process_local_data(sharding, rows)
-
-    return {name: laid_out(rows) for name, rows in batch.items()}

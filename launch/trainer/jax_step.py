@@ -1,0 +1,105 @@
+"""JAX: the optimizer and the train step that the options ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launch.trainer import keywords
+from launch.trainer.cli import UsageError
+from launch.trainer.options import Options
+
+if TYPE_CHECKING:
+    import optax
+    from jax.sharding import Mesh
+
+    from osd_jax.llama import LlamaConfig
+    from osd_jax.llama.train import TrainStep
+    from osd_jax.rules import Schedule
+
+# Numbers of an 8-bit array that a layer-by-layer step reads back at once: a sixteenth of the 7B
+# model's embedding, the largest array there.
+SLICE_SIZE = 2**23
+
+
+def refuse_torch_only(options: Options) -> None:
+    """Refuses what only the PyTorch trainer does, with the reason.
+
+    Raises:
+        UsageError: such an option is given.
+    """
+    reasons = {
+        "compile": "the JAX side compiles always",
+        "timeout_minutes": "the JAX side has a time of its own, in launch/trainer/jax_processes.py",
+    }
+    for name, reason in reasons.items():
+        if options.is_given(name):
+            raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_torch")
+
+
+def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
+    """Refuses layer-by-layer updates on several devices.
+
+    Raises:
+        UsageError: they are asked for.
+    """
+    if mesh and options.devices.per_layer:
+        raise UsageError(
+            f"--per_layer: in JAX layers are updated one by one on one device, and there are "
+            f"{mesh.size}; add --single_gpu, or share the state out by --fsdp in place of it"
+        )
+
+
+def make_step(
+    options: Options, config: LlamaConfig, schedule: Schedule, mesh: Mesh | None
+) -> tuple[optax.GradientTransformation, TrainStep]:
+    """The optimizer and the jitted train step that the options ask for.
+
+    Args:
+        options: Checked options.
+        config: The model's shape.
+        schedule: (step, from 0) -> factor on the learning rate.
+        mesh: From `launch.trainer.mesh.make_mesh`.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
+    import jax
+
+    import osd_jax
+    from osd_jax import llama
+    from osd_jax.llama.layerwise import make_layerwise_train_step
+    from osd_jax.llama.train import make_train_step
+    from osd_jax.trees import paths_by_name
+
+    weights = jax.eval_shape(lambda: llama.init(config, options.run.seed))
+    keywords.check_words(options.optimizer.no_decay, paths_by_name(weights))
+    tx = osd_jax.make_optimizer(
+        options.optimizer.base,
+        options.subspace.proj_type,
+        learning_rate=options.optimizer.lr,
+        schedule=schedule,
+        select=llama.is_projected,
+        dimension_numbers=llama.dimension_numbers,
+        basis_dtype=options.subspace.basis_dtype,
+        ns_dtype=options.optimizer.ns_dtype,
+        projector_init=options.subspace.projector_init,
+        slice_size=SLICE_SIZE if options.devices.per_layer else None,
+        **keywords.optimizer_options(options),
+    )
+    clipping = options.optimizer.grad_clipping
+    if options.devices.per_layer:
+        return tx, make_layerwise_train_step(config, tx, grad_clipping=clipping)
+    return tx, make_train_step(
+        config,
+        tx,
+        grad_clipping=clipping,
+        remat=options.model.activation_checkpointing,
+        accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
+        mesh=mesh,
+        compress_gradients=options.devices.compress_gradients,
+    )
+
+
+def weights_dtype(options: Options, backend: str) -> str:
+    """Of weights and activations on a backend, as `jax.default_backend` names it."""
+    return options.model.dtype or ("float32" if backend == "cpu" else "bfloat16")

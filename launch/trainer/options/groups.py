@@ -1,0 +1,256 @@
+"""The options of a run in groups: frozen dataclasses whose fields are flags of the same name.
+
+Names, meanings and defaults are those of the published commands. This project adds the residuals,
+the forms of the moments, Muon's options, `update_proj_every`, the section "paper" of `--help`, and
+most of `Data`, `Run` and `Devices`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.trainer.cli import UsageError
+from launch.trainer.options.flags import DTYPES, Field, count, dtype_name, flag
+from launch.trainer.options.method import Optimizer, Subspace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model, from which weights, in which dtype."""
+
+    model_config: str = flag(
+        metavar="FILE",
+        help="LLaMA shape: a JSON file in Hugging Face's config format, such as "
+        "configs/llama_60m.json",
+    )
+    continue_from: str | None = flag(
+        None,
+        metavar="DIR",
+        help="continue from here: a run, or one of its checkpoints, with everything (weights, "
+        "optimizer, schedule, place in the data); a Hugging Face directory, with the weights "
+        "only",
+    )
+    dtype: str | None = flag(
+        None,
+        choices=DTYPES,
+        type=dtype_name,
+        help="dtype of weights and activations (default: bfloat16 on an accelerator, float32 on a "
+        "CPU)",
+    )
+    activation_checkpointing: bool = flag(
+        False, help="keep one activation a layer and compute the rest again in the backward pass"
+    )
+
+    def config(self) -> dict[str, Any]:
+        """The model config as it stands in the file.
+
+        Raises:
+            UsageError: the file is missing, or no JSON object.
+        """
+        path = Path(self.model_config)
+        if not path.is_file():
+            raise UsageError(f"--model_config: no file {path}; {_neighbours(path)}")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"--model_config: {path} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise UsageError(
+                f"--model_config: {path} holds a {type(config).__name__}, expected a JSON object"
+            )
+        return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and how much of it in an update."""
+
+    dataset: str = flag(
+        "c4",
+        metavar="NAME",
+        help="builtin (the State of the Union addresses), c4, tfds:NAME, text:GLOB (a file, a "
+        "folder or a pattern; .txt, .json, .jsonl, these as .gz or .zst, and .parquet), "
+        "tokens:PATH or hf:NAME",
+    )
+    text_column: str = flag(
+        "text",
+        help="text: alone: the key or column with the text in .json, .jsonl and .parquet files",
+    )
+    data_dir: str | None = flag(
+        None,
+        metavar="DIR",
+        help="where TensorFlow Datasets finds prepared data, or for c4 the folder that holds en/ "
+        "with C4's own files, c4-train.*.json.gz and c4-validation.*.json.gz",
+    )
+    cache_dir: str | None = flag(
+        None,
+        metavar="DIR",
+        help="where prepared data and trained tokenizers are kept (default: $OSD_CACHE, else "
+        "~/.cache/online_subspace_descent)",
+    )
+    tokenizer: str | None = flag(
+        None,
+        metavar="NAME",
+        help="a Hugging Face tokenizer's directory or name, or byte (default: that of "
+        "continue_from's model, else LLaMA's 32,000 pieces where the model has room for them, else "
+        "one trained on the data)",
+    )
+    max_length: int = flag(256, low=2, help="tokens in a row")
+    pack: bool | None = flag(
+        None,
+        help="join the documents and cut them into full rows, or keep one document a row, cut or "
+        "padded (default: --pack for builtin, text: and tokens:, else --no-pack, as published)",
+    )
+    batch_size: int = flag(low=1, help="rows in one forward pass of one process")
+    gradient_accumulation: int = flag(
+        0, low=0, help="forward passes in one update (default: from the two batch sizes, else 1)"
+    )
+    total_batch_size: int = flag(
+        0,
+        low=0,
+        help="rows in one update, over all processes (default: batch_size x gradient_accumulation "
+        "x processes)",
+    )
+    workers: int = flag(
+        0,
+        low=0,
+        help="processes that read ahead for each training process; 0 reads in threads of the "
+        "trainer itself, which is fastest on few cores. What is read does not depend on it",
+    )
+
+    @property
+    def tokens_per_update(self) -> int:
+        """Positions in one update over all processes, padding included; of checked options only."""
+        return self.total_batch_size * self.max_length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where the run is kept, what it logs, and how it goes on."""
+
+    name: str = flag("test", help="name of the run: its log lies in RUN_DIR/NAME")
+    run_dir: str = flag("runs", metavar="DIR", help="where runs are kept")
+    save_dir: str | None = flag(
+        None,
+        metavar="DIR",
+        help="where checkpoints and the final model are kept (default: RUN_DIR/NAME)",
+    )
+    save_every: int = flag(10_000, low=1, help="updates between two checkpoints")
+    keep: int = flag(2, low=1, help="newest checkpoints to keep")
+    resume: bool = flag(
+        False, help="go on from the run's newest checkpoint; start it if there is none"
+    )
+    overwrite: bool = flag(False, help="delete what an earlier run of this name left")
+    eval_every: int = flag(
+        5000, low=1, help="updates between two evaluations; one more stands at the end"
+    )
+    eval_tokens: int = flag(
+        10_000_000,
+        low=1,
+        type=count,
+        help="held-out tokens in an evaluation, padding counted (10M, 100K)",
+    )
+    log_every: int = flag(1, low=1, help="updates between two lines of the log")
+    prompt: str = flag(
+        "The", metavar="TEXT", help="start of the sample of text that the trained model writes"
+    )
+    sample_tokens: int = flag(100, low=0, help="tokens in that sample; 0 writes none")
+    seed: int = flag(0, low=0, high=2**32 - 1, help="seed of weights, data order and projectors")
+    tags: str | None = flag(None, metavar="TEXT", help="free words, kept with the run's options")
+    wandb: bool = flag(False, help="log to Weights & Biases too, which has to be installed")
+
+    @property
+    def path(self) -> Path:
+        """The run's directory: options, metrics, pictures."""
+        return Path(self.run_dir) / self.name
+
+    @property
+    def save_path(self) -> Path:
+        """Where checkpoints and the final model are kept."""
+        return Path(self.save_dir) if self.save_dir else self.path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """How processes and devices share the work, and what saves their memory."""
+
+    single_gpu: bool = flag(
+        False,
+        help="one device: JAX then leaves the others alone. PyTorch accepts it, as in the "
+        "published commands, and does not need it",
+    )
+    per_layer: bool = flag(
+        False,
+        help="update each layer inside the backward pass, so that the gradients of projected "
+        "weights never pile up (default: on for the *_per_layer optimizers)",
+    )
+    fsdp: bool = flag(
+        False,
+        help="share weights, gradients and optimizer state out over the devices; otherwise each "
+        "holds all of them, and a share of the batch. In JAX the same as --mesh fsdp=-1",
+    )
+    compress_gradients: bool = flag(
+        False,
+        help="reduce the low-rank sketch of a projected gradient over the processes, or over the "
+        "mesh's data axis, in place of the gradient",
+    )
+    accumulate_sketches: bool = flag(
+        False,
+        section="jax",
+        help="keep of each micro-batch the sketch of a projected gradient in place of the sum of "
+        "the gradients, as layer-by-layer updates do in either framework",
+    )
+    mesh: str | None = flag(
+        None,
+        section="jax",
+        metavar="SIZES",
+        help="data=D,fsdp=F,tensor=T: D groups of F x T devices; each group holds one copy, "
+        "weights are shared out over F and, as in Megatron, over T, and the batch over D x F. "
+        "What is left out is 1, -1 takes what is left (default: data=-1, all devices)",
+    )
+    coordinator_address: str | None = flag(
+        None,
+        section="jax",
+        metavar="HOST:PORT",
+        help="where several processes meet: a machine's name, on which the first process runs, "
+        "and any free port of it",
+    )
+    num_processes: int | None = flag(None, section="jax", low=1, help="how many there are")
+    process_id: int | None = flag(
+        None, section="jax", low=0, help="which of them this one is, from 0"
+    )
+    compile: bool = flag(
+        False,
+        section="pytorch",
+        help="compile the layers with torch.compile: slower to start, then faster",
+    )
+    timeout_minutes: float | None = flag(
+        None,
+        section="pytorch",
+        above=0,
+        high=10_000,
+        help="how long a process waits for another one before the run ends; the first one prepares "
+        "the data meanwhile (default: 10)",
+    )
+
+
+def _neighbours(path: Path) -> str:
+    there = ", ".join(sorted(other.name for other in path.parent.glob("*.json")))
+    return f"{path.parent} holds {there}" if there else "configs/llama_60m.json would be one"
+
+
+GROUPS: dict[str, type] = {
+    "model": Model,
+    "data": Data,
+    "optimizer": Optimizer,
+    "subspace": Subspace,
+    "run": Run,
+    "devices": Devices,
+}
+FLAGS: dict[str, Field] = {
+    field.name: field for group in GROUPS.values() for field in dataclasses.fields(group)
+}
+"""Every flag by its name, which no two groups share."""
