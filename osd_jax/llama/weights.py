@@ -134,7 +134,10 @@ def load_hf(
             ignored.add("lm_head.weight")
         for problem, names in (
             ("lacks", expected - files.keys()),
-            ("has, but a LLaMA of this config does not have,", files.keys() - expected - ignored),
+            (
+                "contains tensors that a LLaMA of this config lacks:",
+                files.keys() - expected - ignored,
+            ),
         ):
             if names:
                 raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")

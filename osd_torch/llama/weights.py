@@ -130,7 +130,7 @@ def load_hf(
     model, found = loaded
     for problem, names in (
         ("lacks", found["missing_keys"]),
-        ("has, but a LLaMA of this config does not have,", found["unexpected_keys"]),
+        ("contains tensors that a LLaMA of this config lacks:", found["unexpected_keys"]),
     ):
         if names:
             raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")

@@ -139,7 +139,7 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
     name = "model.norm.weight"
     for tensors, message in (
         ({k: v for k, v in good.items() if k != name}, f"lacks 1 tensors, {name} first"),
-        (good | {"other": good[name].clone()}, "does not have, 1 tensors, other first"),
+        (good | {"other": good[name].clone()}, "lacks: 1 tensors, other first"),
         (good | {name: torch.ones(7)}, rf"{name} has shape \(7,\), but the config expects \(32,\)"),
     ):
         save_file(tensors, path, {"format": "pt"})

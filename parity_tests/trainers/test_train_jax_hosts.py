@@ -205,7 +205,10 @@ def mistakes(home: Home) -> dict[str, tuple[dict[str, Any], str]]:
             {"batch_size": 12, "total_batch_size": 12},
             r"--batch_size: 12 rows are not divisible by 8, .*\(data=8\) in a process; use 16",
         ),
-        "twice": ({"mesh": "data=2", "fsdp": True}, r"--mesh: --fsdp also determines .*leave one out"),
+        "twice": (
+            {"mesh": "data=2", "fsdp": True},
+            r"--mesh: --fsdp also determines .*leave one out",
+        ),
         "nothing to reduce": (
             {"compress_gradients": True, "single_gpu": True},
             r"--compress_gradients: .*data axis.* one device here; leave it out",
