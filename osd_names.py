@@ -1,8 +1,8 @@
-"""The published names, in one table: optimizers, projections, and which of them read which option.
+"""One table of the published names: optimizers, projections, and the options that each reads.
 
-`osd_jax.make_optimizer` and `osd_torch.make_optimizer` parse these names into their own objects;
-the trainers' flags, the README's table and the tests' oracle take their names and constants from
-here, and both libraries their version. It imports no framework.
+`osd_jax.make_optimizer` and `osd_torch.make_optimizer` turn these names into their own objects. The
+trainers' flags, the README's table and the tests' oracle import the names and constants from here,
+and both libraries import their version. This module imports no framework.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-__version__ = "0.1.0"  # of both libraries; pyproject.toml reads it from here
+__version__ = "0.1.0"  # shared by both libraries and read by pyproject.toml
 
 Side = Literal["shorter", "longer", "input", "output", "both"]
 SIDES = ("shorter", "longer", "input", "output", "both")
 
 
 class Optimizer(NamedTuple):
-    """What an optimizer's name stands for.
+    """The meaning of an optimizer's name.
 
     Attributes:
-        rule: Of the weights: "adam", "adamw", "lion", "adafactor", "adam8bit", "sgd" or "muon".
-        is_projected: Whether selected matrices are trained in a subspace, all else at full rank.
+        rule: The weight rule: "adam", "adamw", "lion", "adafactor", "adam8bit", "sgd" or "muon".
+        is_projected: Whether it trains the selected matrices in a subspace; all other parameters
+            are
+            trained at full rank.
     """
 
     rule: str
@@ -46,15 +48,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 
 class Projection(NamedTuple):
-    """What a `proj_type` stands for.
+    """The meaning of a `proj_type`.
 
     Attributes:
-        side: The side of a weight (output, input) that P projects; "shorter" is input where both
-            are equal.
-        basis: The basis rule: "svd", "random" or "gaussian" every `update_proj_gap` steps, or
-            "online_pca" or "oja", where P moves.
-        rule: Of P's step, where it moves.
-        weight_decay: Of P, in the release.
+        side: The side of a weight (output, input) that P projects; "shorter" is input if both are
+            equal.
+        basis: The basis rule: "svd", "random" or "gaussian", which set P every `update_proj_gap`
+            steps,
+            or "online_pca" or "oja", which move P.
+        rule: The optimizer of P, if P moves.
+        weight_decay: The weight decay of P in the release.
     """
 
     side: Side
@@ -84,16 +87,16 @@ FULL_RANK_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if not x.is_
 PROJ_TYPES = tuple(PROJECTIONS)
 LION_SIGNS = ("lifted", "subspace")
 MUON_SCALES = ("adamw", "muon", "none")
-MOMENTUM = 0.95  # Muon's, where none is given
+MOMENTUM = 0.95  # default momentum of Muon
 SECOND_MOMENTS = ("full", "row")
 FIRST_MOMENTS = ("full", "8bit")
 
 
 class Residual(NamedTuple):
-    """What a `residual` stands for: a lift that adds what P does not reach.
+    """The meaning of a `residual`: a lift that adds the part of the gradient outside the subspace.
 
     Attributes:
-        scale: Default of `residual_scale`; None: it does not read one.
+        scale: Default of `residual_scale`; None if it does not read this option.
         reads_scale: Whether it reads `scale`, the factor on the lifted update.
         limits: Whether it has a growth limiter.
     """
@@ -117,11 +120,11 @@ PROJECTOR_INITS = ("svd", "qr")
 
 
 class Reader(NamedTuple):
-    """Who reads an option.
+    """The optimizers that read an option.
 
     Attributes:
-        who: In words, for messages.
-        reads: (optimizer, proj_type) -> whether it does.
+        who: A description for error messages.
+        reads: (optimizer, proj_type) -> whether this combination reads the option.
     """
 
     who: str
@@ -154,7 +157,7 @@ _OWN_STEP = Reader(
 _LION = Reader("galore_lion", lambda optimizer, _: optimizer == "galore_lion")
 _ADAM = ("adam", "adamw", "adam8bit")
 _MUON = Reader("osd_muon or muon", _rule_is("muon"))
-# An optimizer at full rank takes what describes a subspace without reading it, as it takes a rank.
+# A full-rank optimizer accepts the options of a subspace, such as a rank, and ignores them.
 _SCALED = Reader("a galore_* optimizer", lambda optimizer, _: optimizer != "osd_muon")
 _RESIDUAL = Reader(
     "a galore_* optimizer, with one side projected (not full),",
@@ -162,7 +165,7 @@ _RESIDUAL = Reader(
 )
 _ROWS = Reader("galore_adamw, osd_muon, muon, adam or adamw", _rule_is("adam", "adamw", "muon"))
 
-# Options that some optimizers do not read, with their default and their readers.
+# Options that some optimizers do not read: their default and their readers.
 OPTIONS: dict[str, tuple[Any, Reader]] = {
     "beta1": (
         None,
@@ -194,12 +197,12 @@ OPTIONS: dict[str, tuple[Any, Reader]] = {
 
 
 def not_installed(library: str, extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The error of a library whose framework is not installed, naming the extra to install.
+    """The error for a library whose framework is not installed; it names the extra to install.
 
     Args:
-        library: Its name.
-        extra: Of pyproject.toml, which installs what the library needs.
-        error: What the import of the framework raised.
+        library: Name of the library.
+        extra: The extra of pyproject.toml that installs its dependencies.
+        error: The error of the framework's import.
 
     Example:
         >>> print(not_installed("osd_jax", "jax", ModuleNotFoundError("No module named 'jax'")))
@@ -211,7 +214,7 @@ def not_installed(library: str, extra: str, error: ModuleNotFoundError) -> Modul
 
 
 def check_names(optimizer: str, proj_type: str) -> None:
-    """Raises ValueError for an unknown name, naming the choices."""
+    """Raises ValueError for an unknown name and lists the choices."""
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
     check_choice("proj_type", proj_type, PROJ_TYPES)
 
@@ -229,19 +232,19 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_muon(muon_scale: str, nesterov: bool, momentum: Any) -> None:
-    """Raises ValueError for options of Muon out of range, or that a momentum of 0 ignores.
+    """Raises ValueError for options of Muon that are out of range or ignored with a momentum of 0.
 
     Args:
-        muon_scale: A published name.
-        nesterov: Whether momentum is Nesterov's.
-        momentum: Its decay; one that is no plain number, such as a traced one, passes.
+        muon_scale: One of `MUON_SCALES`.
+        nesterov: Whether to use Nesterov momentum.
+        momentum: Decay of the momentum; only a plain number is checked, not a traced one.
     """
     check_choice("muon_scale", muon_scale, MUON_SCALES)
     check_flag("nesterov", nesterov)
     if nesterov and isinstance(momentum, numbers.Number) and momentum == 0:
         raise ValueError(
-            "nesterov is True: a momentum of 0 keeps no moment, so that it is not read; leave it "
-            "out, or give a momentum above 0"
+            "nesterov is True, but a momentum of 0 keeps no moment and ignores it; leave it out, "
+            "or give a momentum above 0"
         )
 
 
@@ -270,23 +273,23 @@ def check_residual(
 
 
 def check_moments(second_moment: str, first_moment: str) -> None:
-    """Raises ValueError for unknown forms of the moments of embedding and head."""
+    """Raises ValueError for invalid moment options of embedding and head."""
     check_choice("second_moment", second_moment, SECOND_MOMENTS)
     check_choice("first_moment", first_moment, FIRST_MOMENTS)
     if first_moment != "full" and second_moment != "row":
         raise ValueError(
-            f"first_moment is {first_moment!r}: only second_moment 'row' reads it; leave it "
-            "out, or give both"
+            f"first_moment is {first_moment!r}: only second_moment 'row' reads it; leave it out, "
+            "or give both"
         )
 
 
 def check_read(optimizer: str, proj_type: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that would be silently ignored.
+    """Raises ValueError for an option that the optimizer would silently ignore.
 
     Args:
         optimizer: A published name.
-        proj_type: Likewise.
-        options: Values by name. One that is no plain value, such as a traced number, passes.
+        proj_type: A published name.
+        options: Values by name; only plain values are checked, not traced numbers.
     """
     for name, value in options.items():
         default, reader = OPTIONS[name]

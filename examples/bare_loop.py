@@ -2,8 +2,8 @@
 
     python examples/bare_loop.py --steps 200
 
-A small LLaMA learns the bytes of a source file that comes with Python. Halfway it is saved; a
-second run loads that checkpoint and has, on a CPU, the very losses of the first.
+A small LLaMA learns the bytes of a source file of the Python standard library. The script saves a
+checkpoint halfway; a second run loads it and reproduces, on a CPU, the losses of the first run.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def batch(step: int, rows: int = 8, length: int = 64) -> Tensor:
-    """Pieces of the text, (rows, length) int64: the same ones whenever this step is taken."""
+    """Random pieces of the text, (rows, length) int64, determined by the step."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(TEXT) - length, (rows, 1), generator=generator)
     return TEXT[starts + torch.arange(length)].to(DEVICE)
 
 
 def train(args: argparse.Namespace, checkpoint: Path, resume: bool = False) -> list[float]:
-    """Trains, from the start or from the checkpoint; returns the loss of every step taken."""
+    """Trains from the start or from the checkpoint; returns the loss of each step."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -71,11 +71,11 @@ def train(args: argparse.Namespace, checkpoint: Path, resume: bool = False) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, resumes, compares; returns `losses` and `resumed`, those from halfway on."""
-    parser = argparse.ArgumentParser(description="A plain training loop, and its resumption.")
+    """Trains, resumes and compares; returns `losses` and `resumed`, those after halfway."""
+    parser = argparse.ArgumentParser(description="A plain training loop that resumes.")
     parser.add_argument("--steps", type=int, default=200, help="training steps, at least 2")
-    parser.add_argument("--optimizer", default="galore_adamw", help="how weights move")
-    parser.add_argument("--proj_type", default="continuous", help="how the subspace moves")
+    parser.add_argument("--optimizer", default="galore_adamw", help="name of the optimizer")
+    parser.add_argument("--proj_type", default="continuous", help="name of the projection")
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         checkpoint = Path(directory) / "checkpoint.pt"
         losses = train(args, checkpoint)
         resumed = train(args, checkpoint, resume=True)
-    same = "the same losses" if resumed == losses[-len(resumed) :] else "other losses"
+    same = "the same losses" if resumed == losses[-len(resumed) :] else "different losses"
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
     print(f"resumed from step {args.steps // 2}: {same}")
     return {"losses": losses, "resumed": resumed}

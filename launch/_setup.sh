@@ -1,10 +1,10 @@
-# Sourced by quickstart.sh and test.sh, in the project's root. `set_up EXTRA...` leaves .venv with
-# these extras of pyproject.toml, in the versions of constraints.txt; when it has them it does nothing.
-# OSD_CONSTRAINTS names another file of versions; with /dev/null they are the newest.
+# Sourced by the scripts of launch/, in the project's root. `set_up EXTRA...` installs these extras
+# of pyproject.toml into .venv, in the versions of constraints.txt, unless they are installed already.
+# OSD_CONSTRAINTS names another constraints file; /dev/null selects the newest versions.
 
 constraints=${OSD_CONSTRAINTS:-constraints.txt}
 
-find_python() { # prints the path of a Python that is new enough
+find_python() { # prints the path of a Python 3.11 or newer
     local name
     for name in ${PYTHON:-} python3.11 python3.12 python3.13 python3 python3.14 python; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -26,16 +26,16 @@ set_up() {
     fi
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python) || return 1
-        echo "Making .venv with $("$python" --version)"
+        echo "Creating .venv with $("$python" --version)"
         if ! "$python" -m venv --clear .venv; then
-            echo "error: $python cannot make a virtual environment; on Debian and Ubuntu install" \
+            echo "error: $python cannot create a virtual environment; on Debian and Ubuntu install" \
                 "the package python3-venv" >&2
             return 1
         fi
     fi
-    echo "Installing $extras into .venv: a few minutes the first time"
+    echo "Installing $extras into .venv; the first time this takes a few minutes"
     case ",$extras," in
-    *,torch,*) # first and by itself: what needs torch then takes this build
+    *,torch,*) # first and separately, so that packages that need torch use this build
         .venv/bin/python -m pip install --quiet -c "$constraints" torch || return 1 ;;
     esac
     .venv/bin/python -m pip install --quiet -c "$constraints" -e ".[$extras]" || return 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains a small LLaMA with Online Subspace Descent on the State of the Union addresses, from nothing
-# but Python 3.11 or newer:  bash launch/quickstart.sh [more flags for launch.train_jax]
-# Run it again after an interruption and it goes on where it was.
+# Trains a small LLaMA with Online Subspace Descent on the State of the Union addresses; requires only
+# Python 3.11 or newer:  bash launch/quickstart.sh [more flags for launch.train_jax]
+# Rerun it after an interruption to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/_setup.sh
@@ -35,18 +35,18 @@ else
 fi
 
 if [ $# -eq 0 ] && [ -f "runs/$name/model/config.json" ]; then
-    echo "runs/$name holds a trained model already. To train it again:"
+    echo "runs/$name already contains a trained model. To train it again:"
     echo "    bash launch/quickstart.sh --overwrite"
     exit
 fi
 case " $* " in
 *" --help "* | *" -h "*) exec .venv/bin/python -m launch.train_jax --help ;;
 *" --overwrite "*) ;;
-*) flags+=(--resume) ;; # starts the run if there is nothing to go on from
+*) flags+=(--resume) ;; # starts the run if there is no checkpoint
 esac
 .venv/bin/python -m launch.train_jax --name "$name" "${flags[@]}" "$@"
 
 echo
-echo "The run's loss is drawn in loss.png, in its directory. More to try:"
+echo "loss.png in the run's directory plots the loss. More commands:"
 echo "    .venv/bin/tensorboard --logdir runs"
 echo "    .venv/bin/python -m launch.train_jax --help"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them:  bash launch/test.sh [arguments for pytest]
-# TEST_WORKERS says how many run at once (2). On Linux, pip takes the CUDA build of PyTorch unless it
-# is set up to find the smaller CPU build; the tests need the CPU only.
+# Installs the dependencies of the tests and runs them:  bash launch/test.sh [arguments for pytest]
+# TEST_WORKERS is the number of processes (2). On Linux, pip installs the CUDA build of PyTorch unless
+# it is configured to find the smaller CPU build; the tests only need the CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/_setup.sh

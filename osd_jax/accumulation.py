@@ -1,9 +1,9 @@
-"""Gradient accumulation in sketches: (p + q) r numbers a matrix, in place of its p q.
+"""Gradient accumulation in sketches: (p + q) r numbers per matrix instead of its p q.
 
-The parts of an update are its micro-batches. What is held is the mean of their sketches, weighted
-by their shares of the update. R of it is exact, since P does not change within an update. Of A and
-of the squared norm the mean of the parts' own stands in: the same expected second moment, not the
-same value. Gradients that are not projected are held whole, and are exact.
+The parts of an update are its micro-batches. The accumulator is the mean of their sketches,
+weighted by their shares of the update. Its R is exact, because P does not change within an update.
+The mean of the parts' own A and squared norm replaces the exact value: it has the same expected
+second moment, not the same value. Gradients that are not projected are accumulated whole, exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from osd_jax.sketch import is_sketch
 from osd_jax.subspace import SubspaceTransformation
 from osd_jax.trees import promotes
 
-Held = Any  # a tree like the gradients, with a Sketch in place of each that is projected
+Held = Any  # a tree like the gradients, with a Sketch for each projected gradient
 
 
 def check_sketch_suffices(tx: SubspaceTransformation) -> None:
@@ -29,20 +29,20 @@ def check_sketch_suffices(tx: SubspaceTransformation) -> None:
     needs = tx.needs_gradient
     if needs is not None:
         raise ValueError(
-            f"{needs.reason}, and there only its sketch is kept (accumulated or reduced sketches, "
-            f"or layer by layer with micro-batches or clipping): use {needs.remedy}, or keep whole "
-            "gradients"
+            f"{needs.reason}, but only its sketch is kept here (accumulated or reduced sketches, "
+            f"or layer-by-layer updates with micro-batches or clipping): use {needs.remedy}, or "
+            "keep whole gradients"
         )
 
 
 @promotes
 def nothing_held(tx: SubspaceTransformation, grads: optax.Updates, state: optax.OptState) -> Held:
-    """Zeros to hold the first part in.
+    """An accumulator of zeros.
 
     Args:
       tx: The optimizer.
       grads: Gradients, parameters, or their shapes.
-      state: Of the optimizer, or its shapes.
+      state: State of the optimizer, or its shapes.
     """
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -53,21 +53,21 @@ def nothing_held(tx: SubspaceTransformation, grads: optax.Updates, state: optax.
 
 @promotes
 def hold(held: Held, sketches: Held, share: jax.typing.ArrayLike) -> Held:
-    """Adds one part.
+    """Adds one part to the accumulator.
 
     Args:
-      held: So far.
-      sketches: From `tx.project`, of the part's own mean gradient.
-      share: The part's share of the update, such as its share of the tokens; all add up to 1.
+      held: The accumulator.
+      sketches: From `tx.project`, for the part's own mean gradient.
+      share: The part's share of the update, such as its share of the tokens; the shares sum to 1.
     """
     return jax.tree.map(lambda total, x: total + share * x, held, sketches)
 
 
 @promotes
 def squared_norm_held(held: Held) -> jax.Array:
-    """What is applied, squared and summed: R where a gradient is projected, the gradient elsewhere.
+    """Sum of squares of what is applied: R for projected gradients, the gradient otherwise.
 
-    The gradient's own norm is not to be had from its parts.
+    The norm of the whole gradient cannot be computed from its parts.
     """
     leaves = jax.tree.leaves(held, is_leaf=is_sketch)
     applied = [x.low_rank if is_sketch(x) else x for x in leaves]
@@ -76,7 +76,7 @@ def squared_norm_held(held: Held) -> jax.Array:
 
 @promotes
 def scaled(held: Held, factor: jax.typing.ArrayLike) -> Held:
-    """The sketches of the gradients times a factor."""
+    """Multiplies the sketches of the gradients by a factor."""
     one = lambda x: x.scaled(factor) if is_sketch(x) else x * factor
     return jax.tree.map(one, held, is_leaf=is_sketch)
 
@@ -85,8 +85,8 @@ class AccumulationState(NamedTuple):
     """State of `accumulate_sketches`.
 
     Attributes:
-      mini_step: int32 scalar, the parts held.
-      held: The mean of their sketches, so far.
+      mini_step: int32 scalar, the number of accumulated parts.
+      held: The mean of their sketches so far.
       inner: State of the optimizer.
     """
 
@@ -98,19 +98,22 @@ class AccumulationState(NamedTuple):
 def accumulate_sketches(
     tx: optax.GradientTransformation, every_k: int
 ) -> optax.GradientTransformationExtraArgs:
-    """One update of `tx` every `every_k` calls, of the mean of their gradients; zeros between.
+    """Applies one update of `tx` every `every_k` calls, for the mean gradient; zeros between.
 
-    What `optax.MultiSteps` does, holding sketches where it holds gradients. Where P is due to be
-    set anew, it is from the first of the `every_k` gradients.
+    Like `optax.MultiSteps`, but it accumulates sketches instead of gradients. When P is due, the
+    first of the `every_k` gradients sets it.
 
     Args:
-      tx: From `make_optimizer` or `scale_by_subspace`, or a composition around one, as `in_parts`
-        returns it.
-      every_k: Calls an update.
+      tx: From `make_optimizer` or `scale_by_subspace`, or a composition around one, as returned by
+        `in_parts`.
+      every_k: Number of calls per update.
+
+    Returns:
+      An Optax transformation with state `AccumulationState`.
 
     Raises:
-      ValueError: for `every_k` below 1, an optimizer that needs the gradient itself, or, from
-        `init`, one that hides its subspace.
+      ValueError: `every_k` is below 1, or the optimizer needs the gradient itself. `init` raises if
+        the optimizer hides its subspace.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -155,8 +158,8 @@ def accumulate_sketches(
             return updates, optax.tree.zeros_like(held), inner
 
         def wait(held: Held, inner: optax.OptState) -> Any:
-            # In the updates' dtypes, which are not the gradients' where weights are rounded by
-            # chance.
+            # With the dtypes of the updates, which differ from the gradients' with stochastic
+            # rounding.
             like = jax.eval_shape(step, held, inner)[0]
             return jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), grads, like), held, inner
 

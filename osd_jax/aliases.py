@@ -1,12 +1,12 @@
-"""Optimizers in Optax's manner: Online Subspace Descent with AdamW, Lion, Adafactor or Muon.
+"""Optax aliases: Online Subspace Descent with AdamW, Lion, Adafactor or Muon.
 
 Each takes the learning rate first, a number or a schedule, then its own numbers under Optax's
-names, and the rules of the subspace as objects. What is selected is projected; all else is trained
-by the same rule at full rank (by AdamW beside Muon). For the published names and flags see
+names, and the rules of the subspace as objects. Selected parameters are projected; all others are
+trained by the same rule at full rank (by AdamW for Muon). For the published names and flags see
 `make_optimizer`.
 
-`optax.inject_hyperparams(osd_adamw, static_args=STATIC_ARGUMENTS)` holds the numbers in its state,
-and for `osd_muon` `MUON_STATIC_ARGUMENTS` does.
+`optax.inject_hyperparams(osd_adamw, static_args=STATIC_ARGUMENTS)` keeps the numbers in its state;
+use `MUON_STATIC_ARGUMENTS` for `osd_muon`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from osd_names import check_flag, check_moments, check_muon
 ScalarOrSchedule = jax.typing.ArrayLike | Callable[[Any], Any]
 Mask = Any | Callable[[optax.Params], Any] | None
 
-# What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
+# Arguments that determine which computation is built: `static_args` of `optax.inject_hyperparams`.
 STATIC_ARGUMENTS = (
     "rank",
     "mask",
@@ -97,41 +97,40 @@ def osd_adamw(
 ) -> SubspaceTransformation:
     """AdamW in a subspace: `R = P^T G`, `W <- (1 - lr wd) (W - lr * lift(Adam(R)))`.
 
-    As in the release, eps is added to the root of the second moment before the bias correction.
+    As in the release, epsilon is added to the root of the second moment before bias correction.
 
     Args:
       learning_rate: A number or a schedule, (step, from 0) -> number.
-      rank: Columns of P; at most min(m, n) are used.
+      rank: Number of columns of P; at most min(m, n) are used.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
-      second_moment: Of matrices that are not projected: "full", or "row", one number for each entry
-        of the longer axis; see `scale_by_adam_of_rows`.
-      first_moment: Of these with "row": "full", or "8bit".
-      weight_decay: Decoupled, times the learning rate, after the update.
+      second_moment: For matrices that are not projected: "full", or "row", one number for each
+        entry of the longer axis; see `scale_by_adam_of_rows`.
+      first_moment: For these matrices with "row": "full", or "8bit".
+      weight_decay: Decoupled, multiplied by the learning rate, after the update.
       mask: A tree of bool like the parameters, or a function from them to one: what has weight
-        decay. None: all.
-      basis: The rule for P, such as `online_pca(optax.adam(5e-3))`, `svd(200)` or `random(200)`.
-        None: online PCA by Adam with step size 5e-3, as `make_optimizer`'s `continuous` at its
+        decay. None: all parameters.
+      basis: The basis rule, such as `online_pca(optax.adam(5e-3))`, `svd(200)` or `random(200)`.
+        None: online PCA by Adam with step size 5e-3, like `continuous` of `make_optimizer` at its
         default gap, but without weight decay.
-      lift: What turns a direction into an update of W, such as `scaled(0.25)`. None: `scaled(1)`.
+      lift: Turns a direction into an update of W, such as `scaled(0.25)`. None: `scaled(1)`.
       side: The side of a matrix that P projects; see `scale_by_subspace`.
       select: (path, parameter) -> whether it is projected; see `make_optimizer`.
-      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those that `select_linear`
-        knows, or else 2-D arrays are (input, output).
-      transport_moments: Whether moments follow P where it changes; see
-        `osd_jax.transport_moments`.
-      stochastic_rounding: Whether weights in bfloat16 are rounded up or down at random, so that the
-        mean is the weight in float32; see `make_optimizer`.
+      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those of `select_linear`,
+        otherwise 2-D arrays are (input, output).
+      transport_moments: Whether moments follow changes of P; see `osd_jax.transport_moments`.
+      stochastic_rounding: Whether to round bfloat16 weights up or down at random, so that the
+        expectation is the float32 weight; see `make_optimizer`.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
-      seed: Of rules that draw, and of stochastic rounding.
+      seed: Seed of random basis rules and of stochastic rounding.
 
     Returns:
-      An Optax transformation as `make_optimizer` returns it: `update` needs `params`, and a step
+      An Optax transformation like that of `make_optimizer`: `update` requires `params`, and a step
       with a non-finite gradient changes nothing and is counted (`skipped_steps`).
 
     Raises:
-      ValueError: for an argument out of range, naming it.
+      ValueError: An argument is out of range; the message names it.
 
     References:
       Liang et al., arXiv 2408.12857, algorithm 1.
@@ -185,31 +184,31 @@ def osd_adamw8bit(
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
-    """`osd_adamw` with moments in 8 bits (`quantize_state`); eps after the bias correction.
+    """`osd_adamw` with 8-bit moments (`quantize_state`); epsilon is added after bias correction.
 
     Args:
       learning_rate: A number or a schedule.
-      rank: Columns of P.
+      rank: Number of columns of P.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
-      weight_decay: Decoupled, times the learning rate, after the update.
-      mask: What has weight decay; this and all that follow as in `osd_adamw`.
-      basis: The rule for P.
-      lift: What turns a direction into an update of W.
+      weight_decay: Decoupled, multiplied by the learning rate, after the update.
+      mask: What has weight decay; this and the following arguments as in `osd_adamw`.
+      basis: The basis rule.
+      lift: Turns a direction into an update of W.
       side: The side of a matrix that P projects.
-      select: What is projected.
+      select: Which parameters are projected.
       dimension_numbers: Matrix axes.
-      transport_moments: Whether moments follow P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
+      transport_moments: Whether moments follow changes of P.
+      stochastic_rounding: Whether bfloat16 weights are rounded stochastically.
       basis_dtype: dtype of P.
-      seed: Of rules that draw.
+      seed: Seed of random basis rules and of stochastic rounding.
 
     Returns:
-      As `osd_adamw`.
+      See `osd_adamw`.
 
     Raises:
-      ValueError: for an argument out of range, naming it.
+      ValueError: An argument is out of range; the message names it.
 
     References:
       Dettmers et al., arXiv 2110.02861.
@@ -250,33 +249,33 @@ def osd_lion(
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
-    """Lion in a subspace.
+    """Lion in a subspace: `D = b1 m + (1 - b1) R`, `m <- b2 m + (1 - b2) R`, `W <- W - lr lift(D)`.
 
-    Without `lift` the sign is taken after the lift, `sign(P D)`, as released; with one it is taken
-    of the low-rank direction, as in the paper, such as with `lift=scaled(1.0)`.
+    Without `lift` the sign is applied after the lift, `sign(P D)`, as in the release. With a lift,
+    such as `lift=scaled(1.0)`, it is applied to the low-rank direction, as in the paper.
 
     Args:
       learning_rate: A number or a schedule.
-      rank: Columns of P.
+      rank: Number of columns of P.
       b1: Weight of the moment in the direction.
       b2: Decay of the moment.
-      weight_decay: Decoupled, times the learning rate, after the update.
-      mask: What has weight decay; this and all that follow as in `osd_adamw`.
-      basis: The rule for P.
-      lift: What turns a direction into an update of W. None: `sign_after_lift()`.
+      weight_decay: Decoupled, multiplied by the learning rate, after the update.
+      mask: What has weight decay; this and the following arguments as in `osd_adamw`.
+      basis: The basis rule.
+      lift: Turns a direction into an update of W. None: `sign_after_lift()`.
       side: The side of a matrix that P projects.
-      select: What is projected.
+      select: Which parameters are projected.
       dimension_numbers: Matrix axes.
-      transport_moments: Whether the moment follows P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
+      transport_moments: Whether the moment follows changes of P.
+      stochastic_rounding: Whether bfloat16 weights are rounded stochastically.
       basis_dtype: dtype of P.
-      seed: Of rules that draw.
+      seed: Seed of random basis rules and of stochastic rounding.
 
     Returns:
-      As `osd_adamw`.
+      See `osd_adamw`.
 
     Raises:
-      ValueError: for an argument out of range, naming it.
+      ValueError: An argument is out of range; the message names it.
 
     References:
       Chen et al., arXiv 2302.06675.
@@ -316,29 +315,29 @@ def osd_adafactor(
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
-    """Adafactor in a subspace, with the step size that it is given.
+    """Adafactor in a subspace, with a given step size.
 
     Args:
       learning_rate: A number or a schedule.
-      rank: Columns of P.
+      rank: Number of columns of P.
       b1: Decay of the first moment. None: no first moment.
-      weight_decay: Decoupled, times the learning rate, before the update.
-      mask: What has weight decay; this and all that follow as in `osd_adamw`.
-      basis: The rule for P.
-      lift: What turns a direction into an update of W.
+      weight_decay: Decoupled, multiplied by the learning rate, before the update.
+      mask: What has weight decay; this and the following arguments as in `osd_adamw`.
+      basis: The basis rule.
+      lift: Turns a direction into an update of W.
       side: The side of a matrix that P projects.
-      select: What is projected.
+      select: Which parameters are projected.
       dimension_numbers: Matrix axes.
-      transport_moments: Refused: a factored second moment cannot follow P.
-      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
+      transport_moments: True raises: a factored second moment cannot follow P.
+      stochastic_rounding: Whether bfloat16 weights are rounded stochastically.
       basis_dtype: dtype of P.
-      seed: Of rules that draw.
+      seed: Seed of random basis rules and of stochastic rounding.
 
     Returns:
-      As `osd_adamw`.
+      See `osd_adamw`.
 
     Raises:
-      ValueError: for an argument out of range, naming it.
+      ValueError: An argument is out of range; the message names it.
 
     References:
       Shazeer and Stern, arXiv 1804.04235.
@@ -353,7 +352,7 @@ def osd_adafactor(
         check_betas(b1=b1)
     if transport_moments:
         raise ValueError(
-            "transport_moments is True, and Adafactor's factored second moment cannot follow P: "
+            "transport_moments is True, but Adafactor's factored second moment cannot follow P: "
             "use another optimizer, or leave it out"
         )
     shared = Shared(
@@ -395,50 +394,53 @@ def osd_muon(
     basis_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
 ) -> SubspaceTransformation:
-    """Momentum in a subspace, the whole gradient, and the sum orthogonalized; weight decay first.
+    """Momentum in a subspace plus the full gradient, orthogonalized; weight decay first.
 
-    For a projected matrix, with R = P^T M: `m <- b m + R`, and
-    `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
-    momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a scale. With P of full
-    rank this is Muon. What is not projected is trained by AdamW.
+        m <- b m + R,   R = P^T M
+        W <- (1 - lr wd) W - lr s O(M + P (D - R))
 
-    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
-    P's optimizer keeps.
+    for a projected matrix. D is m, or `R + b m` with Nesterov momentum; O moves all singular values
+    close to 1 (Newton-Schulz); s is a scale. With a full-rank P this is Muon. Parameters that are
+    not projected are trained by AdamW.
+
+    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and the
+    state of P's optimizer.
 
     Args:
-      learning_rate: Of the projected matrices, a number or a schedule.
-      rank: Columns of P.
+      learning_rate: Learning rate of the projected matrices, a number or a schedule.
+      rank: Number of columns of P.
       momentum: b.
-      nesterov: Nesterov's momentum.
-      weight_decay: Decoupled, times the learning rate, before the update.
+      nesterov: Whether to use Nesterov momentum.
+      weight_decay: Decoupled, multiplied by the learning rate, before the update.
       mask: What has weight decay, as in `osd_adamw`.
-      full_lr: Of what is not projected. None: `learning_rate`.
-      b1: AdamW's, of what is not projected.
-      b2: Likewise.
-      eps: Likewise; added to the root of the second moment after the bias correction.
-      second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
-        longer axis; see `scale_by_adam_of_rows`.
-      first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
-      ns_steps: Steps of Newton-Schulz.
-      ns_coefficients: Its polynomial.
-      ns_dtype: That it runs in; None: float32 or float64.
+      full_lr: Learning rate of the parameters that are not projected. None: `learning_rate`.
+      b1: AdamW's b1 for the parameters that are not projected.
+      b2: AdamW's b2 for these.
+      eps: AdamW's eps for these; added to the root of the second moment after bias correction.
+      second_moment: For matrices that are not projected: "full", or "row", one number for each
+        entry of the longer axis; see `scale_by_adam_of_rows`.
+      first_moment: "full", or "8bit" for the first moment of these matrices with "row", and for the
+        momentum.
+      ns_steps: Number of Newton-Schulz steps.
+      ns_coefficients: Coefficients of its polynomial.
+      ns_dtype: Dtype of the iteration; None: float32 or float64.
       muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
-      basis: The rule for P; this and all that follow as in `osd_adamw`.
-      lift: What turns a direction into an update of W, in place of
-        `orthogonalized(add_gradient(), ...)` with the options above.
+      basis: The basis rule; this and the following arguments as in `osd_adamw`.
+      lift: Turns a direction into an update of W, instead of `orthogonalized(add_gradient(), ...)`
+        with the options above.
       side: The side of a matrix that P projects.
-      select: What is projected.
+      select: Which parameters are projected.
       dimension_numbers: Matrix axes.
-      transport_moments: Whether the momentum follows P where it changes.
-      stochastic_rounding: Whether weights in bfloat16 are rounded stochastically.
+      transport_moments: Whether the momentum follows changes of P.
+      stochastic_rounding: Whether bfloat16 weights are rounded stochastically.
       basis_dtype: dtype of P.
-      seed: Of rules that draw.
+      seed: Seed of random basis rules and of stochastic rounding.
 
     Returns:
-      As `osd_adamw`.
+      See `osd_adamw`.
 
     Raises:
-      ValueError: for an argument out of range, naming it.
+      ValueError: An argument is out of range; the message names it.
 
     References:
       Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on the
@@ -468,8 +470,8 @@ def osd_muon(
     }
     if lift is not None and tuple(options.values()) != (5, MUON_COEFFICIENTS, None, "adamw"):
         raise ValueError(
-            "lift is given, which does not read ns_steps, ns_coefficients, ns_dtype and "
-            "muon_scale: leave them out, or give them to orthogonalized(...)"
+            "lift is given, so ns_steps, ns_coefficients, ns_dtype and muon_scale are not read: "
+            "leave them out, or pass them to orthogonalized(...)"
         )
     by_us = orthogonalized(add_gradient(), **options)
     shared = Shared(
@@ -491,7 +493,7 @@ def osd_muon(
 
 
 class Shared(NamedTuple):
-    """What every optimizer here takes; see `osd_adamw`."""
+    """Arguments that all optimizers here share; see `osd_adamw`."""
 
     rank: int
     weight_decay: Any
@@ -548,7 +550,7 @@ def _following(
 def _adam_of_others(
     b1: Any, b2: Any, eps: Any, second_moment: str, first_moment: str
 ) -> optax.GradientTransformation:
-    """Adam for what is not projected."""
+    """Adam for the parameters that are not projected."""
     check_moments(second_moment, first_moment)
     if second_moment == "full":
         return optax.scale_by_adam(b1, b2, eps)
@@ -556,12 +558,12 @@ def _adam_of_others(
 
 
 def is_linear(lift: Any) -> bool:
-    """Whether the learning rate may be inside the lift, which None leaves to the optimizer."""
+    """Whether the learning rate can be applied before the lift; for None the optimizer decides."""
     return lift is None or (isinstance(lift, Lift) and lift.linear)
 
 
 def check_rates(learning_rate: Any, weight_decay: Any, rank: Any, **numbers: Any) -> None:
-    """Raises ValueError for a rate or number below 0, or an array where a plain one is needed."""
+    """Raises ValueError for a negative number, or an array where a plain number is required."""
     check_static("rank", rank, STATIC_ARGUMENTS)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate)

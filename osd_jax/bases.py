@@ -1,7 +1,7 @@
-"""The rules that move P: online PCA, SVD, random, Gaussian.
+"""Basis rules, which set and move P: online PCA, Oja, SVD, random, Gaussian.
 
-A `BasisRule` says by a clock when P is set from a gradient and when it moves after a step of W.
-Online PCA needs three small things of a gradient, its `Sketch`, and no SVD after the first step.
+The clock of a `BasisRule` determines when a gradient sets P and when P moves after a step of W.
+Online PCA reads only the small `Sketch` of a gradient and computes no SVD after the first step.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from osd_names import MOVE_PROJECTOR, PROJECTOR_INITS, check_choice
 
 ResolvedSide = Literal["input", "output", "both"]
 Order = Literal["after", "before"]
-NOT_SET = -1  # in ProjectorState.set_at
-NOTHING, REFRESH, MOVE = 0, 1, 2  # what a clock says
+NOT_SET = -1  # value of ProjectorState.set_at
+NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 
-Each = Callable[..., Any]  # (function, *arrays) -> what it gives, matrix by matrix
+Each = Callable[..., Any]  # (function, *arrays) -> the results of the function, matrix by matrix
 Fresh = Callable[[jax.Array, Any, ResolvedSide, jax.Array, Each], Any]
 
 
@@ -47,10 +47,11 @@ class ProjectorState(NamedTuple):
     """The bases P, the state of the optimizer that moves them, and when each P was set.
 
     Attributes:
-      basis: P, a tree like the parameters; zeros before it is set for the first time.
+      basis: P, a tree like the parameters; zeros until it is set for the first time.
       optimizer: State of the optimizer that moves P.
-      set_at: A tree like the parameters of int32 (batch...), one number a matrix: the count of the
-        step at which its P was set, or `NOT_SET` while it waits for a gradient with a direction.
+      set_at: A tree like the parameters of int32 (batch...), one number per matrix: the count of
+        the
+        step at which its P was set, or `NOT_SET` while it waits for a nonzero gradient.
     """
 
     basis: Any
@@ -63,7 +64,7 @@ class Clock(NamedTuple):
 
     Attributes:
       refresh_every: P is set at the steps whose count is a multiple of it; None: at step 0 only.
-      move_every: P moves at the steps whose count is a multiple of it, where no refresh is due.
+      move_every: P moves at the steps whose count is a multiple of it, unless a refresh is due.
         None: never.
 
     Example:
@@ -76,7 +77,7 @@ class Clock(NamedTuple):
     move_every: int | None = None
 
     def event(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """`NOTHING`, `REFRESH` or `MOVE` at the step with this count, from 0: int32."""
+        """Returns `NOTHING`, `REFRESH` or `MOVE` (int32) for the step with this count, from 0."""
         step = jnp.asarray(step)
         refreshes = step == 0 if self.refresh_every is None else step % self.refresh_every == 0
         otherwise = jnp.int32(NOTHING)
@@ -86,25 +87,26 @@ class Clock(NamedTuple):
 
 
 class BasisRule(NamedTuple):
-    """A rule for P, as pure functions. P never moves at the step that set it.
+    """A rule for P, as pure functions. P never moves at the step that sets it.
 
     Attributes:
-      clock: When P is set, and when it moves. A matrix whose gradient has no direction when P is to
-        be set waits for the next gradient that has one.
-      fresh: (M (..., p, q), old P, the side p is, key, each) -> P, of the old one's shape and
-        dtype. `key` is a random key of this parameter and step. `each(function, *arrays)` applies
-        a function of one matrix's arrays to those of each matrix that is to be set, one after the
-        other, and takes stacks (..., a, b). Matrices that are not to be set keep the old P,
-        whatever this returns.
-      needs: The statistics that `gradient` reads, and when the rule reads the gradient.
+      clock: When P is set, and when it moves. A matrix whose gradient is zero when P is due waits
+        for
+        its next nonzero gradient.
+      fresh: (M (..., p, q), old P, the side of p, key, each) -> P, with the shape and dtype of the
+        old
+        one. `key` is a random key for this parameter and step. `each(function, *arrays)` applies a
+        function of one matrix's arrays to each matrix that is to be set, one at a time, and accepts
+        stacks (..., a, b). The other matrices keep the old P, whatever this returns.
+      needs: The statistics that `gradient` reads, and when the rule reads the gradient itself.
       gradient: (P, Sketch) -> the gradient of P's loss, (..., p, r). None: P does not move.
-      optimizer: What turns that gradient into a step of P, with its learning rate; it may read P as
-        its parameters (weight decay). None where P does not move.
-      two_sided: Whether the rule serves side="both".
-      order: Whether P moves "after" W's step, or "before" it, which costs one more product with the
-        gradient: then `needs.gradient` is "always".
+      optimizer: The optimizer of P, including its learning rate; it may read P as its parameters
+        (weight decay). None if P does not move.
+      two_sided: Whether the rule supports side="both".
+      order: Whether P moves "after" W's step or "before" it, which costs one more product with the
+        gradient and requires `needs.gradient` to be "always".
       retract: (one P (p, r), float32 or float64) -> P after a step of its optimizer, such as
-        `orthonormalized`. None: as the optimizer leaves it.
+        `orthonormalized`. None: no retraction.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -125,7 +127,7 @@ class BasisRule(NamedTuple):
 
 
 def check_rule(rule: BasisRule) -> None:
-    """Raises ValueError for a rule whose parts contradict each other."""
+    """Raises ValueError for a rule with contradictory attributes."""
     for every in rule.clock:
         if every is not None:
             check_period(every)
@@ -136,11 +138,11 @@ def check_rule(rule: BasisRule) -> None:
             f"the rule for P has clock.move_every={rule.clock.move_every!r}, and its gradient and "
             "its optimizer are "
             + " and ".join("None" if part is None else "given" for part in moves[1:])
-            + ": a P that moves has all three, one that does not has none"
+            + ": a rule that moves P has all three, one that does not has none"
         )
     if rule.order == "before" and rule.needs.gradient != "always":
         raise ValueError(
-            "the rule for P has order='before', which takes the sketch again from the gradient "
+            "the rule for P has order='before', which recomputes the sketch from the gradient "
             "after P has moved: expected needs.gradient='always', with this as its reason"
         )
 
@@ -153,28 +155,36 @@ def online_pca(
     order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
-    """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
+    """Moves P by one optimizer step on the online PCA loss after each step of W.
 
-    The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
-    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. The first
-    gradient with a direction sets P, which does not move at that step; from then on `optimizer`
-    takes one step a time, or one every `every`. Where a gradient is zero, or its squared norm
-    overflows, P stays.
+        L  = ||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2,   Gn = G / ||G||_F
+        P <- P + optimizer(dL/dP)
+
+    `online_pca_gradient` has the closed form of dL/dP. The first nonzero gradient sets P, which
+    does
+    not move at that step; afterwards `optimizer` takes one step per update, or one every `every`
+    updates. P stays unchanged if a gradient is zero or its squared norm overflows.
 
     Args:
-      optimizer: Any Optax optimizer, with its learning rate; it may read P as its parameters
-        (weight decay). It counts its own steps: its first is the first at which any P moves, which
-        is step `every` of W, from 0, where no gradient is zero.
-      penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
-      init: "svd": the leading singular vectors of the first gradient (the release). "qr": an
-        orthonormal basis of a random sketch of its range, which needs no SVD, for TPUs, where one
-        compiles for minutes (Halko et al. 2011, algorithm 4.1).
-      order: "before": P moves before W's step, and R is taken again with the new P.
-      every: P moves at steps `every`, 2 `every`, ... with that step's gradient. At all others P and
-        its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
+      optimizer: Any Optax optimizer, including its learning rate; it may read P as its parameters
+        (weight decay). It counts its own steps: the first is the first at which any P moves, which
+        is step `every` of W, counted from 0, unless a gradient is zero.
+      penalty: Lambda, the weight of the orthogonality penalty (0.1 in the paper, 0 in the release).
+      init: "svd": the leading singular vectors of the first gradient (as in the release). "qr": an
+        orthonormal basis of a random sketch of its range (Halko et al. 2011, algorithm 4.1), which
+        avoids the SVD, which takes minutes to compile for TPUs.
+      order: "before": P moves before W's step, and R is recomputed with the new P.
+      every: P moves at steps `every`, 2 `every`, ... with the gradient of that step. At all other
+        steps P and its optimizer's state stay unchanged, and neither A nor ||G||_F^2 is computed.
+
+    Returns:
+      A `BasisRule`.
 
     Raises:
-      ValueError: for a negative penalty, an unknown `init`, or a period below 1.
+      ValueError: The penalty is negative, `init` or `order` is unknown, or the period is below 1.
+
+    References:
+      arXiv 2408.12857, equation 8.
 
     Example:
       >>> import optax, osd_jax
@@ -197,12 +207,12 @@ def online_pca(
     needs = Needs(
         (CORRELATION, SQUARED_NORM),
         "at a refresh",
-        "online PCA finds its first P from a gradient",
+        "online PCA sets its first P from a gradient",
     )
     if order == "before":
         needs = needs._replace(
             gradient="always",
-            reason="move_projector is 'before', which takes R again from the gradient after P has "
+            reason="move_projector is 'before', which recomputes R from the gradient after P has "
             "moved",
             remedy="move_projector='after'",
         )
@@ -223,22 +233,30 @@ def oja(
     order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
-    """Oja's rule: P follows the gradients by `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
+    """Moves P by Oja's rule: `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
 
-    The columns stay orthonormal, in their order and with their signs. With a large step size a step
-    is one of subspace iteration. A QR of (p, r) a move, one matrix at a time, and two of the five
-    products that `online_pca` takes for P.
-
-    Source: Oja (1992), Principal components, minor components, and linear neural networks.
+    The columns stay orthonormal and keep their order and signs. With a large step size, a step is
+    one
+    of subspace iteration. Each move costs a QR of (p, r) per matrix and two of the five products
+    that
+    `online_pca` computes for P.
 
     Args:
-      optimizer: Of P, given `-A / ||G||_F^2`, such as `optax.sgd(1.0)`: its learning rate is eta.
+      optimizer: The optimizer of P, which receives `-A / ||G||_F^2`; for `optax.sgd(1.0)` the
+        learning
+        rate is eta.
       init: See `online_pca`.
       order: See `online_pca`.
       every: See `online_pca`.
 
+    Returns:
+      A `BasisRule`.
+
     Raises:
-      ValueError: as `online_pca`.
+      ValueError: See `online_pca`.
+
+    References:
+      Oja (1992), Principal components, minor components, and linear neural networks.
 
     Example:
       >>> import optax, osd_jax
@@ -249,7 +267,7 @@ def oja(
 
 
 def oja_gradient(basis: jax.Array, sketch: Sketch) -> jax.Array:
-    """`-A / s`, (..., p, r); zero where the squared norm s is zero or overflows."""
+    """`-A / s`, (..., p, r); zero if the squared norm s is zero or overflows."""
     a, s = sketch.statistics[CORRELATION.name], sketch.statistics[SQUARED_NORM.name]
     usable = has_direction(s)
     factor = -1 / jnp.where(usable, s, 1)
@@ -257,7 +275,7 @@ def oja_gradient(basis: jax.Array, sketch: Sketch) -> jax.Array:
 
 
 def orthonormalized(basis: jax.Array) -> jax.Array:
-    """The Q of P's QR decomposition, (p, r), with the signs that make R's diagonal positive."""
+    """The Q of P's QR decomposition, (p, r), with signs such that R's diagonal is positive."""
     q, r = jnp.linalg.qr(basis)
     return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
 
@@ -265,17 +283,19 @@ def orthonormalized(basis: jax.Array) -> jax.Array:
 def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) -> jax.Array:
     """Gradient of the online PCA loss in closed form.
 
-    `(2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I)`, which is what autograd gives
-    for `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2` without a p x p or second p x q matrix.
+        (2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I),   s = ||G||_F^2
+
+    It equals autograd's gradient of `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, without a
+    p x p matrix or a second p x q matrix.
 
     Args:
       basis: P, (..., p, r).
-      sketch: Of the gradient by this P, with its `CORRELATION` and `SQUARED_NORM`. Where its
+      sketch: The sketch of the gradient for this P, with `CORRELATION` and `SQUARED_NORM`. If the
         squared norm is zero or overflows, the first term is zero.
       penalty: Lambda.
 
     Returns:
-      (..., p, r).
+      The gradient, (..., p, r).
     """
     a, s = sketch.statistics[CORRELATION.name], sketch.statistics[SQUARED_NORM.name]
     transpose = written_transpose(basis)
@@ -287,7 +307,7 @@ def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) 
     def scaled(x: jax.Array) -> jax.Array:
         return factor[..., None, None] * jnp.where(usable[..., None, None], x, 0)
 
-    # What A is multiplied with is small, and so is scaled in its place.
+    # The factors of A are small, so they are scaled instead of A.
     inner = scaled(contract("rp,ps->rs", transpose, a))
     if not known_zero(penalty):
         inner += 4 * penalty * (gram - identity)
@@ -296,13 +316,22 @@ def online_pca_gradient(basis: jax.Array, sketch: Sketch, penalty: float = 0.0) 
 
 
 def svd(every: int) -> BasisRule:
-    """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
+    """Sets P to the leading singular vectors of G at steps 0, `every`, 2 `every`, ... (GaLore).
 
-    A matrix whose gradient has no direction at such a step keeps its P, and the next gradient that
-    has one sets it.
+    A matrix whose gradient is zero at such a step keeps its P until its next nonzero gradient sets
+    it.
+
+    Args:
+      every: The number of steps between refreshes.
+
+    Returns:
+      A `BasisRule`.
 
     Raises:
-      ValueError: for a period below 1.
+      ValueError: The period is below 1.
+
+    References:
+      arXiv 2403.03507.
 
     Example:
       >>> import optax, osd_jax
@@ -313,18 +342,25 @@ def svd(every: int) -> BasisRule:
     def fresh(matrix: jax.Array, old: Basis, side: ResolvedSide, key: jax.Array, each: Each) -> Any:
         return leading_singular_vectors(matrix, old, side, each)
 
-    needs = Needs((), "at a refresh", "P is the gradient's singular vectors")
+    needs = Needs((), "at a refresh", "svd sets P from the gradient's singular vectors")
     return BasisRule(Clock(refresh_every=every), fresh, needs, two_sided=True)
 
 
 def random(every: int) -> BasisRule:
-    """P is a Gaussian matrix's singular vectors, drawn at steps 0, `every`, 2 `every`, ...
+    """Sets P to the singular vectors of a Gaussian matrix at steps 0, `every`, 2 `every`, ...
 
-    A matrix whose gradient has no direction at such a step keeps its P, and a new one is drawn at
-    the next step whose gradient has one.
+    A matrix whose gradient is zero at such a step keeps its P; its next nonzero gradient draws a
+    new
+    one.
+
+    Args:
+      every: The number of steps between refreshes.
+
+    Returns:
+      A `BasisRule`.
 
     Raises:
-      ValueError: for a period below 1.
+      ValueError: The period is below 1.
 
     Example:
       >>> import optax, osd_jax
@@ -348,17 +384,25 @@ def random(every: int) -> BasisRule:
 
 
 def gaussian(every: int) -> BasisRule:
-    """P's entries are drawn from N(0, 1 / r), new at steps 0, `every`, 2 `every`, ... (APOLLO).
+    """Draws the entries of P from N(0, 1 / r) at steps 0, `every`, 2 `every`, ... (APOLLO).
 
-    Its columns are not orthonormal; `P P^T` is the identity on average, so that R has the norms of
-    M on average. For lifts that read norms, such as `gradient_only`. A matrix whose gradient has no
-    direction at such a step keeps its P, and a new one is drawn at the next step whose gradient has
-    one.
+    The columns are not orthonormal; `P P^T` is the identity in expectation, so R has the norms of M
+    in
+    expectation. Use it with lifts that read norms, such as `gradient_only`. A matrix whose gradient
+    is
+    zero at such a step keeps its P; its next nonzero gradient draws a new one.
 
-    Source: arXiv 2412.05270.
+    Args:
+      every: The number of steps between refreshes.
+
+    Returns:
+      A `BasisRule`.
 
     Raises:
-      ValueError: for a period below 1.
+      ValueError: The period is below 1.
+
+    References:
+      arXiv 2412.05270.
 
     Example:
       >>> import osd_jax
@@ -381,19 +425,23 @@ def gaussian(every: int) -> BasisRule:
 
 
 def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -> Any:
-    """`function` of each matrix of some stacks that is wanted, one after the other.
+    """Applies `function` to each wanted matrix of some stacks, one at a time.
 
-    One is gathered from a mesh at a time, not the stack. And on a CPU, LAPACK's batches wait for
-    threads of the pool that runs the devices: 8 virtual devices wait for each other for good.
+    Under a mesh this gathers one matrix at a time, not the stack. On a CPU it also avoids a
+    deadlock:
+    LAPACK's batched routines wait for threads of the pool that runs the devices, and 8 virtual
+    devices
+    can wait for each other forever.
 
     Args:
-      wanted: bool (batch...), True for one of them at least. Where it is False, `function` does not
-        run, and the result is zero.
-      function: (one matrix's arrays) -> arrays, such as its P.
+      wanted: bool (batch...), True for at least one matrix. Where it is False, `function` does not
+        run
+        and the result is zero.
+      function: (arrays of one matrix) -> arrays, such as its P.
       *arrays: Trees of arrays (batch..., ...), such as M and P.
 
     Returns:
-      What `function` returns, with the batch axes in front, whole on every device.
+      The results of `function` with leading batch axes, replicated on every device.
     """
 
     def nothing(*arrays: Any) -> Any:
@@ -406,19 +454,19 @@ def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -
         return jax.lax.cond(wanted, function, nothing, *arrays)
 
     wanted, *whole = jax.tree.map(replicated, (wanted, *arrays))
-    # A matrix on its own is wanted. A `cond` would write it out, where it is a transposed view.
+    # A single matrix is always wanted. A `cond` would copy it if it is a transposed view.
     return each(wanted, *whole) if wanted.ndim else function(*whole)
 
 
 def leading_singular_vectors(
     matrix: jax.Array, old: Basis, side: ResolvedSide, each: Each
 ) -> Basis:
-    """The leading singular vectors of a gradient on one side or both, of `old`'s shape and dtype.
+    """The leading singular vectors of a gradient on one or both sides, like `old`.
 
     Args:
       matrix: M, (..., p, q), in any float dtype; decomposed in float32 (float64 for float64).
-      old: P, (..., p, r), or both sides' where M is (..., input, output).
-      side: What p is.
+      old: P, (..., p, r), or the bases of both sides if M is (..., input, output).
+      side: The side of p.
       each: See `BasisRule`.
     """
 
@@ -438,11 +486,14 @@ def leading_singular_vectors(
 def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Singular vectors U (..., m, k) and V (..., n, k) of G (..., m, n), k = min(m, n).
 
-    A singular vector's sign is free, yet it matters: moments are kept when P is refreshed, so W
-    depends on the sign of each new column relative to the old. The release's signs are those of
-    PyTorch's LAPACK on a CPU, which begins with a QR for tall matrices, from an aspect of 3/2 on,
-    and never for wide ones. JAX's LAPACK has its thresholds elsewhere, at 11/6 for both, and rows
-    of zeros keep a wide matrix below it. On other devices signs are the device's own.
+    The sign of a singular vector is arbitrary, but it matters: moments are kept when P is
+    refreshed, so
+    W depends on the sign of each new column relative to the old one. The release has the signs of
+    PyTorch's LAPACK on a CPU, which starts with a QR for tall matrices with an aspect ratio of at
+    least
+    3/2, and never for wide ones. JAX's LAPACK uses another threshold, 11/6 for both; rows of zeros
+    keep
+    a wide matrix below it. On other devices the signs are those of the device.
     """
     m, n = matrix.shape[-2:]
     if 2 * m >= 3 * n:

@@ -1,4 +1,4 @@
-"""Rules of the weights put around a subspace: decay, scale, and what is not projected."""
+"""Transformations around a subspace: weight decay, scale, the rule of unprojected parameters."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from osd_jax.trees import (
 
 
 def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
-    """Raises ValueError unless each is an array, which may be traced, or a number in [0, 1)."""
+    """Raises ValueError unless each is a number in [0, 1) or an array, which may be traced."""
     for name, beta in betas.items():
         is_plain = isinstance(beta, (int, float, np.floating))
         if not isinstance(beta, jax.Array) and not (is_plain and 0 <= beta < 1):
@@ -57,7 +57,7 @@ def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:
 
 
 AfterLift = Callable[[optax.GradientTransformation], optax.GradientTransformation]
-# (weight decay after or before the update, the learning rate) -> what decays
+# (weight decay after or before the update, the learning rate) -> decay transformation
 Decay = Callable[[Callable[..., optax.GradientTransformation], Any], optax.GradientTransformation]
 
 
@@ -67,7 +67,7 @@ def decaying(
     kind: Callable[..., optax.GradientTransformation],
     learning_rate: Any,
 ) -> optax.GradientTransformation:
-    """Weight decay of a kind, of the parameters in the mask."""
+    """Weight decay of the given kind, for the parameters in the mask."""
     tx = kind(weight_decay, learning_rate)
     return tx if mask is None or known_zero(weight_decay) else optax.masked(tx, mask)
 
@@ -87,7 +87,7 @@ def composed(
     transport: Transport | None,
     stochastic_rounding: bool,
 ) -> SubspaceTransformation:
-    """A rule of W in a subspace for what is selected, and at full rank for all else."""
+    """A weight rule in a subspace for selected parameters, and at full rank for all others."""
     subspace = scale_by_subspace(
         rule.low_rank,
         basis,
@@ -104,7 +104,7 @@ def composed(
     full_rank = rule.full_rank or rule.low_rank
     if rule.reads_matrices:
         full_rank = on_matrices(full_rank, dimension_numbers)
-    if rule.after_full_rank:  # outside of what folds parameters to matrices: masks see their shapes
+    if rule.after_full_rank:  # outside the folding to matrices: masks read the parameters' shapes
         full_rank = rule.after_full_rank(full_rank)
     if rule.after_full_rank or not rule.reads_matrices:
         full_rank = in_float32(full_rank)
@@ -117,17 +117,16 @@ def composed(
 
 
 class WeightRule(NamedTuple):
-    """A rule of W: its half inside the subspace, the lift, and what follows it.
+    """A weight rule: its part inside the subspace, the lift, and the transformations after it.
 
     Attributes:
-      low_rank: Of R.
-      finish: (what decays) -> what follows, for all parameters.
-      reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32 by
-        itself.
-      lift: None: the scaled one.
-      full_rank: Of parameters that are not projected. None: `low_rank`.
-      after_lift: (the subspace's transformation) -> it with what follows it there alone. None:
-        nothing.
+      low_rank: The rule for R.
+      finish: (what decays) -> the transformation that follows, for all parameters.
+      reads_matrices: Whether it reads its last two axes as a matrix; it then runs in float32.
+      lift: None: the scaled lift.
+      full_rank: The rule of unprojected parameters. None: `low_rank`.
+      after_lift: (the subspace's transformation) -> the same with transformations that apply only
+        to projected parameters. None: nothing.
       after_full_rank: The same for `full_rank`.
     """
 
@@ -141,22 +140,22 @@ class WeightRule(NamedTuple):
 
 
 def descending(tx: optax.GradientTransformation, lr: Any) -> optax.GradientTransformation:
-    """A rule with its learning rate."""
-    # Of the low-rank direction where it can be: a pass over R's shape, and not one over W's.
+    """A rule followed by its learning rate."""
+    # Applied to the low-rank direction if possible: a pass over R's shape instead of W's.
     return optax.chain(tx, optax.scale_by_learning_rate(lr))
 
 
 def decay_after(lr: Any) -> Callable[[Decay], optax.GradientTransformation]:
-    """Weight decay that follows the rule, times the learning rate."""
+    """Weight decay after the rule, multiplied by the learning rate."""
     return lambda decay: decay(decay_after_update, lr)
 
 
 def adamw_rule(
     lr: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6, *, linear: bool = True
 ) -> WeightRule:
-    """AdamW; eps is added before the bias correction, as in the release.
+    """AdamW; epsilon is added before bias correction, as in the release.
 
-    With a lift that is not linear, the bias correction and the learning rate follow the lift.
+    With a lift that is not linear, bias correction and learning rate follow the lift.
     """
     if linear:
         tx = scale_by_adam_uncorrected_eps(b1, b2, eps)
@@ -167,11 +166,11 @@ def adamw_rule(
 
 
 def apart(own: WeightRule, others: WeightRule, decay: Decay) -> WeightRule:
-    """A rule whose other half, for what is not projected, is another rule's.
+    """A rule that uses another rule for the unprojected parameters.
 
     Args:
-      own: Of what is projected.
-      others: Of all else.
+      own: The rule of projected parameters.
+      others: The rule of all other parameters.
       decay: What decays.
     """
     after_lift = own.after_lift or (lambda subspace: subspace)
@@ -202,13 +201,13 @@ def adam8bit_rule(
 
 
 def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -> WeightRule:
-    """Lion, with its sign after the lift or of the low-rank direction."""
+    """Lion, with its sign applied after the lift or to the low-rank direction."""
     descend, lion = optax.scale_by_learning_rate(lr), optax.scale_by_lion(b1, b2)
     if sign == "subspace":
-        # Signs are exact in any dtype of P; times the learning rate they are not.
+        # Signs are exact in any dtype of P; multiplied by the learning rate they are not.
         finish = lambda decay: optax.chain(descend, decay_after(lr)(decay))
         return WeightRule(lion, finish)
-    # The identity has the place that the sign once had here, and has in checkpoints.
+    # The identity replaces the sign of earlier versions: checkpoints keep their structure.
     finish = lambda decay: optax.chain(optax.identity(), descend, decay_after(lr)(decay))
     low_rank = interpolate_momentum(b1, b2)
     return WeightRule(low_rank, finish, lift=sign_after_lift(), full_rank=lion)
@@ -217,8 +216,9 @@ def lion_rule(lr: Any, b1: Any = 0.9, b2: Any = 0.99, *, sign: str = "lifted") -
 def adafactor_rule(lr: Any, beta1: Any = None, *, linear: bool = True) -> WeightRule:
     """Adafactor, with weight decay before the update.
 
-    The learning rate is inside, since the first moment averages scaled updates; with a lift that is
-    not linear it follows the lift, and the moment in the subspace averages what is not scaled.
+    The learning rate is applied inside, because the first moment averages scaled updates. With a
+    lift that is not linear it follows the lift, and the first moment in the subspace averages
+    unscaled updates.
     """
     schedule = lr if callable(lr) else lambda count: lr
     tx = in_float32(scale_by_adafactor(schedule, beta1))
@@ -244,15 +244,15 @@ def muon_rule(
     trace: optax.GradientTransformation,
     adam: optax.GradientTransformation,
 ) -> WeightRule:
-    """Momentum in the subspace, AdamW elsewhere at a rate of its own; weight decay before both.
+    """Momentum in the subspace, AdamW with its own learning rate elsewhere; decay before both.
 
     Args:
-      lr: Learning rate of what is projected.
-      full_lr: That of all else.
+      lr: Learning rate of projected parameters.
+      full_lr: Learning rate of all other parameters.
       decay: What decays.
-      lift: Such as an orthogonalized one.
+      lift: A lift, such as `orthogonalized(...)`.
       trace: The momentum; see `scale_by_momentum`.
-      adam: The rule of all else.
+      adam: The rule of all other parameters.
     """
     decayed = lambda tx, lr: optax.chain(descending(tx, lr), decay(decay_before_update, lr))
     return WeightRule(
@@ -267,7 +267,7 @@ def muon_rule(
 def scale_by_momentum(
     momentum: Any, nesterov: bool, *, in_8bit: bool = False
 ) -> optax.GradientTransformation:
-    """`optax.trace`, without a moment where the momentum is 0, or with one in 8 bits."""
+    """`optax.trace`; without a moment if the momentum is 0, or with an 8-bit moment."""
     if known_zero(momentum):
         return optax.identity()
     trace = optax.trace(momentum, nesterov)
@@ -281,7 +281,7 @@ def full_rank_muon(
     dimension_numbers: DimensionNumbers,
     options: dict[str, Any],
 ) -> optax.GradientTransformation:
-    """Muon: momentum, orthogonalized; weight decay before the update."""
+    """Muon: orthogonalized momentum; weight decay before the update."""
     by_us = lambda x: orthogonalize(x, "input", **options)
     orthogonal = optax.stateless(lambda updates, params: jax.tree.map(by_us, updates))
     tx = on_matrices(optax.chain(trace, orthogonal), dimension_numbers)
@@ -294,7 +294,7 @@ def by_selection(
     select: Select | None,
     dimension_numbers: DimensionNumbers,
 ) -> optax.GradientTransformation:
-    """One transformation for the parameters that are selected, another for all else."""
+    """Applies one transformation to the selected parameters and another to all others."""
     labels = _labels(select, dimension_numbers)
     return optax.partition({"subspace": selected, "full": others}, labels)
 
@@ -302,7 +302,7 @@ def by_selection(
 def in_8bit(
     tx: optax.GradientTransformation, slice_size: int | None = None
 ) -> optax.GradientTransformation:
-    """`tx` in float32 with its state in 8 bits, read back `slice_size` numbers at a time."""
+    """`tx` in float32 with 8-bit state, dequantized `slice_size` numbers at a time."""
     tx = in_float32(quantize_state(tx))
     return tx if slice_size is None else slice_by_slice(tx, slice_size)
 
@@ -320,13 +320,13 @@ def _labels(
 
 
 def mask_of(select: Select) -> Callable[[optax.Params], Any]:
-    """(parameters) -> a tree like them of whether each is selected."""
+    """(parameters) -> a tree like them of booleans: whether each is selected."""
     chosen = lambda name, x: bool(select(name, x))
     return lambda params: boxed_like(params, _by_name(chosen, unboxed(params)))
 
 
 def _by_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    """A tree like `tree` of what a function makes of each leaf's name and of it."""
+    """A tree like `tree` with the results of a function of each leaf's name and value."""
     name_of = {path_of(path): name for name, path in paths_by_name(tree).items()}
     one = lambda path, x: function(name_of[path_of(path)], x)
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -349,7 +349,7 @@ def _kinds(
 def _announcer(
     select: Select | None, dimension_numbers: DimensionNumbers, rank: int
 ) -> Callable[[optax.Params, optax.OptState], None]:
-    """(parameters, state) -> None: logs what is projected, once for the same parameters."""
+    """(parameters, state) -> None: logs once which parameters are projected."""
     by_us = select is None or isinstance(select, LinearSelection)
     said: list[dict[str, tuple[int, ...]]] = []
 
@@ -361,14 +361,14 @@ def _announcer(
         if shapes and not projected:
             first = next(iter(shapes))
             warnings.warn(
-                f"none of the {len(shapes)} parameters is projected ({first!r} first): every one "
-                "is trained at full rank. select= says which to project, dimension_numbers= what "
-                "the matrices are of those that are not 2-D",
+                f"none of the {len(shapes)} parameters is projected (the first is {first!r}): all "
+                "are trained at full rank. Select the parameters to project with select=, and "
+                "give the matrix axes of those that are not 2-D in dimension_numbers=",
                 stacklevel=3,
             )
         if shapes not in said:
             said.append(shapes)
-            # The axes of what the user's own selection leaves are nobody's concern.
+            # The matrix axes of parameters that the user's selection excludes are not checked.
             kinds = _kinds(params, dimension_numbers, some_have_none=select is not None)
             say_what_is_projected(shapes, projected, kinds=kinds, rank=rank, chosen_here=by_us)
 

@@ -1,4 +1,4 @@
-"""What can be read of the subspaces in an optimizer's state: bases, and how much they capture."""
+"""Functions that inspect the subspaces in a state: the bases, and how much they capture."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from osd_jax.trees import (
 
 
 class Diagnostics(NamedTuple):
-    """How well P does, for one parameter; each (batch...,) float32.
+    """How well P captures the gradient of one parameter; each (batch...,) float32.
 
     Attributes:
-      energy: `||P P^T M||_F^2 / ||M||_F^2`, the part of the gradient that P captures.
-      orthonormality: `||P^T P - I||_F / sqrt(r)`, how far P is from orthonormal.
+      energy: `||P P^T M||_F^2 / ||M||_F^2`, the fraction of the gradient that P captures.
+      orthonormality: `||P^T P - I||_F / sqrt(r)`, the deviation of P from orthonormal.
     """
 
     energy: jax.Array
@@ -54,15 +54,15 @@ def subspace_diagnostics(
     *,
     dimension_numbers: DimensionNumbers = None,
 ) -> dict[str, Diagnostics]:
-    """Measures P against the gradients that it is about to project.
+    """Compares P with the gradients that it is about to project.
 
     Args:
-      grads: The gradients, of all parameters.
-      opt_state: An optimizer's state, whatever it is wrapped in. It says which side P projects.
-      dimension_numbers: What the optimizer was made with.
+      grads: The gradients of all parameters.
+      opt_state: An optimizer's state, in any wrapper. It determines the side that P projects.
+      dimension_numbers: The `dimension_numbers` of the optimizer.
 
     Returns:
-      By name, as in `projectors`. Empty where nothing is projected.
+      `Diagnostics` by name, as in `projectors`. Empty if nothing is projected.
     """
     grads = unboxed(grads)
     numbers, by = dimension_numbers_by_path(dimension_numbers, grads), by_path(grads)
@@ -88,7 +88,7 @@ def subspace_diagnostics(
 
 
 def _side_by_shape(basis: Basis, layout: MatrixLayout) -> Side:
-    """The side that P projects of a matrix laid out by its input side; the input's, if square."""
+    """The side that P projects of a matrix laid out by its input side; input if it is square."""
     if isinstance(basis, TwoSided):
         return "both"
     return "input" if basis.shape[-2] == layout.matrix_shape[-2] else "output"
@@ -113,19 +113,22 @@ def _diagnose(basis: Basis, matrix: jax.Array) -> Diagnostics:
 
 
 def subspace_states(opt_state: optax.OptState) -> list[SubspaceState]:
-    """Every `SubspaceState` inside an optimizer state, whatever it is wrapped in."""
+    """Every `SubspaceState` inside an optimizer state, in any wrapper."""
     is_state = lambda x: isinstance(x, SubspaceState)
     return [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(leaf)]
 
 
 def projectors(opt_state: optax.OptState) -> Mapping[str, Basis]:
-    """The bases P in an optimizer state, by parameter.
+    """Returns the bases P in an optimizer state, by parameter.
+
+    Args:
+      opt_state: An optimizer state, in any wrapper.
 
     Returns:
-      For each projected parameter its P: (..., m, r) where it acts on the output side, (..., n, r)
-      on the input side, or `TwoSided(output, input)`. Columns are the basis. The name is the path's
-      text, such as `mlp/kernel`; where two paths have the same text it is that of their keys, such
-      as `['mlp/a']['b']` and `['mlp']['a/b']`.
+      The P of each projected parameter by name: (..., m, r) if it projects the output side, (...,
+      n, r) for the input side, or `TwoSided(output, input)`; its columns are the basis. The name is
+      the text of the path, such as `mlp/kernel`; if two paths have the same text, the name is that
+      of their keys, such as `['mlp/a']['b']` and `['mlp']['a/b']`.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax

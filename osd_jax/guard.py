@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite changes nothing and is counted."""
+"""Skips and counts steps with a non-finite gradient."""
 
 from __future__ import annotations
 
@@ -26,14 +26,23 @@ from osd_jax.trees import (
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of a tree is finite."""
-    # 0 x is 0, or NaN where x is not finite: a sum of floats, which is faster than one of booleans.
+    """Whether every number in a tree is finite."""
+    # 0 * x is 0, or NaN if x is not finite: a sum of floats is faster than one of booleans.
     sums = [jnp.sum(0 * x, dtype=accumulator_dtype(x.dtype)) for x in jax.tree.leaves(tree)]
     return jnp.all(jnp.isfinite(jnp.array(sums)))
 
 
 def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
-    """(total, in a row): the steps that a non-finite gradient made `make_optimizer`'s skip.
+    """Number of steps that `make_optimizer`'s optimizer skipped for a non-finite gradient.
+
+    Args:
+      opt_state: State of an optimizer of `make_optimizer` or of the aliases.
+
+    Returns:
+      (total, in a row), int32 scalars.
+
+    Raises:
+      ValueError: The state does not count skipped steps.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -47,7 +56,10 @@ def skipped_steps(opt_state: optax.OptState) -> tuple[jax.Array, jax.Array]:
     for leaf in jax.tree.leaves(unboxed(opt_state), is_leaf=is_guard):
         if is_guard(leaf):
             return leaf.total_notfinite, leaf.notfinite_count
-    raise ValueError("this optimizer state counts no skipped steps: it is not make_optimizer's")
+    raise ValueError(
+        "this optimizer state counts no skipped steps: expected the state of make_optimizer or "
+        "of an alias"
+    )
 
 
 def guarded(
@@ -58,14 +70,16 @@ def guarded(
 ) -> optax.GradientTransformationExtraArgs:
     """Checks dtypes, rounds the updates once at the end, and skips non-finite gradients.
 
-    As `optax.apply_if_finite`, which takes whole gradients only; this takes sketches too, so that
-    a composition with `osd_jax.in_parts` around it trains by sketches. `skipped_steps` counts.
+    Like `optax.apply_if_finite`, which only accepts whole gradients; this also accepts sketches, so
+    a composition wrapped with `osd_jax.in_parts` can train on sketches. `skipped_steps` returns the
+    counts.
 
     Args:
       tx: The optimizer.
-      announce: Tells what is projected, from the parameters and the state.
-      rounding_seed: Rounds weights in bfloat16 stochastically, by float32 updates
-        (`round_updates`). None: updates are rounded, and weights where they are added, to nearest.
+      announce: Reports what is projected, given the parameters and the state.
+      rounding_seed: Rounds bfloat16 weights stochastically, through float32 updates
+        (`round_updates`). None: rounds updates to nearest, and weights to nearest when updates are
+        added.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -85,7 +99,7 @@ def guarded(
     )
 
     def dtype_of(grad: Any, param: Any) -> Any:
-        """Of a parameter's update."""
+        """Dtype of a parameter's update."""
         is_rounded = rounds and param.dtype == jnp.bfloat16
         return accumulator_dtype(grad.dtype) if is_rounded else grad.dtype
 
@@ -96,7 +110,7 @@ def guarded(
             check_dtype(path_name(path), x)
         state = tx.init(params)
         announce(params, state)
-        zero = lambda: jnp.zeros([], jnp.int32)  # two arrays: a state may be donated
+        zero = lambda: jnp.zeros([], jnp.int32)  # two arrays, because a state may be donated
         return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), state)
 
     @promotes
@@ -113,7 +127,7 @@ def guarded(
         def skip(grads: optax.Updates, inner: optax.OptState) -> Any:
             return jax.tree.map(jnp.zeros_like, like, dtypes), inner
 
-        # As `optax.apply_if_finite`, but for how finite gradients are told, which takes less time.
+        # Like `optax.apply_if_finite`, with a faster test for finite gradients.
         like, grads = grads, bare(grads)
         leaves, structure = jax.tree.flatten(like)
         weights = jax.tree.leaves(params) if rounds and params is not None else leaves

@@ -1,4 +1,4 @@
-"""How the axes of an array become those of a matrix, and which side of it P projects."""
+"""Which axes of an array form a matrix, and which side of it P projects."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class SubspaceDimensionNumbers(NamedTuple):
     """Which axes of a parameter form its matrix; all others are batch axes.
 
     Attributes:
-      reduction_axis: The input side, the axes that a layer sums over. An empty tuple says that the
-        parameter holds vectors, which have no subspace.
+      reduction_axis: The input side, the axes over which a layer sums. An empty tuple declares that
+        the
+        parameter holds vectors, which are not projected.
       output_axis: The output side.
 
     Example:
@@ -54,14 +55,14 @@ DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLayout:
-    """How one parameter is read as matrices M of shape (..., p, q), and written back."""
+    """How a parameter is viewed as matrices M of shape (..., p, q), and converted back."""
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
     matrix_shape: tuple[int, ...]  # (batch..., p, q)
     side: ResolvedSide
-    draw: int = 0  # what is folded into the key of its random draws
+    draw: int = 0  # folded into the key of its random draws
 
     @property
     def is_flipped(self) -> bool:
@@ -87,23 +88,24 @@ def _as_tuple(axis: int | tuple[int, ...]) -> tuple[int, ...]:
 def matrix_layout(
     name: str, array: jax.Array, numbers: SubspaceDimensionNumbers | None, side: Side = "input"
 ) -> MatrixLayout:
-    """Reads one parameter as matrices.
+    """Returns the layout of one parameter as matrices.
 
     Args:
-      name: For messages.
-      array: The parameter, or anything with its `shape` and `ndim`.
+      name: A name for messages.
+      array: The parameter, or any object with its `shape` and `ndim`.
       numbers: Its matrix axes; None: the two axes of a 2-D array.
-      side: The side that P projects. "both" lays the matrix out as (input, output).
+      side: The side that P projects. "both" uses the layout (input, output).
 
     Raises:
-      ValueError: if the axes do not describe a matrix of this parameter.
+      ValueError: The axes do not describe a matrix of this parameter.
     """
     shape = tuple(array.shape)
     if numbers is None:
         if len(shape) != 2:
             raise ValueError(
                 f"parameter '{name}' has shape {shape}, which is not a matrix: give its matrix "
-                "axes in dimension_numbers, or leave it out of the subspace (select=, optax.masked)"
+                "axes in dimension_numbers, or exclude it from the subspace (select=, "
+                "optax.masked)"
             )
         numbers = SubspaceDimensionNumbers()
     sides = [_as_tuple(numbers.reduction_axis), _as_tuple(numbers.output_axis)]
@@ -138,11 +140,14 @@ def matrix_layout(
 def dimension_numbers_by_path(
     dimension_numbers: DimensionNumbers, params: optax.Params
 ) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
-    """Looks up a parameter's matrix axes by its path.
+    """Looks up the matrix axes of a parameter by its path.
 
-    By path and not by structure, so that a full tree of dimension numbers serves parameters of
-    which `optax.masked` or `optax.partition` has hidden some. A tree of other containers, whose
-    paths only read like the parameters', serves too where no two of them read alike.
+    The lookup uses paths, not the tree structure, so that a full tree of dimension numbers works
+    for
+    parameters of which `optax.masked` or `optax.partition` has hidden some. A tree of other
+    containers
+    works too if its paths have the same text as those of the parameters and the text is
+    unambiguous.
     """
     params = unboxed(params)
     tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
@@ -169,7 +174,7 @@ def dimension_numbers_by_path(
         alike = [other for other in unclaimed if path_name(other) == name]
         if not alike:
             raise ValueError(
-                f"dimension_numbers has nothing for parameter '{name}'; it has "
+                f"dimension_numbers has no entry for parameter '{name}'; it has "
                 f"{sorted(names(paths))}"
             )
         rivals = [other for other in unserved if path_name(other) == name]
@@ -177,8 +182,8 @@ def dimension_numbers_by_path(
             if len(several) > 1:
                 both = " and ".join(jax.tree_util.keystr(other) for other in several)
                 raise ValueError(
-                    f"{kind} {both}, which both read '{name}', and none has the keys of "
-                    f"the other tree: give dimension_numbers the parameters' own keys"
+                    f"{kind} {both}, which have the same text '{name}', and none has the keys of "
+                    "the other tree: give dimension_numbers the parameters' own keys"
                 )
         return numbers[path_of(alike[0])]
 
@@ -186,13 +191,13 @@ def dimension_numbers_by_path(
 
 
 def check_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is a whole number of at least 1."""
+    """Raises ValueError unless `rank` is an integer of at least 1."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
 
 
 def check_dtype(name: str, array: jax.Array) -> None:
-    """Raises ValueError for a dtype that the optimizers do not train."""
+    """Raises ValueError for a dtype that the optimizers do not support."""
     if array.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
@@ -201,6 +206,6 @@ def check_dtype(name: str, array: jax.Array) -> None:
 
 
 def check_basis_dtype(dtype: jax.typing.DTypeLike | None, name: str = "basis_dtype") -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
+    """Raises ValueError unless `dtype` is None or a supported dtype of P; `name` is the option."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")

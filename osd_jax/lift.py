@@ -1,7 +1,7 @@
-"""From a direction in the subspace to an update of W: the lift, as an object.
+"""Lifts: from a direction in the subspace to an update of W.
 
-The plain lift is `P D`. Others change D before it, add a part that P does not reach, or take a
-function of the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
+The plain lift is `P D`. Other lifts change D first, add the part outside the subspace, or apply a
+function to the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
 product.
 """
 
@@ -18,15 +18,15 @@ from osd_jax.sketch import Basis, Needs, Sketch, TwoSided
 
 
 class Seen(NamedTuple):
-    """What a lift may read, beside the direction.
+    """The inputs of a lift other than the direction.
 
     Attributes:
       basis: P, (..., p, r).
-      sketch: Of the gradient, with the statistics that the lift needs.
-      gradient: M, (..., p, q), where the lift needs it "always"; else None.
-      state: The lift's own state of this parameter, by name.
-      side: That P acts on: "output", "input" or "both". M is (input, output), transposed where it
-        is "output".
+      sketch: The sketch of the gradient, with the statistics that the lift declares.
+      gradient: M, (..., p, q), if the lift declares that it reads it "always"; otherwise None.
+      state: The lift's own state for this parameter, by name.
+      side: The side of p: "output", "input" or "both". M is (input, output), and transposed for
+        "output".
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -44,12 +44,12 @@ class Seen(NamedTuple):
 
 
 class Lifted(NamedTuple):
-    """An update of W, to be added with a step size: `scale * then(P D + rest)`.
+    """An update of W, to be multiplied by the step size: `scale * then(P D + rest)`.
 
     Attributes:
-      low_rank: D, (..., r, q), or None: nothing is lifted.
-      rest: (..., p, q), added to P D; None: nothing.
-      then: Of the sum. None: the sum itself.
+      low_rank: D, (..., r, q), or None for no lifted part.
+      rest: (..., p, q), added to P D; None for nothing.
+      then: A function of the sum. None: the identity.
       scale: A number.
       state: The lift's new state, by name.
 
@@ -67,23 +67,25 @@ class Lifted(NamedTuple):
 
 
 def no_state(matrix: jax.Array, low_rank: jax.Array) -> dict[str, jax.Array]:
-    """The state of a lift that has none."""
+    """The empty state of a stateless lift."""
     return {}
 
 
 class Lift(NamedTuple):
-    """A rule of the lift.
+    """A rule that turns a direction into an update of W.
 
     Attributes:
-      apply: (direction (..., r, q), Seen) -> Lifted. The direction is what `inner` returns.
+      apply: (direction (..., r, q), Seen) -> Lifted. The direction is the output of `inner`.
       needs: The statistics that it reads at every step, and whether it reads the gradient.
       init: (an array like M, one like R) -> its state before the first step, by name; each array
-        with the batch axes of M in front.
-      name: For messages.
-      two_sided: Whether it serves P on both sides.
-      linear: Whether its update is linear in the direction, so that it makes no difference on which
-        side of it the learning rate is applied. The optimizers of `osd_jax.aliases` apply it after
-        a lift that is not.
+        has
+        the leading batch axes of M.
+      name: A name for messages.
+      two_sided: Whether it supports a P on both sides.
+      linear: Whether its update is linear in the direction, so that the learning rate can be
+        applied
+        before or after it. The optimizers of `osd_jax.aliases` apply the learning rate after a lift
+        that is not linear.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -105,7 +107,16 @@ class Lift(NamedTuple):
 
 
 def scaled(factor: jax.typing.ArrayLike = 1.0) -> Lift:
-    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha).
+    """The plain lift, `factor * P D`.
+
+    Args:
+      factor: GaLore's alpha.
+
+    Returns:
+      A `Lift`.
+
+    References:
+      arXiv 2408.12857, equation 6.
 
     Example:
       >>> import optax, osd_jax
@@ -118,7 +129,10 @@ def scaled(factor: jax.typing.ArrayLike = 1.0) -> Lift:
 
 
 def sign_after_lift() -> Lift:
-    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it.
+    """The lift `sign(P D)`: the released Lion takes the sign after the lift. No scale changes it.
+
+    Returns:
+      A `Lift`.
 
     Example:
       >>> import osd_jax
@@ -130,12 +144,12 @@ def sign_after_lift() -> Lift:
 
 
 def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
-    """P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
+    """Computes P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
 
     Args:
       basis: P.
       direction: D.
-      is_flipped: Whether the product is to lie in memory as (..., q, p).
+      is_flipped: Whether the memory layout of the product is that of (..., q, p).
     """
     if isinstance(basis, TwoSided):
         half = contract("pr,rs->ps", basis.input, direction)

@@ -1,4 +1,4 @@
-"""Products, dtypes and shardings that do not depend on the caller's settings; checks of numbers."""
+"""Products, dtypes and shardings independent of the caller's settings; checks of numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> Any:
-    """float32, or float64 for float64: what moments, norms and products are kept in."""
+    """float32, or float64 for float64: the dtype of moments, norms and products."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -22,22 +22,24 @@ def float32_or_more(array: jax.Array) -> jax.Array:
     return array.astype(accumulator_dtype(array.dtype))
 
 
-# A float32 in bits: all but its sign; an infinity, above which are NaNs; what makes a NaN quiet, in
-# the upper half, which is a bfloat16.
+# Bits of a float32: all but the sign; infinity, above which are the NaNs; and the quiet bit of a
+# NaN, which is in the upper half, the bfloat16.
 MAGNITUDE, INFINITY, QUIET = 0x7FFFFFFF, 0x7F800000, 0x0040
 
 
 def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """Rounds float32 to bfloat16, up or down, so that the mean over the bits is x itself.
+    """Rounds float32 to bfloat16, up or down, so that the expectation over the bits is x.
 
     A bfloat16 is the upper half of a float32. Adding the bits to the lower half carries into the
-    upper one with the probability that the lower half is of its range. So a number that bfloat16
-    holds stays as it is, subnormal ones too. Infinities and NaN stay what they are, and a finite
-    number beyond the largest bfloat16 becomes that one.
+    upper
+    half with a probability equal to the lower half's fraction of its range. Numbers that bfloat16
+    represents exactly stay unchanged, including subnormal ones. Infinities and NaN stay unchanged,
+    and
+    a finite number beyond the largest bfloat16 rounds to that one.
 
     Args:
       x: float32.
-      bits: Of x's shape, whole numbers in [0, 65536), each equally probable; see `random_bits`.
+      bits: Integers in [0, 65536) of x's shape, uniformly distributed; see `random_bits`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,12 +58,12 @@ def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
 def random_bits(
     key: jax.Array, shape: tuple[int, ...], first: jax.typing.ArrayLike = 0
 ) -> jax.Array:
-    """16 random bits for each number of an array, uint16, drawn for each index of its first axis.
+    """Draws 16 random bits (uint16) per element, separately for each index of the first axis.
 
     Args:
-      key: Of `jax.random`.
-      shape: Of the array.
-      first: Index of the array's first slice, where it is a part of a longer one.
+      key: A `jax.random` key.
+      shape: Shape of the array.
+      first: Index of the array's first slice, if it is a part of a longer one.
 
     Example:
       >>> import jax
@@ -81,15 +83,16 @@ def squared_norm(matrix: jax.Array) -> jax.Array:
 
 
 def has_direction(squared_norm: jax.Array) -> jax.Array:
-    """Whether G / ||G||_F is a number: ||G||_F^2 is neither zero (nor subnormal) nor overflown."""
+    """Whether G / ||G||_F is finite: ||G||_F^2 is not zero, subnormal or overflowed."""
     return (squared_norm >= jnp.finfo(squared_norm.dtype).tiny) & jnp.isfinite(squared_norm)
 
 
 def bias_correction(count: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
-    """`1 - b^t`, by which a moving average is short of a mean after t = `count` steps.
+    """`1 - b^t`, the bias correction of a moving average after t = `count` steps.
 
-    In float32, b2 itself and b2^t round to a step of 6e-8, against 1 - b2 = 1e-3. So it is
-    `-expm1(t log b)`, with the logarithm of a plain number taken in double precision.
+    In float32, b2 and b2^t round in steps of 6e-8, compared with 1 - b2 = 1e-3. The result is
+    therefore
+    `-expm1(t log b)`, with the logarithm of a plain number computed in double precision.
     """
     if isinstance(b, jax.Array):
         return -jnp.expm1(count * jnp.log(b))
@@ -97,21 +100,23 @@ def bias_correction(count: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
 
 
 def any_of(tree: Any) -> jax.Array:
-    """Whether any boolean of a tree is True."""
+    """Whether any boolean in a tree is True."""
     return functools.reduce(jnp.logical_or, map(jnp.any, jax.tree.leaves(tree)), jnp.array(False))
 
 
 def zeros_of(shape: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
-    """Zeros of a shape and dtype, under Explicit axes sharded as it says."""
+    """Zeros of a shape and dtype; under Explicit axes with the given sharding."""
     return jnp.zeros(shape.shape, shape.dtype, out_sharding=explicit_sharding(shape))
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Product of matrices, such as "pr,pq->rq", over any leading batch axes.
+    """Matrix product, such as "pr,pq->rq", over any leading batch axes.
 
-    Both inputs are read in the narrower of their dtypes and the products accumulated, and
-    returned, in float32 (float64 for float64). Under a mesh with Explicit axes an output axis is
-    sharded as the input axis of the same letter, which says what JAX cannot guess.
+    Both inputs are read in the narrower of their dtypes; the products are accumulated and returned
+    in
+    float32 (float64 for float64). Under a mesh with Explicit axes, an output axis is sharded like
+    the
+    input axis of the same letter, which resolves the ambiguity for JAX.
     """
     inputs, output = spec.split("->")
     a_axes, b_axes = inputs.split(",")
@@ -127,12 +132,14 @@ def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def written_transpose(array: jax.Array) -> jax.Array:
-    """The transpose of (..., p, r) or (..., r, p): on a CPU made here, not within what reads it.
+    """Transposes (..., p, r) or (..., r, p); on a CPU it materializes the result.
 
-    A matrix M may be a transposed view of the array that holds it. XLA's products on CPUs take 2 to
-    4 times as long where both factors are read against their layout, and its elementwise loops
-    longer still; and into either it folds a transposition. This one is of a factor that is small
-    beside M, and spares M's. Other devices read any layout alike.
+    A matrix M may be a transposed view of its array. XLA's products on CPUs take 2 to 4 times as
+    long
+    if both factors are read against their layout, and elementwise loops even longer; XLA fuses a
+    transposition into both. This function transposes a factor that is small compared with M and
+    thereby
+    avoids a transposition of M. Other devices read any layout equally fast.
     """
 
     def write(array: jax.Array) -> jax.Array:
@@ -143,9 +150,9 @@ def written_transpose(array: jax.Array) -> jax.Array:
 
 
 def as_it_lies(product: jax.Array, is_flipped: bool) -> jax.Array:
-    """A product that lies in memory as its transpose, if `is_flipped`: on a CPU kept as it lies.
+    """A product stored in memory as its transpose if `is_flipped`: on a CPU it keeps this layout.
 
-    Into a product XLA folds the transposition that follows it, and the loops that read it then run
+    XLA fuses a following transposition into a product, and the loops that read the result then run
     against their layout.
     """
 
@@ -160,9 +167,9 @@ def as_it_lies(product: jax.Array, is_flipped: bool) -> jax.Array:
 def zeros_of_axes(
     axes: str, matrix: jax.ShapeDtypeStruct | jax.Array, rank: int, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Zeros of shape (batch..., *axes), "p" and "q" being the matrix's and "r", "s" the rank's.
+    """Zeros of shape (batch..., *axes); "p" and "q" are axes of the matrix, "r" and "s" the rank.
 
-    Under Explicit axes, p and q are sharded as the matrix's are; the rank is on every device.
+    Under Explicit axes, p and q are sharded like those of the matrix; the rank is replicated.
     """
     batch = "uvwxyz"[: len(matrix.shape) - 2]
     sizes = dict(zip(batch + "pq", matrix.shape, strict=True)) | {"r": rank, "s": rank}
@@ -173,7 +180,7 @@ def zeros_of_axes(
 
 
 def explicit_sharding(array: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding | None:
-    """How an array is sharded under a mesh with Explicit axes; None without one."""
+    """The sharding of an array under a mesh with Explicit axes; None without one."""
     typed = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
     sharding: Any = typed.sharding
     if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
@@ -182,7 +189,7 @@ def explicit_sharding(array: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.N
 
 
 def _sharding_by_letter(inputs: dict[str, Any], output: str) -> jax.sharding.NamedSharding | None:
-    """Under Explicit axes: each output axis as the first input axis of the same letter."""
+    """Under Explicit axes: shards each output axis like the first input axis of the same letter."""
     by_letter: dict[str, Any] = {}
     mesh = None
     for axes, array in inputs.items():
@@ -202,14 +209,14 @@ def _sharding_by_letter(inputs: dict[str, Any], output: str) -> jax.sharding.Nam
 
 
 def replicated(array: jax.Array) -> jax.Array:
-    """Under Explicit axes, the array whole on every device, as LAPACK-like routines need it."""
+    """Under Explicit axes, replicates the array on all devices, as LAPACK-like routines require."""
     if explicit_sharding(array) is None:
         return array
     return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
 
 
 def whole_columns(matrix: jax.Array) -> jax.Array:
-    """Under Explicit axes, (..., p, q) split along q alone, by the axes of p too where they fit.
+    """Under Explicit axes, shards (..., p, q) along q alone, over the axes of p too if they fit.
 
     A product over q, such as M M^T, is then one all-reduce of p x p numbers.
     """
@@ -225,29 +232,29 @@ def whole_columns(matrix: jax.Array) -> jax.Array:
 
 
 def like_sharding(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Under Explicit axes, `array` laid out as `like`."""
+    """Under Explicit axes, shards `array` like `like`."""
     sharding = explicit_sharding(like)
     return array if sharding is None else jax.sharding.reshard(array, sharding)
 
 
 def check_static(name: str, value: Any, static_args: tuple[str, ...] | None = None) -> None:
-    """Raises ValueError for an array where only a plain value will do.
+    """Raises ValueError for an array where a plain value is required.
 
     Args:
-      name: The argument's.
-      value: Of the argument.
-      static_args: All arguments of its function that have to be plain. None: this one.
+      name: Name of the argument.
+      value: Value of the argument.
+      static_args: All arguments of the function that must be plain. None: only this one.
     """
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name} is an array, which decides what is computed and so has to be a plain value: "
-            "optax.inject_hyperparams makes arrays of numbers and of what functions return, except "
-            f"for those that it is told, static_args={static_args or (name,)}"
+            f"{name} is an array, but it determines what is computed and must be a plain value: "
+            "optax.inject_hyperparams converts numbers and the results of functions to arrays "
+            f"unless they are listed in static_args={static_args or (name,)}"
         )
 
 
 def check_object(name: str, value: Any, kind: type, example: str, expected: str = "a") -> None:
-    """Raises ValueError unless a rule that is given as an object is of its kind."""
+    """Raises ValueError unless a rule object has the expected type."""
     if not isinstance(value, kind):
         raise ValueError(
             f"{name} is {value!r}: expected {expected} {kind.__name__}, such as osd_jax.{example}"
@@ -264,7 +271,7 @@ def check_period(every: int) -> None:
 def check_number(name: str, value: jax.typing.ArrayLike) -> None:
     """Raises ValueError unless `value` is a finite number of at least 0.
 
-    An array passes unread: it may be traced, as the numbers of `optax.inject_hyperparams` are.
+    Arrays are not checked: they may be traced, like the numbers of `optax.inject_hyperparams`.
     """
     if isinstance(value, (jax.Array, np.ndarray)):
         return
@@ -273,5 +280,5 @@ def check_number(name: str, value: jax.typing.ArrayLike) -> None:
 
 
 def known_zero(value: jax.typing.ArrayLike) -> bool:
-    """Whether `value` is a plain 0, whose term can be left out; a traced number never is."""
+    """Whether `value` is a plain 0, so that its term can be omitted; False for a traced number."""
     return isinstance(value, numbers.Real) and value == 0

@@ -1,6 +1,6 @@
-"""The published names -> a built optimizer (`make_optimizer`).
+"""`make_optimizer`: builds an optimizer from the published names.
 
-Each published optimizer is a short composition of public pieces: the rule of W, from Optax or
+Each published optimizer is a short composition of public parts: the weight rule, from Optax or
 `rules.py`; the projector that moves P; a learning rate; decoupled weight decay.
 """
 
@@ -77,7 +77,7 @@ from osd_names import (
     check_residual,
 )
 
-# What decides which computation is built: `static_args` of `optax.inject_hyperparams`.
+# Arguments that determine which computation is built: `static_args` of `optax.inject_hyperparams`.
 STATIC_ARGUMENTS = (
     "schedule",
     "rank",
@@ -133,90 +133,93 @@ def make_optimizer(
 ) -> SubspaceTransformation:
     """Builds an optimizer by its published name.
 
-    The defaults are the release's; the paper's (arXiv 2408.12857) are named options: `penalty=0.1`,
-    `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`, `lion_sign="subspace"`,
-    `scale=1`.
+    The defaults are those of the release; the choices of the paper (arXiv 2408.12857) are options:
+    `penalty=0.1`, `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`,
+    `lion_sign="subspace"`, `scale=1`.
 
     Args:
       optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
-        parameters in a subspace, all else by the same rule at full rank; `osd_muon`: momentum in a
-        subspace, the whole gradient, their sum orthogonalized, all else by AdamW (see the function
-        `osd_muon`); or `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`: everything at
-        full rank; `muon`: selected parameters by Muon, all else by AdamW.
-      proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD every
-        `update_proj_gap` steps), `random` or `gaussian` (drawn as often), or online PCA by AdamW
-        (`continuous`), `continuous_adam8bit`, `continuous_lion`, `continuous_adafactor`,
-        `continuous_sgd`; or `oja`, a step of Oja's rule and a QR.
-      learning_rate: The peak.
-      full_lr: That of parameters that are not selected. None: `learning_rate`.
+        parameters in a subspace, all others by the same rule at full rank. `osd_muon`: momentum in
+        a subspace plus the full gradient, orthogonalized, all others by AdamW (see the function
+        `osd_muon`). `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`: everything at full
+        rank. `muon`: selected parameters by Muon, all others by AdamW.
+      proj_type: How P is set and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD every
+        `update_proj_gap` steps); `random` or `gaussian` (drawn every `update_proj_gap` steps);
+        online PCA by AdamW (`continuous`), `continuous_adam8bit`, `continuous_lion`,
+        `continuous_adafactor`, `continuous_sgd`; or `oja`, a step of Oja's rule and a QR.
+      learning_rate: The peak learning rate.
+      full_lr: Learning rate of the parameters that are not selected. None: `learning_rate`.
       schedule: (step, from 0) -> factor on the learning rate and on P's step size. None: 1.
-      rank: Columns of P; at most min(m, n) are used.
-      update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA, P's
-        step size is `1 / update_proj_gap`.
-      update_proj_every: Online PCA moves P at steps `update_proj_every`, twice that, ... only; its
-        step size then, on the same schedule as W's, is that of a step where it moves at all of
-        them. P's own count of steps follows from it, so it should not change within a run.
+      rank: Number of columns of P; at most min(m, n) are used.
+      update_proj_gap: Steps between refreshes for the SVD kinds, `random` and `gaussian`; for
+        online PCA, P's step size is `1 / update_proj_gap`.
+      update_proj_every: Online PCA moves P only at steps `update_proj_every`, twice that, ... Its
+        step size there, on the same schedule as W's, is the same as if P moved at every step. P's
+        own step count follows from it, so it should not change within a run.
       scale: Multiplies the lifted update.
       weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers and
         `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the gradient.
-      no_decay: (path, parameter) -> whether it has no weight decay. None: all have it.
+      no_decay: (path, parameter) -> whether it has no weight decay. None: all have weight decay.
       beta1: Decay of the first moment, and of Lion's moment in the direction. None: 0.9, and no
         first moment for Adafactor.
-      beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
-      eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
-      momentum: Muon's. None: 0.95; 0: no moment is kept.
-      nesterov: Whether it is Nesterov's.
-      muon_scale: Of Muon's update, with which AdamW's rates carry over ("adamw"), or "muon" or
-        "none"; see `orthogonalized`.
-      ns_dtype: That Newton-Schulz runs in. None: float32 (float64 for float64 parameters).
-      residual: What of a gradient outside the subspace reaches the weights: `none`; Fira's
-        `norm_ratio`, or as its code computes it `norm_ratio_released`; Alice's `column_ema`;
-        APOLLO's `gradient_only` (with `gaussian`), or Mini's `gradient_only_matrix`; FRUGAL's
-        `sign`. See `osd_jax.residuals`. Lion's own sign is then taken in the subspace.
-      residual_scale: Its weight, of `column_ema` (None: 0.4) and `sign` (1).
-      growth_limiter: Whether it grows by at most 1 % a step, of `norm_ratio` and `gradient_only`.
-      second_moment: Of Adam, for matrices that are not selected: "full", or "row", one number for
-        each entry of the longer axis, so that an embedding has one for each word.
-      first_moment: With "row": "full", or "8bit"; then Muon's momentum is in 8 bits too.
+      beta2: Decay of the second moment, and of Lion's moment. None: 0.999, for Lion 0.99.
+      eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, otherwise 1e-8.
+      momentum: Momentum of Muon. None: 0.95; 0: no moment is kept.
+      nesterov: Whether to use Nesterov momentum.
+      muon_scale: Scale of Muon's update: "adamw", with which AdamW's learning rates carry over,
+        "muon" or "none"; see `orthogonalized`.
+      ns_dtype: Dtype of Newton-Schulz. None: float32 (float64 for float64 parameters).
+      residual: What is added of the gradient outside the subspace: `none`; Fira's `norm_ratio`, or
+        `norm_ratio_released` as in its code; Alice's `column_ema`; APOLLO's `gradient_only` (with
+        `gaussian`), or APOLLO-Mini's `gradient_only_matrix`; FRUGAL's `sign`. See
+        `osd_jax.residuals`. With a residual, Lion's own sign is taken in the subspace.
+      residual_scale: Weight of the residuals `column_ema` (None: 0.4) and `sign` (None: 1).
+      growth_limiter: Whether `norm_ratio` and `gradient_only` grow by at most 1 % per step.
+      second_moment: Second moment of Adam for matrices that are not selected: "full", or "row", one
+        number for each entry of the longer axis, so that an embedding has one per token.
+      first_moment: With "row": "full", or "8bit"; Muon's momentum is then in 8 bits too.
       select: (path, parameter) -> whether it is projected, such as `select_linear(model)`. None:
         the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in their
-        path, but no embeddings, tables, heads and routers. The log (`osd_jax`) says what was chosen
-        and what was left.
-      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those that `select_linear`
-        knows, or else 2-D arrays are (input, output).
-      seed: Of `random`, and of stochastic rounding.
+        path, but no embeddings, tables, heads and routers. The logger `osd_jax` reports the
+        selection.
+      dimension_numbers: Matrix axes; see `scale_by_subspace`. None: those of `select_linear`,
+        otherwise 2-D arrays are (input, output).
+      seed: Seed of `random` and `gaussian`, and of stochastic rounding.
       penalty: Weight of the orthogonality penalty in P's loss.
-      projector_lr_multiple: P's step size as a multiple of W's, in place of `1 / update_proj_gap`.
-      projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
-      lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
+      projector_lr_multiple: P's step size as a multiple of W's, instead of `1 / update_proj_gap`.
+      projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, otherwise 0.
+      lion_sign: Whether Lion's sign is applied after the lift or to the low-rank direction.
       move_projector: Whether P moves after W's step or before it.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
-      projector_init: How online PCA finds its first P: by "svd", or by "qr", for TPUs, where an SVD
-        compiles for minutes.
-      slice_size: Numbers of an array in 8-bit state that a step reads back at once; see
-        `osd_jax.quantization.slice_by_slice`. For one device: an embedding's first axis should
+      projector_init: How online PCA sets its first P: by "svd", or by "qr", for TPUs, where an SVD
+        takes minutes to compile.
+      slice_size: Number of elements of 8-bit state that a step dequantizes at a time; see
+        `osd_jax.quantization.slice_by_slice`. For one device: the first axis of an embedding should
         not be sharded. None: all of them.
-      transport_moments: Whether moments in the subspace follow P where it changes, as LDAdam's do
+      transport_moments: Whether moments in the subspace follow changes of P, as in LDAdam
         (`osd_jax.transport_moments`); not with `galore_adafactor`.
-      stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down by
-        chance, so that the mean is the float32 value: updates that are smaller than a weight's
-        spacing are not lost. The random bits follow from the seed, the parameter's name and the
-        step, so that a resumed run repeats them. The updates of such weights are float32, for
-        `optax.apply_updates` to add and cast as they are (see `osd_jax.rounding`). Without effect
-        on float32 and float64. Not with `sgd` and `adam8bit`.
+      stochastic_rounding: Computes bfloat16 weights in float32 and rounds them up or down at
+        random, so that the expectation is the float32 value: updates smaller than a weight's
+        spacing are not lost. The random bits depend on the seed, the parameter's name and the step,
+        so a resumed run repeats them. The updates of such weights are float32, which
+        `optax.apply_updates` adds and casts (see `osd_jax.rounding`). No effect on float32 and
+        float64. Not with `sgd` and `adam8bit`.
 
     Returns:
-      An Optax transformation whose updates are added to the parameters. It needs `params` in
-      `update`. A step with any non-finite gradient changes nothing and is counted
+      An Optax transformation whose updates are added to the parameters. Its `update` requires
+      `params`. A step with any non-finite gradient changes nothing and is counted
       (`skipped_steps`). Its parts `refresh`, `project` and `apply` take the whole trees of
       gradients, states and sketches; a gradient that is not projected is its own sketch.
 
     `optax.inject_hyperparams(make_optimizer, static_args=osd_jax.optimizers.STATIC_ARGUMENTS)`
-    holds the other numbers in its state.
+    keeps the other numbers in its state.
 
     Raises:
-      ValueError: for an unknown name, an argument out of range, or one that the optimizer and
-        projector chosen do not read, naming it and the choices.
+      ValueError: A name is unknown, an argument is out of range, or the chosen optimizer and
+        projector do not read it; the message names the argument and the choices.
+
+    References:
+      Liang et al., arXiv 2408.12857, and its released code.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -247,7 +250,7 @@ def make_optimizer(
         if function is not None and not callable(function):
             raise ValueError(
                 f"{name} is {function!r}: expected a function or None. optax.inject_hyperparams "
-                f"calls every function, except for static_args={STATIC_ARGUMENTS}"
+                f"calls every function that is not in static_args={STATIC_ARGUMENTS}"
             )
     check_names(optimizer, proj_type)
     check_choice("lion_sign", lion_sign, LION_SIGNS)
@@ -266,8 +269,8 @@ def make_optimizer(
             raise ValueError(f"{name} is {period!r}: expected a whole number of at least 1")
     if callable(learning_rate):
         raise ValueError(
-            f"learning_rate is {learning_rate!r}: expected the peak, a number of at least 0; a "
-            "schedule's factor on it goes to schedule="
+            f"learning_rate is {learning_rate!r}: expected the peak, a number of at least 0; pass "
+            "a schedule's factor on it as schedule="
         )
     check_number("learning_rate", learning_rate)
     if full_lr is not None:
@@ -339,7 +342,7 @@ def make_optimizer(
     by_rows = functools.partial(scale_by_adam_of_rows, *adam, first_8bit=first_moment == "8bit")
     newton_schulz: dict[str, Any] = {"dtype": ns_dtype, "scale": muon_scale}
     trace = scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit")
-    # What is not selected, at a rate of its own.
+    # Parameters that are not selected, with a separate learning rate.
     others_lr = lr if full_lr is None else at_rate(full_lr)
 
     if not is_projected:
@@ -388,7 +391,7 @@ def make_optimizer(
         rule = apart(rule_at(lr, linear), others_rule, decay)
 
     def projector_step_size(count: Any) -> Any:
-        step = update_proj_every * (count + 1)  # of W, where OptimizerP has taken `count` steps
+        step = update_proj_every * (count + 1)  # step of W after `count` steps of P's optimizer
         if projector_lr_multiple is None:
             return factor(step) / update_proj_gap
         return projector_lr_multiple * lr(step)
@@ -421,7 +424,7 @@ def make_optimizer(
 
 
 def _betas(kind: str, beta1: Any, beta2: Any) -> tuple[Any, Any]:
-    """The decays of a rule's moments, with its own where they are None."""
+    """The decays of a rule's moments, with the rule's defaults for None."""
     second = 0.99 if kind == "lion" else 0.999
     return 0.9 if beta1 is None else beta1, second if beta2 is None else beta2
 
@@ -442,10 +445,10 @@ def _full_rank(
     Args:
       kind: As in `osd_names.Optimizer`.
       lr: Learning rate.
-      by_rows: Makes what stands in for Adam.
+      by_rows: Builds the replacement of Adam.
       decay: What decays.
       adam: b1, b2 and eps.
-      beta1: Adafactor's.
+      beta1: The beta1 of Adafactor.
       dimension_numbers: Matrix axes.
       slice_size: See `make_optimizer`.
     """
@@ -472,7 +475,7 @@ def _full_rank(
 
 
 def _l2(weight_decay: Any, learning_rate: Any) -> optax.GradientTransformation:
-    """Weight decay that is added to what it meets, times the learning rate that follows."""
+    """Weight decay added to the updates and multiplied by the learning rate that follows."""
     if known_zero(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay)

@@ -1,4 +1,4 @@
-"""A transformation of which each part of the state can be stepped by itself."""
+"""Transformations whose parts (refresh, project, apply) can be called separately."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from osd_jax.trees import (
 def in_parts(
     tx: optax.GradientTransformation, subspace: SubspaceTransformation | None
 ) -> SubspaceTransformation:
-    """`tx` with the parts of the subspace transformation that it is built around.
+    """Adds to `tx` the parts of the subspace transformation that it contains.
 
-    What stands in front of the subspace in `tx` then meets sketches in place of the gradients that
-    are projected (`osd_jax.sketch.SketchLeaf`), and may multiply them by numbers.
+    Transformations before the subspace in `tx` then receive sketches instead of the projected
+    gradients (`osd_jax.sketch.SketchLeaf`), and may multiply them by numbers.
 
     Args:
-      tx: Any composition, with the extra arguments of Optax passed down to `subspace`.
-      subspace: What `scale_by_subspace` or `make_optimizer` returned. None: nothing is projected,
+      tx: Any composition that passes the extra arguments of Optax down to `subspace`.
+      subspace: The result of `scale_by_subspace` or `make_optimizer`. None: nothing is projected,
         and gradients are their own sketches.
 
     Returns:
       `tx` with `refresh`, `project` and `apply`, which take the whole trees of gradients, states
-      and sketches. Its `apply` raises TypeError where `tx` does more in front of the subspace than
-      sketches allow, and its parts raise ValueError where the state of `tx` holds a subspace that
-      `subspace` does not name.
+      and sketches. Its `apply` raises TypeError if `tx` does more before the subspace than sketches
+      allow, and its parts raise ValueError if the state of `tx` holds a subspace other than
+      `subspace`.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -62,16 +62,15 @@ def in_parts(
         found = subspace_states(state)
         if len(found) > (subspace is not None):
             raise ValueError(
-                "the optimizer's state holds a subspace whose parts (refresh, project, apply) are "
-                "hidden, as optax.chain hides them, so that whole gradients would be kept where "
-                "sketches are meant: give osd_jax.in_parts(tx, subspace) in place of tx, with all "
-                "that is projected in one subspace, as scale_by_subspace or make_optimizer "
-                "returned it"
+                "the optimizer's state holds a subspace whose parts (refresh, project, apply) "
+                "are hidden, as by optax.chain, so whole gradients would be kept instead of "
+                "sketches: pass osd_jax.in_parts(tx, subspace) instead of tx, with all projected "
+                "parameters in one subspace, as returned by scale_by_subspace or make_optimizer"
             )
         return next(iter(found), None)
 
     def own_part(tree: Any, state: SubspaceState) -> Any:
-        """The leaves that are projected; the others are hidden as `optax.masked` hides them."""
+        """The projected leaves; the others are hidden as by `optax.masked`."""
         paths = by_path(state.projector.basis, is_two_sided)
         return jax.tree_util.tree_map_with_path(
             lambda path, x: x if path_of(path) in paths else optax.MaskedNode(),
@@ -118,15 +117,16 @@ def in_parts(
         try:
             return tx.update(boxed_like(params, updates), state, params, **extra_args)
         except (AttributeError, TypeError, ValueError) as error:
-            # What JAX, NumPy and Optax say of an argument that is no array names its class.
+            # JAX, NumPy and Optax name the class in their errors for an argument that is not an
+            # array.
             if SketchLeaf.__name__ not in str(error):
                 raise
-            raise TypeError(f"{ONLY_SKETCHES}. It failed by: {error}") from error
+            raise TypeError(f"{ONLY_SKETCHES}. The error was: {error}") from error
 
     needs_gradient = None if subspace is None else subspace.needs_gradient
     return SubspaceTransformation(tx.init, tx.update, refresh, project, apply, needs_gradient)
 
 
 def parted(tx: optax.GradientTransformation) -> SubspaceTransformation:
-    """An optimizer with its parts: its own, or those of one without a subspace."""
+    """An optimizer with its parts: its own, or those of an optimizer without a subspace."""
     return tx if isinstance(tx, SubspaceTransformation) else in_parts(tx, None)

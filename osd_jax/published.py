@@ -1,4 +1,4 @@
-"""The published names of bases and residuals as objects, by the table in `osd_names`."""
+"""The published names of bases and residuals as objects, following the table in `osd_names`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from osd_jax.rules import (
 )
 from osd_names import PROJECTIONS
 
-# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
+# Optimizers of P, by the names in `osd_names.PROJECTIONS`.
 PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": scale_by_adam_of_age,
     "adam8bit": lambda: in_8bit(scale_by_adam_of_age()),
@@ -35,11 +35,11 @@ PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-# The rules that set P every so many steps, by their names there.
+# Basis rules that set P every k steps, by their names there.
 REFRESHED: dict[str, Callable[[int], BasisRule]] = {
     "svd": svd, "random": random, "gaussian": gaussian
 }  # fmt: skip
-# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
+# Lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
 RESIDUAL_LIFTS: dict[str, Callable[[Any, Any, bool], Lift | None]] = {
     "none": lambda a, own, limiter: None,
     "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
@@ -62,7 +62,7 @@ def published_basis(
     order: Any,
     init: str,
 ) -> BasisRule:
-    """The rule for P that a published name stands for."""
+    """The basis rule of a published name."""
     named = PROJECTIONS[proj_type]
     if named.basis in REFRESHED:
         return REFRESHED[named.basis](gap)

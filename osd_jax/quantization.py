@@ -1,9 +1,9 @@
-"""8-bit optimizer state: any Optax transformation's moments in blocks, as bitsandbytes has them.
+"""8-bit optimizer state: the moments of any Optax transformation in bitsandbytes' blockwise format.
 
 Each block of 256 values along an array's last axis shares one float32 scale, its largest absolute
-value, and each value is one of the 256 in a code book of dynamic-exponent numbers (Dettmers et
-al., arXiv 2110.02861). The codes have the array's own shape, so they are sharded as it is. Where
-the last axis is sharded into whole blocks, a step needs no communication.
+value. Each value is one of the 256 dynamic-exponent numbers of a code book (Dettmers et al.,
+arXiv 2110.02861). The codes have the array's shape and are sharded like it. If the last axis is
+sharded into whole blocks, a step needs no communication.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ BLOCK_SIZE = 256
 MIN_SIZE = 4096
 Rounding = Literal["table", "nearest"]
 
-# Moments that are never negative, by the names that Optax gives them: their code book spends no
-# codes on a sign.
+# Moments that are never negative, by Optax's field names: their code book spends no codes on a
+# sign.
 UNSIGNED_FIELDS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
 
 
@@ -45,7 +45,7 @@ class Quantized(NamedTuple):
 
 @functools.cache
 def code_book(signed: bool) -> np.ndarray:
-    """The 256 sorted float32 values that a code stands for, as bitsandbytes ships them."""
+    """The 256 sorted float32 values of the codes, as in bitsandbytes."""
     with resources.files("osd_jax").joinpath("code_books.npz").open("rb") as file:
         return np.load(file)["signed" if signed else "unsigned"]
 
@@ -60,7 +60,8 @@ def _midpoints(signed: bool) -> np.ndarray:
 def _rounding_table(signed: bool) -> np.ndarray:
     """bitsandbytes' CPU rounding: entry i is the code of the value -1 + 2 i / 65535.
 
-    In float32 throughout: the exact value of one entry lies across a midpoint.
+    Computed in float32 throughout: the exact value of one entry lies on the other side of a
+    midpoint.
     """
     grid = np.float32(-1) + np.float32(2) * np.arange(65536, dtype=np.float32) / np.float32(65535)
     return np.searchsorted(_midpoints(signed), grid, side="left").astype(np.uint8)
@@ -70,16 +71,16 @@ def _rounding_table(signed: bool) -> np.ndarray:
 def quantize(
     array: jax.Array, *, signed: bool, block: int = BLOCK_SIZE, rounding: Rounding = "table"
 ) -> Quantized:
-    """float (..., n) -> `Quantized`, in blocks along the last axis (the last one may be partial).
+    """Quantizes float (..., n) in blocks along the last axis; the last block may be partial.
 
     Args:
-      array: Of any float dtype; read in float32.
+      array: Any float dtype; read in float32.
       signed: Which code book.
-      block: Values that share a scale.
-      rounding: "table" is bitsandbytes' on a CPU, a table of 65,536 entries whose coarse grid never
-        maps a small value to zero; "nearest" is the nearest code, the lower of two as near, as on
-        CUDA (where bitsandbytes also keeps a small negative value from becoming zero). On a TPU,
-        which looks values up in a table very slowly, always the nearest, calculated.
+      block: Number of values that share a scale.
+      rounding: "table" is bitsandbytes' CPU rounding, a table of 65,536 entries whose coarse grid
+        never maps a small value to zero. "nearest" is the nearest code, the lower one of a tie, as
+        on CUDA (where bitsandbytes also keeps small negative values from becoming zero). TPUs
+        always compute the nearest code, because table lookups are very slow there.
     """
     blocks = _to_blocks(array.astype(jnp.float32), block)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
@@ -99,7 +100,7 @@ def quantize(
 
 @promotes
 def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
-    """`Quantized` -> float32 (..., n)."""
+    """Dequantizes `Quantized` -> float32 (..., n)."""
     looked_up = functools.partial(_look_up, code_book(signed))
     calculated = functools.partial(values_of_codes, signed=signed)
     values = jax.lax.platform_dependent(quantized.codes, tpu=calculated, default=looked_up)
@@ -108,12 +109,12 @@ def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -
 
 
 def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
-    """`table[index]`, under Explicit axes sharded as the index is."""
+    """`table[index]`, under Explicit axes sharded like the index."""
     return jnp.asarray(table).at[index].get(mode="clip", out_sharding=explicit_sharding(index))
 
 
 def _count_below(sorted_255: np.ndarray, values: jax.Array) -> jax.Array:
-    """How many of 255 sorted numbers lie below each value, by bisection: uint8."""
+    """The number of 255 sorted numbers below each value, by bisection: uint8."""
     count = jnp.zeros_like(values, jnp.uint8)
     for step in (128, 64, 32, 16, 8, 4, 2, 1):
         last = _look_up(sorted_255, count + jnp.uint8(step - 1))
@@ -121,10 +122,10 @@ def _count_below(sorted_255: np.ndarray, values: jax.Array) -> jax.Array:
     return count
 
 
-# The code book in closed form. Its positive numbers come in seven groups of 1, 2, 4, ... 64 (twice
-# as many without a sign), each evenly spaced over a power of ten: the n-th from 1 is, with k the
-# whole part of log2 n, 10^(k - 6) (0.9 (n + 1/2) / 2^k - 0.8); without a sign, k - 7 and n from 2.
-# Above them stands 1, below them 0. Lists here go by the group.
+# The code book in closed form. Its positive numbers form seven groups of 1, 2, 4, ... 64 (twice as
+# many without a sign), each evenly spaced over a power of ten: with k the integer part of log2 n,
+# the n-th number, from 1, is 10^(k - 6) (0.9 (n + 1/2) / 2^k - 0.8); without a sign, k - 7 and n
+# from 2. 1 is above them, 0 below them. The lists here have one entry per group.
 
 
 def _groups(signed: bool) -> list[tuple[int, float]]:
@@ -133,7 +134,7 @@ def _groups(signed: bool) -> list[tuple[int, float]]:
 
 
 def values_of_codes(codes: jax.Array, *, signed: bool) -> jax.Array:
-    """What codes stand for, calculated: uint8 (...) -> float32 (...), to 1e-6 of each value."""
+    """Computes the values of codes: uint8 (...) -> float32 (...), to 1e-6 relative."""
     code = codes.astype(jnp.float32)
     n = jnp.abs(code - 127) if signed else code + 1
     value = jnp.zeros_like(n)
@@ -144,12 +145,12 @@ def values_of_codes(codes: jax.Array, *, signed: bool) -> jax.Array:
 
 
 def nearest_codes(unit: jax.Array, *, signed: bool) -> jax.Array:
-    """The codes nearest to float32 values in [-1, 1], calculated: uint8 (...)."""
+    """Computes the codes nearest to float32 values in [-1, 1]: uint8 (...)."""
     book, size = code_book(signed), jnp.abs(unit)
     positive = book[book > 0].astype(np.float64)
     n = jnp.zeros_like(size) if signed else jnp.ones_like(size)
     for first, power in _groups(signed):
-        # From halfway between the last number of the group before and the first of this.
+        # Halfway between the last number of the previous group and the first number of this one.
         index = np.searchsorted(positive, power * 0.1)
         start = (positive[index] + (positive[index - 1] if index else 0)) / 2
         nearest = jnp.round((size / power + 0.8) * (first / 0.9) - 0.5)
@@ -170,7 +171,7 @@ def _to_blocks(array: jax.Array, block: int) -> jax.Array:
 
 
 def _gather_split_blocks(array: jax.Array, block: int) -> jax.Array:
-    """Under Explicit axes, makes the last axis whole on every device if a shard ends in a block."""
+    """Under Explicit axes, all-gathers the last axis if a shard ends within a block."""
     sharding = explicit_sharding(array)
     if sharding is None or sharding.spec[-1] is None:
         return array
@@ -198,22 +199,28 @@ def quantize_state(
     rounding: Rounding = "table",
     unsigned: frozenset[str] = UNSIGNED_FIELDS,
 ) -> optax.GradientTransformationExtraArgs:
-    """Holds the moments of `tx` in blockwise 8 bits between its updates.
+    """Stores the moments of `tx` in blockwise 8 bits between its updates.
 
-    A step reads the moments back, runs `tx` in full precision, and stores them again, so the update
-    is computed from the new moments before they are rounded, as bitsandbytes does.
+    A step dequantizes the moments, runs `tx` in full precision, and quantizes them again, so the
+    update is computed from the new moments before rounding, as in bitsandbytes.
 
     Args:
-      tx: Any transformation; every float array of its state with at least `min_size` elements in
-        its last two axes is held in 8 bits, whatever stack of matrices it is.
-      block: Values that share a scale.
-      min_size: Smaller arrays stay as they are.
+      tx: Any transformation. Every float array of its state with at least `min_size` elements in
+        its last two axes is stored in 8 bits, for any stack of matrices.
+      block: Number of values that share a scale.
+      min_size: Smaller arrays stay unchanged.
       rounding: See `quantize`.
       unsigned: Names of state fields that are never negative. Two of Optax's rules use these names
-        for signed moments: give `frozenset({"n"})` for adan, `frozenset({"mu"})` for sm3.
+        for signed moments: pass `frozenset({"n"})` for adan, `frozenset({"mu"})` for sm3.
+
+    Returns:
+      An Optax transformation with the updates of `tx`, whose state holds `Quantized` arrays.
 
     Raises:
-      ValueError: for a block size or rounding that does not exist.
+      ValueError: The block size or rounding is invalid.
+
+    References:
+      Dettmers et al., arXiv 2110.02861; bitsandbytes.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -231,7 +238,8 @@ def quantize_state(
     is_quantized = lambda x: isinstance(x, Quantized)
 
     def is_signed(path: tuple[Any, ...], parameters: set[tuple[Any, ...]]) -> bool:
-        # A moment's path ends in its parameter's, whose own names say nothing of the sign.
+        # The path of a moment ends with its parameter's path, whose names do not determine the
+        # sign.
         ends = range(len(path))
         end = next((i for i in ends if path[i:] in parameters), len(path))
         return not any(getattr(key, "name", None) in unsigned for key in path[:end])
@@ -280,19 +288,19 @@ def quantize_state(
 def slice_by_slice(
     tx: optax.GradientTransformation, max_size: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `tx` on large arrays one slice after the other, so that its copies are a slice's.
+    """Runs `tx` on large arrays slice by slice, so that its temporary copies are slices.
 
-    Reading 8-bit moments back makes several float32 copies of an array, which for an embedding of
-    131 M numbers would be the largest arrays of a training step. Slices are of the first axis, the
-    rows of a matrix or the layers of a stack, which should not be sharded.
+    Dequantizing 8-bit moments makes several float32 copies of an array; for an embedding of 131 M
+    numbers these would be the largest arrays of a training step. Slices are along the first axis,
+    the rows of a matrix or the layers of a stack, which should not be sharded.
 
     Args:
-      tx: A rule that treats every row on its own, and needs no parameters. Its state is a tuple of
+      tx: A rule that treats every row separately and needs no parameters. Its state is a tuple of
         scalars and of trees like the parameters.
-      max_size: Numbers in a slice, at most, where the axis divides so.
+      max_size: Maximum number of elements in a slice, if the axis divides accordingly.
 
     Raises:
-      ValueError: for a `max_size` that is an array.
+      ValueError: `max_size` is an array.
     """
     check_static("max_size", max_size)
 
@@ -301,7 +309,7 @@ def slice_by_slice(
             return 1
         if x.ndim > 2:
             return x.shape[0]
-        # A slice that `quantize_state` would not hold in 8 bits has another state than the whole.
+        # A slice too small for `quantize_state` would have another state than the whole array.
         counts = range(-(-x.size // max_size), min(x.shape[0] - 1, x.size // MIN_SIZE) + 1)
         return next((c for c in counts if x.shape[0] % c == 0), 1)
 
@@ -309,7 +317,7 @@ def slice_by_slice(
         return x if x.ndim > 2 else x.reshape(count, x.shape[0] // count, -1)
 
     def one(x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """The update of one array, and its own part of the state."""
+        """The update of one array and its own part of the state."""
         count = number_of_slices(x)
         if count == 1:
             return tx.update(x, state)

@@ -1,8 +1,8 @@
 """Stochastic rounding of bfloat16 weights, as an Optax transformation at the end of a chain.
 
-A weight in bfloat16 keeps 8 bits: an update below half of its spacing, 1 / 256 of the weight, is
-lost when the sum is rounded to nearest, at every step alike. Rounded up or down at random, with
-the probabilities that make the mean exact, such updates add up.
+A bfloat16 weight has 8 significant bits: rounding the sum to nearest loses every update below half
+of the weight's spacing, 1 / 256 of the weight. Rounded up or down at random, with probabilities
+that make the expectation exact, such updates accumulate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from osd_jax.numerics import like_sharding, random_bits, round_stochastically
 from osd_jax.subspace import random_draws
 from osd_jax.trees import promotes, unboxed
 
-# Folded into the seed's key, which the rules of P that draw use too.
+# Folded into the key of the seed, which random basis rules use too.
 PURPOSE = zlib.crc32(b"stochastic_rounding")
 
 
@@ -26,26 +26,26 @@ class RoundingState(NamedTuple):
     """State of `round_updates`.
 
     Attributes:
-      count: int32 scalar, steps taken.
+      count: int32 scalar, the number of steps.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
 
 
 def round_updates(seed: Any) -> optax.GradientTransformationExtraArgs:
-    """Updates by which `optax.apply_updates` rounds weights in bfloat16 stochastically.
+    """Returns updates with which `optax.apply_updates` rounds bfloat16 weights stochastically.
 
-    The last of a chain. For a weight w in bfloat16 and an update u it returns, in float32, the
-    difference between w and w + u rounded stochastically; other updates pass. Their sum with w has
-    to be taken in float32 and cast, as `optax.apply_updates` does; whoever casts them to bfloat16
-    before, or scales them, rounds a second time.
+    It must be the last of a chain. For a bfloat16 weight w and an update u it returns, in float32,
+    the difference between w and the stochastically rounded w + u; other updates are unchanged. The
+    sum with w must be computed in float32 and cast, as `optax.apply_updates` does; casting the
+    updates to bfloat16 earlier, or scaling them, rounds a second time.
 
-    The bits follow from the seed, the parameter's name and the count of steps. They are drawn for
-    each index of the first axis alone, so that a layer of stacked ones has the same bits where it
-    is updated on its own, with `layer=` its index as an extra argument of `update`.
+    The bits depend on the seed, the parameter's name and the step count. They are drawn separately
+    for each index of the first axis, so that a layer of a stack has the same bits when it is
+    updated separately, with its index as the extra argument `layer=` of `update`.
 
     Args:
-      seed: Of the random bits; may be traced.
+      seed: Seed of the random bits; may be traced.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -92,23 +92,24 @@ def round_updates(seed: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def rounded_update(param: jax.Array, update: jax.Array, bits: jax.Array) -> jax.Array:
-    """The float32 number d for which the cast of w + d is w + u, rounded stochastically.
+    """The float32 number d such that casting w + d gives the stochastically rounded w + u.
 
-    That is d = new - w, and the cast of the float32 sum w + d is `new` for any w and u of which w,
-    u, w + u and d are finite. With e(x) the exponent of x, bfloat16 having 8 significant bits and
-    float32 24:
+    It is d = new - w, and the cast of the float32 sum w + d is `new` for any w and u for which w,
+    u, w + u and d are finite. Let e(x) be the exponent of x; bfloat16 has 8 significant bits,
+    float32 24.
 
-    - e(w) - 16 <= e(new) <= e(w) + 16: d is exact. Its bits lie between 2^e of the larger one and
-      2^(e - 7) of the smaller one, 24 of them; one more is carried only where both are nearly as
-      large. And w + d is exact, being a bfloat16.
+    - e(w) - 16 <= e(new) <= e(w) + 16: d is exact. Its bits lie between 2^e of the larger number
+      and 2^(e - 7) of the smaller one, 24 of them; there is a carry bit only if both have nearly
+      the same size. And w + d is exact, because it is a bfloat16.
     - e(new) > e(w) + 16: d and w + d are each rounded by at most 2^(e(new) - 24). Half of the least
-      spacing of bfloat16 at `new` is 2^(e(new) - 9), so that the cast gives `new`.
-    - e(new) < e(w) - 16: w + u is so small beside w that -u lies between w / 2 and 2 w, and the sum
-      is exact (Sterbenz): a multiple of u's spacing, 2^(e(w) - 24) or more, below 2^(e(w) - 16). So
-      it has 8 bits, rounding leaves it as it is, and d = u. If 8 bits reach below the least
-      bfloat16, 2^-133, then e(w) < -109, and d has at most 24 bits, from 2^e(w) to 2^-133.
+      spacing of bfloat16 at `new` is 2^(e(new) - 9), so the cast gives `new`.
+    - e(new) < e(w) - 16: w + u is so small compared with w that -u lies between w / 2 and 2 w, and
+      the sum is exact (Sterbenz): a multiple of u's spacing, at least 2^(e(w) - 24), and below
+      2^(e(w) - 16). So it has 8 bits, rounding does not change it, and d = u. If 8 bits reach below
+      the smallest bfloat16, 2^-133, then e(w) < -109, and d has at most 24 bits, from 2^e(w) to
+      2^-133.
 
-    Where a device takes subnormal numbers for 0, this does too, as every sum there.
+    On a device that flushes subnormal numbers to 0, this function does too, like every sum there.
 
     Args:
       param: w, bfloat16.

@@ -1,7 +1,7 @@
-"""The rules themselves: what an optimizer does with a gradient, as Optax transformations.
+"""Weight rules as Optax transformations.
 
-Optax has most of them. These are the ones that the release computes in another way, and what lets
-a rule that reads matrices, as Adafactor and 8-bit Adam do, read stacks of them.
+Optax has most rules. This module has those that the release computes differently, and wrappers that
+let rules that read matrices, such as Adafactor and 8-bit Adam, read stacks of matrices.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def _adam_correction(count: jax.Array, b1: float, b2: float) -> jax.Array:
 def scale_by_adam_uncorrected_eps(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
-    """Adam as in the release: eps is added to sqrt(v) before the bias correction.
+    """Adam as in the release: epsilon is added to sqrt(v) before bias correction.
 
-    `u = m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t)`, where `optax.scale_by_adam` corrects v
-    first.
+    `u = m / (sqrt(v) + eps) * sqrt(1 - b2^t) / (1 - b1^t)`; `optax.scale_by_adam` corrects v first.
     """
 
     @promotes
@@ -70,9 +69,9 @@ def scale_by_adam_uncorrected_eps(
 def scale_by_raw_adam(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6
 ) -> optax.GradientTransformation:
-    """`m / (sqrt(v) + eps)`; `correct_adam_bias` is the factor that follows, after a lift.
+    """`m / (sqrt(v) + eps)`; `correct_adam_bias` applies the remaining factor after a lift.
 
-    Together `scale_by_adam_uncorrected_eps`.
+    Together they equal `scale_by_adam_uncorrected_eps`.
     """
 
     @promotes
@@ -87,18 +86,18 @@ def scale_by_raw_adam(
 
 
 def correct_adam_bias(b1: float = 0.9, b2: float = 0.999) -> optax.GradientTransformation:
-    """Times `sqrt(1 - b2^t) / (1 - b1^t)` at step t, from 1."""
+    """Multiplies by `sqrt(1 - b2^t) / (1 - b1^t)` at step t, from 1."""
     return optax.scale_by_schedule(lambda count: _adam_correction(count + 1, b1, b2))
 
 
 def scale_by_adam_of_age(
     b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` with its biases corrected by each matrix's own number of steps.
+    """`optax.scale_by_adam` with bias correction by each matrix's own number of steps.
 
-    The basis of a matrix that got its first gradient late has taken fewer steps than the others.
-    `update` takes `age`, a tree like the updates of int32 (batch...): the steps that each matrix
-    has taken, this one included. None: the state's count.
+    The basis of a matrix whose first gradient is late has taken fewer steps than the others.
+    `update` takes `age`, a tree like the updates of int32 (batch...): the number of steps of each
+    matrix, including this one. None: the state's count.
     """
 
     @promotes
@@ -125,12 +124,12 @@ def scale_by_adam_of_age(
 
 
 class ScaleByAdamOfRowsState(NamedTuple):
-    """Adam's first moment, and a second moment of one number to a row of a matrix.
+    """State of Adam with a first moment per element and a second moment per row of a matrix.
 
     Attributes:
-      count: int32 (), the steps taken.
+      count: int32 (), the number of steps.
       mu: float32 or float64 like the parameters; in 8 bits `Quantized`, (max(m, n), min(m, n)).
-      nu: (max(m, n),) for a matrix (m, n), the parameter's own shape for all else.
+      nu: (max(m, n),) for a matrix (m, n); the parameter's own shape otherwise.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, as in Optax's states
@@ -138,7 +137,7 @@ class ScaleByAdamOfRowsState(NamedTuple):
     nu: optax.Updates
 
     def transported(self, changes: Any) -> Any:
-        """Refuses `transport_moments`: a row's mean does not say what it is in another basis."""
+        """Raises for `transport_moments`: a row's mean does not determine it in another basis."""
         refuse_factored(type(self).__name__)
 
 
@@ -149,32 +148,35 @@ def scale_by_adam_of_rows(
     *,
     first_8bit: bool = False,
 ) -> optax.GradientTransformation:
-    """Adam with one second moment to a row of a matrix, the mean of g^2 along the row.
+    """Adam with one second moment per row of a matrix, the mean of g^2 along the row.
 
         m <- b1 m + (1 - b1) g
         v <- b2 v + (1 - b2) mean(g^2)
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    The rows are those of the longer axis, the vocabulary of an embedding or a head, whichever axis
-    that is; of a square matrix they are those of the first axis. So (m, n) has mn + max(m, n)
-    numbers of state, in place of Adam's 2mn. All else, stacks of matrices too, and a matrix of one
-    row or one column have Adam's state and step. Moments and updates are float32, float64 for
-    float64.
+    Rows are the entries of the longer axis, whichever it is: the vocabulary of an embedding or a
+    head. For a square matrix they are the entries of the first axis. The state of (m, n) has mn +
+    max(m, n) numbers, compared with Adam's 2mn. All other arrays, including stacks of matrices and
+    matrices with one row or column, have Adam's state and step. Moments and updates are float32,
+    float64 for float64.
 
-    In 8 bits, m lies with its rows first, in blocks of up to 256 values that end with each row.
-    Codes far below their block's largest value are so coarse that b1 times a value may round back
-    to the same code. A row without gradients in a block with others, whose largest value is steady,
-    would keep its m over a v that decays; in its own blocks m decays as their scales do.
+    In 8 bits, m is stored row by row, in blocks of up to 256 values that do not cross rows. Codes
+    far below the largest value of their block are so coarse that b1 times a value may round back to
+    the same code. A row without gradients that shared a block with a row of steady magnitude would
+    keep its m while v decays; in separate blocks m decays with its scale.
 
     Args:
       b1: Decay of the first moment.
       b2: Decay of the second moment.
-      eps: Added to the root of the second moment, after the bias correction.
-      first_8bit: Hold the first moment of a matrix of at least 4096 values in 8 bits, by the code
-        book of `osd_jax.quantize_state`.
+      eps: Added to the root of the second moment, after bias correction.
+      first_8bit: Whether to store the first moment of a matrix of at least 4096 values in 8 bits,
+        with the code book of `osd_jax.quantize_state`.
+
+    Returns:
+      An Optax transformation with state `ScaleByAdamOfRowsState`.
 
     Raises:
-      ValueError: for a `first_8bit` that is an array.
+      ValueError: `first_8bit` is an array.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -203,7 +205,7 @@ def scale_by_adam_of_rows(
 
         def second(x: jax.Array) -> jax.Array:
             axis = _axis_of_rows(x)
-            # Reduced rather than sliced, which works on a sharded axis too.
+            # A reduction instead of a slice also works on a sharded axis.
             like = x if axis is None else x.sum(1 - axis)
             return jnp.zeros_like(like, accumulator_dtype(x.dtype))
 
@@ -244,7 +246,7 @@ def scale_by_adam_of_rows(
 
 
 def _axis_of_rows(x: jax.Array) -> int | None:
-    """The axis along which `scale_by_adam_of_rows` has a number to each entry; None: it is Adam."""
+    """The axis with one second moment per entry in `scale_by_adam_of_rows`; None: plain Adam."""
     if x.ndim != 2 or min(x.shape) < 2:
         return None
     return 0 if x.shape[0] >= x.shape[1] else 1
@@ -273,27 +275,28 @@ class FactoredSecondMomentState(NamedTuple):
     v_col: optax.Updates
 
     def transported(self, changes: Any) -> Any:
-        """Refuses `transport_moments`: the factors do not say what they are in another basis."""
+        """Raises for `transport_moments`: the factors do not determine it in another basis."""
         refuse_factored(f"Adafactor's {type(self).__name__}")
 
 
 def scale_by_factored_second_moment(
     decay_rate: float = 0.8, eps: float = 1e-30
 ) -> optax.GradientTransformation:
-    """Adafactor's scaling, of the last two axes as a matrix whatever their sizes.
+    """Adafactor's scaling, with the last two axes as the matrix for any sizes.
 
-    `optax.scale_by_factored_rms` factors an array's two largest axes, which for a stack of layers
-    may be the stack. A vector (1, b) is scaled by its own second moment, as if not factored.
-    `update` takes `age` as that of `scale_by_adam_of_age` does.
+    `optax.scale_by_factored_rms` factors the two largest axes of an array, which may include the
+    stack axis. A vector (1, b) is scaled by its own second moment, as if not factored. `update`
+    takes `age` like `scale_by_adam_of_age`.
 
-    Source: arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
+    References:
+      arXiv 1804.04235, algorithm 4, with `beta2_t = 1 - t^-decay_rate`.
     """
 
     @takes_shapes
     def init(params: optax.Params) -> FactoredSecondMomentState:
         return FactoredSecondMomentState(
             count=jnp.zeros([], jnp.int32),
-            # Reduced rather than sliced, which works on a sharded axis too.
+            # A reduction instead of a slice also works on a sharded axis.
             v_row=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-1)), params),
             v_col=jax.tree.map(lambda x: jnp.zeros_like(x.sum(-2)), params),
         )
@@ -344,9 +347,9 @@ def clip_by_matrix_rms(threshold: float = 1.0) -> optax.GradientTransformation:
 def scale_by_adafactor(
     learning_rate: Schedule, beta1: float | None = None
 ) -> optax.GradientTransformation:
-    """Adafactor (arXiv 1804.04235) with a given step size, as Hugging Face's class computes it.
+    """Adafactor (arXiv 1804.04235) with a given step size, as in Hugging Face's class.
 
-    The learning rate is inside, since the first moment averages updates with their step size. The
+    The learning rate is applied inside, because the first moment averages the scaled updates. The
     result is a step, to be subtracted.
 
     Args:
@@ -405,10 +408,10 @@ def _decay(
 def on_matrices(
     tx: optax.GradientTransformation, dimension_numbers: DimensionNumbers = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `tx` on every parameter as matrices (..., input, output), vectors as (..., 1, n).
+    """Runs `tx` on every parameter as matrices (..., input, output), on vectors as (..., 1, n).
 
-    So a rule that reads the last two axes as its matrix treats attention kernels and stacked
-    layers, norms among them, as the 2-D and 1-D parameters that they stand for.
+    A rule that reads the last two axes as its matrix then treats attention kernels and stacked
+    layers, including stacked norms, like the 2-D and 1-D parameters that they represent.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -446,7 +449,7 @@ def on_matrices(
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs `tx` in float32 (float64 for float64): its moments and its updates."""
+    """Runs `tx` in float32 (float64 for float64), for both its moments and its updates."""
     tx = optax.with_extra_args_support(tx)
     widen = lambda tree: jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), tree)
 

@@ -1,10 +1,10 @@
-"""Which parameters move in a subspace: by their names (the default), or by the model's modules.
+"""Which parameters are projected: selected by their names (the default) or by the model's modules.
 
-By name, the matrices inside numbered blocks, such as `layers_0/fc/kernel` and `blocks/3/w1`, and
-any matrix with `attn`, `attention` or `mlp` in its path. Not embeddings, tables (of positions, of
-states), heads and the routers of experts. A factor of LoRA is a matrix as any other; where its
-shorter side is at most the rank, P saves nothing, and the log says so. What has more than two axes
-is a matrix, or a stack of them, where `dimension_numbers` says so.
+By name: the matrices inside numbered blocks, such as `layers_0/fc/kernel` and `blocks/3/w1`, and
+any matrix with `attn`, `attention` or `mlp` in its path; but not embeddings, tables (of positions,
+of states), heads and the routers of experts. A LoRA factor is treated like any other matrix; if its
+shorter side is at most the rank, P saves nothing, and the log says so. An array with more than two
+axes is a matrix, or a stack of matrices, if `dimension_numbers` declares it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Select = Callable[[str, jax.Array], bool]
 Numbers = Callable[[str], SubspaceDimensionNumbers | None]
-Axes = tuple[tuple[int, ...], tuple[int, ...]]  # input and output, counted from the last
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # input and output axes, counted from the last
 
 logger = logging.getLogger("osd_jax")
 
@@ -49,11 +49,11 @@ PLURALS = {
     TABLE: "embeddings or tables",
     OUTSIDE: "matrices outside numbered blocks",
 }
-INNER = (MATRIX, EXPERTS, ARRAY)  # of the blocks' linear maps
-_ASK = "dimension_numbers= says which axes are their matrices"
+INNER = (MATRIX, EXPERTS, ARRAY)  # the kinds of linear maps in blocks
+_ASK = "give the axes of their matrices in dimension_numbers="
 REASONS = {EXPERTS: _ASK, ARRAY: _ASK, CONVOLUTION: _ASK}
 
-# Patterns of a component of a name in lower case, its words joined by underscores, without digits.
+# Patterns for a component of a name in lower case, words joined by underscores, without digits.
 _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
 _NAMED_AS_CHOSEN = re.compile(r"attn|attention|mlp")
 _TABLE = re.compile(
@@ -61,7 +61,7 @@ _TABLE = re.compile(
     r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias$|enc)"
     r"|(^|_)log(_|$)|time_(decay|faaaa|first)"
 )
-_LINEAR = re.compile(r"proj|linear|dense")  # of a component that `_TABLE` finds: no table after all
+_LINEAR = re.compile(r"proj|linear|dense")  # `_TABLE` matches it, but it is not a table
 _VECTOR = re.compile(r"(^|_)(bias|biases|scale|gamma|beta|norm)(_[a-z])?$")
 _HEAD = re.compile(
     r"(?<!multi)(^|_)heads?$|classifier|predict|pooler|^score$|^qa_outputs$|^cls$|logits"
@@ -82,17 +82,17 @@ def components(name: str) -> list[str]:
 
 
 def _snake(part: str) -> str:
-    """`SelfAttention_0` -> "self_attention"."""
+    """Converts `SelfAttention_0` to "self_attention"."""
     return "_".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)).lower()
 
 
 class Kinds:
-    """What each parameter is, by its name, its shape and the names beside it.
+    """The kind of each parameter, determined by its name, its shape and the names next to it.
 
     Args:
-      names: Paths of all parameters of the model, those that are not trained too: what is called
-        `gate` is a router where experts are beside it.
-      numbers: A parameter's matrix axes; None: unknown.
+      names: Paths of all parameters of the model, including those that are not trained: a parameter
+        named `gate` is a router if experts are next to it.
+      numbers: The matrix axes of a parameter; None: unknown.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,11 +112,11 @@ class Kinds:
                 self._beside[tuple(parts[:end])].add(_snake(part))
 
     def __call__(self, name: str, shape: Sequence[int]) -> str:
-        """`MATRIX` for what is projected by default; else the reason why not.
+        """`MATRIX` for a parameter projected by default; otherwise the reason why it is not.
 
         Args:
           name: Path of the parameter.
-          shape: Of the parameter.
+          shape: Shape of the parameter.
         """
         parts = components(name)
         words = [_snake(part) for part in parts]
@@ -126,7 +126,7 @@ class Kinds:
             return ROUTER
         block = _first_block(parts, words, stacked=len(shape) > 2)
         as_chosen = any(_NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words)
-        # A `text_embedder` around the blocks makes no tables of their matrices.
+        # A `text_embedder` around the blocks does not make their matrices tables.
         start = (-2 if as_chosen else 0) if block is None else block + 1
         if any(_TABLE.search(word) and not _LINEAR.search(word) for word in words[start:]):
             return TABLE
@@ -163,7 +163,7 @@ class Kinds:
 def _first_block(parts: Sequence[str], words: Sequence[str], stacked: bool) -> int | None:
     """The index of the first component that is a numbered block, or blocks stacked in an array.
 
-    A number is a block where what precedes it names blocks (`layers.0.weight`), or where it has
+    A number is a block if the component before it names blocks (`layers.0.weight`), or if it has
     named parts (`net.0.fc.weight`). In `net.0.weight` it may be an embedding or a head.
     """
     for index, part in enumerate(parts):
@@ -183,7 +183,7 @@ def _has_named_parts(parts: Sequence[str], block: int) -> bool:
 
 
 def _is_head(parts: Sequence[str], words: Sequence[str], block: int | None) -> bool:
-    """Whether this is of a head: one outside blocks, one of numbered heads, or one in a block."""
+    """Whether the parameter is of a head: outside blocks, of numbered heads, or in a block."""
     before = words[:block]
     if block is None or not _has_named_parts(parts, block):
         if any(map(_HEAD.search, before)):
@@ -209,23 +209,23 @@ def _kind_of_array(words: Sequence[str], shape: Sequence[int], matrix: str) -> s
 def select_linear(model: nnx.Module) -> LinearSelection:
     """Selects the kernels of a model's linear layers, whatever their names.
 
-    These are the kernels of `flax.nnx.Linear`, `LinearGeneral` (the projections of
-    `MultiHeadAttention`) and `Einsum`, of their subclasses, and the factors of `LoRA`. Left are
-    those that an embedding holds too, and what a name says to be an output head or a router of
-    experts.
+    It selects the kernels of `flax.nnx.Linear`, `LinearGeneral` (the projections of
+    `MultiHeadAttention`) and `Einsum`, of their subclasses, and the factors of `LoRA`. It excludes
+    kernels that are shared with an embedding, and those whose name denotes an output head or a
+    router of experts.
 
-    `make_optimizer` takes the matrix axes of these kernels from here, unless it is given
-    `dimension_numbers` itself.
+    `make_optimizer` also takes the matrix axes of these kernels from here, unless
+    `dimension_numbers` is given.
 
     Args:
-      model: The model. Parameters are told by their paths in `nnx.state(model)`.
+      model: The model. Parameters are identified by their paths in `nnx.state(model)`.
 
     Returns:
       (path, parameter) -> whether it is projected, for `make_optimizer(select=...)`. It raises
       ValueError for a path that the model does not have.
 
     Raises:
-      ValueError: if `model` is no module.
+      ValueError: `model` is not a module.
 
     Example:
       >>> from flax import nnx
@@ -243,14 +243,14 @@ def select_linear(model: nnx.Module) -> LinearSelection:
 
     if not isinstance(model, nnx.Module):
         raise ValueError(
-            f"model is a {type(model).__name__}: expected a flax.nnx.Module, such as the one whose "
-            "nnx.state(model) the optimizer gets"
+            f"model is a {type(model).__name__}: expected a flax.nnx.Module, the one whose "
+            "nnx.state(model) the optimizer receives"
         )
     return LinearSelection(model)
 
 
 class LinearSelection:
-    """What `select_linear` returns."""
+    """The selection that `select_linear` returns."""
 
     def __init__(self, model: nnx.Module) -> None:
         from flax import nnx
@@ -276,20 +276,20 @@ class LinearSelection:
         path = path if path in self._paths else path.removesuffix("/value")
         if path not in self._paths:
             raise ValueError(
-                f"parameter '{path}' is none of the model's that select_linear was given: give it "
-                "the model whose nnx.state(model) the optimizer gets"
+                f"parameter '{path}' does not belong to the model given to select_linear: pass "
+                "the model whose nnx.state(model) the optimizer receives"
             )
         return path in self._axes
 
     def dimension_numbers(self, params: Any) -> Any:
-        """The matrix axes of the linear layers' kernels, in the tree of `params`; else None."""
+        """Matrix axes of the linear layers' kernels in a tree like `params`; None elsewhere."""
 
         def numbers(path: tuple[Any, ...], array: jax.Array) -> SubspaceDimensionNumbers | None:
             name = path_name(path)
             axes = self._axes.get(name, self._axes.get(name.removesuffix("/value")))
             if axes is None:
                 return None
-            # What precedes them are stacked layers.
+            # Preceding axes are stacked layers.
             return SubspaceDimensionNumbers(
                 *(tuple(axis % array.ndim for axis in side) for side in axes)
             )
@@ -298,7 +298,7 @@ class LinearSelection:
 
 
 def _linear_kernels(model: nnx.Module) -> tuple[dict[int, Axes], set[int]]:
-    """The axes of each linear layer's kernels, from the last, by their ids; ids of embeddings."""
+    """Axes of each linear layer's kernels, counted from the last, by id; ids of embeddings."""
     from flax import nnx
 
     linear: dict[int, Axes] = {}
@@ -312,7 +312,7 @@ def _linear_kernels(model: nnx.Module) -> tuple[dict[int, Axes], set[int]]:
 
 
 def _kernels(module: nnx.Module) -> Iterator[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
-    """The arrays by which a module itself multiplies, with their axes (input, output)."""
+    """The arrays with which a module itself multiplies, with their axes (input, output)."""
     from flax import nnx
 
     if isinstance(module, nnx.Linear):
@@ -333,7 +333,7 @@ def _kernels(module: nnx.Module) -> Iterator[tuple[Any, tuple[int, ...], tuple[i
         yield module.lora_b, (-2,), (-1,)
 
 
-# ----------------------------------------------------------------------------------- in numbers
+# ------------------------------------------------------------------------------------- reporting
 
 
 _of_a_part = contextvars.ContextVar("_of_a_part", default=False)
@@ -341,7 +341,7 @@ _of_a_part = contextvars.ContextVar("_of_a_part", default=False)
 
 @contextlib.contextmanager
 def of_a_part() -> Iterator[None]:
-    """Within it nothing is said: what holds of some of the parameters says nothing of the whole."""
+    """Disables the report inside: the counts of a part do not describe the whole model."""
     token = _of_a_part.set(True)
     try:
         yield
@@ -357,16 +357,16 @@ def say_what_is_projected(
     rank: int,
     chosen_here: bool,
 ) -> None:
-    """Logs how much is projected, and what is left and why; in the first process only.
+    """Logs how much is projected, and what is not and why; only in the first process.
 
-    A warning if linear maps inside the blocks are left and it was this library that chose.
+    It is a warning if the default selection excludes linear maps inside the blocks.
 
     Args:
-      shapes: Of all parameters that are trained, by path.
-      projected: The paths of those that are projected.
-      kinds: Of all parameters.
-      rank: Of the subspaces.
-      chosen_here: Whether the selection is this module's, and not one of the user's own.
+      shapes: Shapes of all trained parameters, by path.
+      projected: Paths of the projected parameters.
+      kinds: Kinds of all parameters.
+      rank: Rank of the subspaces.
+      chosen_here: Whether the selection is the default, not one given by the user.
     """
     if not shapes or _of_a_part.get() or jax.process_index() != 0:
         return
@@ -377,13 +377,13 @@ def say_what_is_projected(
 def summary(
     shapes: dict[str, tuple[int, ...]], projected: Collection[str], *, kinds: Kinds, rank: int
 ) -> tuple[str, bool]:
-    """What is projected, in numbers, and what is left and why.
+    """A text with the numbers of projected parameters, and what is not projected and why.
 
     Args:
-      shapes: Of all parameters, by path.
-      projected: The paths of those that are projected.
-      kinds: Of all parameters.
-      rank: Of the subspaces.
+      shapes: Shapes of all parameters, by path.
+      projected: Paths of the projected parameters.
+      kinds: Kinds of all parameters.
+      rank: Rank of the subspaces.
 
     Returns:
       The text, and whether all linear maps inside the blocks are projected.
@@ -418,6 +418,6 @@ def _count(number: int, kind: str) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """A percentage that reads 100 % or 0 % only where it is all or nothing."""
+    """A percentage that is 100 % or 0 % only if the share is all or nothing."""
     percent = 100 * part / whole if whole else 0.0
     return f"{percent if part in (0, whole) else min(max(percent, 0.1), 99.9):.3g} %"

@@ -1,9 +1,9 @@
-"""How arrays are laid out over a mesh of devices: the mesh, and optimizer state.
+"""Sharding over a mesh of devices: the mesh, and the optimizer state.
 
-A mesh has three axes. Over `data` and `fsdp` the batch is split; over `fsdp` and `tensor` each
-weight: one of its matrix axes over `fsdp`, to be gathered where it is used, the other over
-`tensor`, as in Megatron. Optimizer state follows its weight: P is split as the axis that it
-projects, R as the other one, and the rank axis is whole on every device.
+A mesh has three axes. The batch is sharded over `data` and `fsdp`. Each weight is sharded over
+`fsdp` and `tensor`: one of its matrix axes over `fsdp`, all-gathered where it is used, the other
+over `tensor`, as in Megatron. Optimizer state follows its weight: P is sharded like the axis that
+it projects, R like the other axis, and the rank axis is replicated.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Reads `data=2,fsdp=2,tensor=2`; an axis left out is 1, one of -1 takes what is left.
+    """Parses `data=2,fsdp=2,tensor=2`; an omitted axis is 1, -1 takes the remaining devices.
 
     Raises:
-      ValueError: for an unknown axis, one given twice, or a size that is neither a whole number
-        of at least 1 nor the only -1.
+      ValueError: An axis is unknown or given twice, or a size is neither a whole number of at least
+        1 nor the only -1.
 
     Example:
       >>> parse_mesh("fsdp=4,data=-1")
@@ -55,7 +55,9 @@ def _check_sizes(sizes: dict[str, int]) -> None:
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh {_text(sizes)}: expected sizes of at least 1, or -1 for the rest")
     if list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"mesh {_text(sizes)}: only one axis can be -1, which takes the rest")
+        raise ValueError(
+            f"mesh {_text(sizes)}: only one axis can be -1, which takes the remaining devices"
+        )
 
 
 def _text(sizes: dict[str, int]) -> str:
@@ -65,16 +67,18 @@ def _text(sizes: dict[str, int]) -> str:
 def make_mesh(
     data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of all devices, or of those given, with axes that the compiler sees to (Auto).
+    """A mesh of all devices, or of the given ones, whose axes the compiler partitions (Auto).
 
     Args:
-      data: Groups that each hold whole copies and a share of the batch. -1: as many as are left.
-      fsdp: Members over which a weight's rows, or columns, and the batch are split. -1 likewise.
-      tensor: Members over which a weight's other axis is split. -1 likewise.
+      data: Number of replicas, each with a share of the batch. -1: the remaining devices.
+      fsdp: Number of devices over which a weight's rows or columns, and the batch, are sharded. -1:
+        the remaining devices.
+      tensor: Number of devices over which a weight's other axis is sharded. -1: the remaining
+        devices.
       devices: None: all.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      ValueError: The product of the sizes is not the number of devices.
 
     Example:
       >>> dict(make_mesh(fsdp=-1).shape)["fsdp"] == jax.device_count()
@@ -87,8 +91,9 @@ def make_mesh(
     filled = {name: len(found) // given if n == -1 else n for name, n in sizes.items()}
     if math.prod(filled.values()) != len(found):
         raise ValueError(
-            f"mesh {_text(sizes)} is of {given} devices{' or a multiple' * (-1 in sizes.values())}"
-            f", and there are {len(found)}: choose sizes that multiply to {len(found)}"
+            f"mesh {_text(sizes)} needs {given} "
+            f"devices{' or a multiple' * (-1 in sizes.values())}, but there are {len(found)}: "
+            f"choose sizes whose product is {len(found)}"
         )
     return jax.make_mesh(
         tuple(filled.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=found
@@ -96,36 +101,36 @@ def make_mesh(
 
 
 def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """One entry of a `PartitionSpec` as the mesh axes that it names."""
+    """The mesh axes that one entry of a `PartitionSpec` names."""
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Into how many parts one entry of a `PartitionSpec` splits an axis."""
+    """The number of shards of one entry of a `PartitionSpec`."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axes))
 
 
 def state_sharding(
     tx: optax.GradientTransformation, params: optax.Params, specs: Any, mesh: Mesh
 ) -> Any:
-    """How the state of any Optax optimizer is split, given how its parameters are.
+    """The sharding of any Optax optimizer's state, given the sharding of its parameters.
 
-    `tx.init` is traced, without computing anything, on parameters whose types say how each axis is
-    split (JAX's Explicit axes), and the types of its results are the answer: whatever the state
-    is made of, each of its axes is split as the parameter's axis that it came from.
+    It traces `tx.init`, without computing anything, on parameters whose types carry their sharding
+    (JAX's Explicit axes), and returns the types of the results: each axis of the state is sharded
+    like the parameter's axis from which it derives, whatever the structure of the state.
 
     Args:
-      tx: From `make_optimizer`, `scale_by_subspace`, Optax, or composed of these.
+      tx: From `make_optimizer`, `scale_by_subspace`, Optax, or a composition of these.
       params: The parameters, or their shapes and dtypes.
-      specs: A tree of `PartitionSpec` like `params`, with its boxes or without.
-      mesh: Of any axes.
+      specs: A tree of `PartitionSpec` like `params`, with or without its boxes.
+      mesh: A mesh with any axes.
 
     Returns:
-      A tree of `NamedSharding` like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`,
+      A tree of `NamedSharding` like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`
       and for the state in the train step's `in_shardings` and `out_shardings`.
 
     Raises:
-      ValueError: where a parameter's axis does not divide by the mesh axes that it is split over.
+      ValueError: An axis of a parameter is not divisible by the mesh axes over which it is sharded.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -146,8 +151,8 @@ def state_sharding(
             shards = shard_count(mesh, axes)
             if size % shards:
                 raise ValueError(
-                    f"parameter '{path_name(path)}' of shape {array.shape} has {spec}, and {size} "
-                    f"does not divide by {axes}={shards}: leave that axis out of its spec"
+                    f"parameter '{path_name(path)}' of shape {array.shape} has {spec}, but {size} "
+                    f"is not divisible by {axes}={shards}: leave that axis out of its spec"
                 )
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(typed, padded))
 
@@ -160,13 +165,13 @@ def state_sharding(
 
 
 def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """An `init` that also takes the shapes of parameters in their place.
+    """Makes an `init` that also accepts the shapes of parameters.
 
-    `jax.ShapeDtypeStruct` leaves stand for zeros, which are never allocated. Where they name
-    shardings, over one mesh, the state is laid out as `osd_jax.sharding.state_sharding` says.
+    `jax.ShapeDtypeStruct` leaves represent zeros, which are never allocated. If they have
+    shardings, over one mesh, the state is sharded by `osd_jax.sharding.state_sharding`.
 
     Args:
-      init: Of an Optax transformation.
+      init: The `init` of an Optax transformation.
     """
 
     @functools.wraps(init)

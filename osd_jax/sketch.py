@@ -1,9 +1,9 @@
-"""What a step reads of a gradient: R = P^T M, and the statistics that a rule names.
+"""The sketch of a gradient: R = P^T M and the statistics that the rules declare.
 
-A `Statistic` is one fact about a gradient: how it is computed, how it scales with the gradient, and
-how it is averaged over devices. So scaling, clipping, micro-batches and reduction are written here
-once, for all of them. `Needs` says which statistics a rule reads, and when it reads the gradient
-itself.
+A `Statistic` defines one quantity of a gradient: how to compute it, how it scales with the gradient
+and how to average it over devices. This module implements scaling, clipping, accumulation and
+reduction once for all statistics. `Needs` declares which statistics a rule reads, and when it reads
+the gradient itself.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from osd_jax.numerics import (
 class TwoSided(NamedTuple):
     """The bases of a matrix that is projected on both sides: (..., m, r) and (..., n, r).
 
+    Attributes:
+      output: The basis of the output side.
+      input: The basis of the input side.
+
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
       >>> tx = osd_jax.scale_by_subspace(
@@ -45,21 +49,22 @@ Reduce = Callable[[jax.Array], jax.Array]
 
 
 def is_two_sided(x: Any) -> bool:
-    """Whether `x` holds both bases of one matrix."""
+    """Whether `x` is a pair of bases of one matrix."""
     return isinstance(x, TwoSided)
 
 
 class Statistic(NamedTuple):
-    """A fact about a gradient M (..., p, q) that a rule reads beside R.
+    """A quantity of a gradient M (..., p, q) that a rule reads in addition to R.
 
     Attributes:
       name: Its key in a sketch.
-      degree: In M: the statistic of c M is c ** degree times that of M.
+      degree: Its degree in M: the statistic of c M is c ** degree times that of M.
       of: (P, M, R) -> the value, (batch..., ...), float32 (float64 for float64 gradients).
-      estimate: None: the mean over devices of `of(P, M_i, R)`, with the mean R, is exact for the
-        mean of the parts M_i. Else the value cannot be computed from the parts, and
-        `estimate(a, b, c)` stands in: a is the mean of `of(P, M_i, R_i)`, b the mean of
-        `of(P, R_i, R_i)`, c is `of(P, R, R)`. For statistics that read M alone.
+      estimate: None if the mean over devices of `of(P, M_i, R)`, with the mean R, equals the
+        statistic
+        of the mean of the parts M_i. Otherwise the value cannot be computed from the parts, and
+        `estimate(a, b, c)` approximates it, where a is the mean of `of(P, M_i, R_i)`, b the mean of
+        `of(P, R_i, R_i)` and c is `of(P, R, R)`. Only for statistics that read M alone.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,15 +83,15 @@ class Statistic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """What a step reads of a gradient M (..., p, q) with P (..., p, r). A pytree.
+    """What a step reads of a gradient M (..., p, q) with basis P (..., p, r). A pytree.
+
+    All arrays are float32 (float64 for float64 gradients). While P is fixed, the R of a sum of
+    gradients is the sum of their R's.
 
     Attributes:
       low_rank: R = P^T M, (..., r, q); two-sided: P_in^T M P_out, (..., r, r).
-      statistics: By name.
-      degrees: Of the statistics in M, by name; part of the tree's structure.
-
-    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
-    while P is fixed.
+      statistics: The statistics by name.
+      degrees: The degree of each statistic in M, by name; part of the tree's structure.
 
     Example:
       >>> import jax.numpy as jnp, osd_jax
@@ -102,7 +107,7 @@ class Sketch:
     degrees: Mapping[str, int]
 
     def scaled(self, factor: jax.typing.ArrayLike) -> Sketch:
-        """The sketch of `factor` M."""
+        """Returns the sketch of `factor` M."""
         statistics = {
             name: x * factor**degree if (degree := self.degrees[name]) else x
             for name, x in self.statistics.items()
@@ -110,7 +115,7 @@ class Sketch:
         return Sketch(self.low_rank * factor, statistics, self.degrees)
 
     def only(self, statistics: Iterable[Statistic]) -> Sketch:
-        """The sketch with no statistics but these."""
+        """Returns the sketch with only the given statistics."""
         names = [statistic.name for statistic in statistics]
         pick = lambda by_name: {name: by_name[name] for name in names}
         return Sketch(self.low_rank, pick(self.statistics), pick(self.degrees))
@@ -133,18 +138,18 @@ jax.tree_util.register_pytree_with_keys(Sketch, _flatten_sketch, _unflatten_sket
 
 
 def is_sketch(x: Any) -> bool:
-    """Whether `x` is a sketch, as opposed to a gradient that is its own."""
+    """Whether `x` is a sketch rather than an unprojected gradient."""
     return isinstance(x, Sketch)
 
 
 class Needs(NamedTuple):
-    """What a rule reads of a gradient beside R.
+    """What a rule reads of a gradient in addition to R.
 
     Attributes:
-      statistics: At the steps at which the rule runs.
+      statistics: The statistics that it reads at the steps at which it runs.
       gradient: When it reads the gradient itself.
-      reason: Why it does; it becomes the error where only sketches are kept.
-      remedy: What to use there instead.
+      reason: Why it reads the gradient; the text of the error in modes that keep only sketches.
+      remedy: What to use instead in these modes.
 
     Example:
       >>> import osd_jax
@@ -158,21 +163,22 @@ class Needs(NamedTuple):
 
 
 def reading_gradient(needs: Iterable[Needs]) -> Needs | None:
-    """The needs of the first rule that reads the gradient at every step, if one does."""
+    """The needs of the first rule that reads the gradient at every step; None if there is none."""
     return next((each for each in needs if each.gradient == "always"), None)
 
 
 def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
-    """All of several rules' statistics, each name once.
+    """The statistics of several rules, each name once.
 
     Raises:
-      ValueError: for two statistics of one name.
+      ValueError: Two statistics share a name.
     """
     by_name: dict[str, Statistic] = {}
     for statistic in (one for several in statistics for one in several):
         if by_name.setdefault(statistic.name, statistic) != statistic:
             raise ValueError(
-                f"two statistics have the name {statistic.name!r}: a sketch holds one of a name"
+                f"two different statistics are named {statistic.name!r}: names must be unique; "
+                "rename one"
             )
     return tuple(by_name.values())
 
@@ -183,14 +189,14 @@ def make_sketch(
     statistics: Iterable[Statistic] = (),
     reduce: Reduce | None = None,
 ) -> Sketch:
-    """P and M -> the sketch of M.
+    """Computes the sketch of M with basis P.
 
     Args:
       basis: P, (..., p, r).
       matrix: M, (..., p, q), or this device's part of a mean.
-      statistics: To take; each name once.
-      reduce: The mean over devices, if M is only a part. The parts are not reduced themselves: R is
-        reduced first, and each statistic as it says.
+      statistics: The statistics to compute; each name once.
+      reduce: The mean over devices, if M is only a part. The parts themselves are not reduced: R is
+        reduced first, then each statistic as it declares.
     """
     statistics = tuple(statistics)
     degrees = {statistic.name: statistic.degree for statistic in statistics}
@@ -217,10 +223,10 @@ def make_sketch(
 
 
 def as_in_subspace(mean: jax.Array, of_low_ranks: jax.Array, of_low_rank: jax.Array) -> jax.Array:
-    """The estimate of a squared norm: the mean is shorter than its parts as R is than the R_i.
+    """Estimates the squared norm of a mean: it shrinks like R compared with the R_i.
 
-    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if the mean is shorter than its parts by as
-    much outside the subspace as inside it.
+    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if averaging shrinks the norm outside the
+    subspace by the same factor as inside.
     """
     usable = has_direction(of_low_ranks)
     ratio = of_low_rank / jnp.where(usable, of_low_ranks, 1)
@@ -228,9 +234,9 @@ def as_in_subspace(mean: jax.Array, of_low_ranks: jax.Array, of_low_rank: jax.Ar
 
 
 def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
-    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r), in float32 or float64."""
+    """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r); float32 or float64."""
     if isinstance(basis, TwoSided):
-        # The output side first, as in PyTorch: that basis is the one that bfloat16 rounds.
+        # Output side first, as in PyTorch: bfloat16 rounds the product with that basis.
         half = contract("pq,qs->ps", matrix, basis.output)
         return contract("pr,ps->rs", basis.input, half)
     return contract("rp,pq->rq", written_transpose(basis), matrix)
@@ -258,23 +264,24 @@ COLUMN_ENERGIES = Statistic(
 """c_j = ||M_j||^2 of each column, (..., q)."""
 
 
-# ------------------------------------------------------------------- within the trees of Optax
+# ------------------------------------------------------------ sketches as leaves of Optax trees
 
 
 class SketchLeaf:
-    """A sketch in the place of the gradient that it is of: a leaf of an Optax tree, not a node.
+    """A sketch that replaces its gradient in an Optax tree: a leaf, not a node.
 
-    It passes through `optax.chain`, `optax.masked` and `optax.partition` to `scale_by_subspace`.
-    On its way it may be multiplied by a number, which scales R and each statistic by its degree.
-    All else asks for a gradient that is gone.
+    It passes through `optax.chain`, `optax.masked` and `optax.partition` to `scale_by_subspace`. On
+    its
+    way it may be multiplied by a number, which scales R and each statistic by its degree. Any other
+    operation raises, because the gradient no longer exists.
 
     Args:
-      sketch: Of the gradient.
-      shape: Of the gradient.
-      dtype: Likewise.
+      sketch: The sketch of the gradient.
+      shape: Shape of the gradient.
+      dtype: Dtype of the gradient.
     """
 
-    __array_ufunc__ = None  # NumPy's numbers leave the multiplication to this class
+    __array_ufunc__ = None  # NumPy scalars defer the multiplication to this class
 
     def __init__(self, sketch: Sketch, shape: tuple[int, ...], dtype: Any) -> None:
         self.sketch = sketch
@@ -283,12 +290,12 @@ class SketchLeaf:
 
     @property
     def ndim(self) -> int:
-        """Axes of the gradient."""
+        """Number of axes of the gradient."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Numbers of the gradient."""
+        """Number of elements of the gradient."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size
 
     def __mul__(self, factor: Any) -> SketchLeaf:
@@ -314,12 +321,12 @@ def is_sketch_leaf(x: Any) -> bool:
 
 
 def bare(tree: Any) -> Any:
-    """A tree in which each `SketchLeaf` is its `Sketch`, a pytree that JAX takes."""
+    """Replaces each `SketchLeaf` by its `Sketch`, a pytree that JAX transformations accept."""
     return jax.tree.map(lambda x: x.sketch if is_sketch_leaf(x) else x, tree)
 
 
 def as_leaves(like: Any, tree: Any) -> Any:
-    """The inverse of `bare`, with the shapes and dtypes of the leaves of `like`."""
+    """The inverse of `bare`, with shapes and dtypes from the leaves of `like`."""
 
     def one(like: Any, x: Any) -> Any:
         return SketchLeaf(x, tuple(like.shape), like.dtype) if is_sketch(x) else x

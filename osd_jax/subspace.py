@@ -1,17 +1,17 @@
 """The optimizer: gradient -> sketch -> step of W -> step of P.
 
-Online Subspace Descent keeps an optimizer's state in a subspace of each weight matrix. All that
-it asks of a gradient G is a `Sketch` of it, and the work of one step is three pure functions:
+Online Subspace Descent keeps the optimizer state in a subspace of each weight matrix. It reads only
+a `Sketch` of a gradient G, and a step consists of three pure functions:
 
     refresh(grads, state)           -> state             sets P from G, where P is due or waits
     project(grads, state)           -> sketches          large in, small out
     apply(sketches, state, params)  -> (updates, state)  small in, large out
 
-`update` is one after the other. Between `project` and `apply` no gradient is alive, which is what
-accumulation, data parallelism and layer-by-layer updates build on.
+`update` calls them in this order. No gradient is alive between `project` and `apply`; accumulation,
+data parallelism and layer-by-layer updates rely on this.
 
 A gradient is laid out as M, of shape (..., p, q): batch axes first, then the axis that P projects,
-then the other one. P has shape (..., p, r), and its columns are the basis.
+then the other axis. P has shape (..., p, r), and its columns are the basis.
 """
 
 from __future__ import annotations
@@ -103,12 +103,13 @@ class SubspaceState(_SubspaceFields):
     """State of `scale_by_subspace`. A pytree; `side` is part of its structure.
 
     Attributes:
-      count: int32 scalar, the steps taken: one for the whole tree, so that a refresh of P is one
-        `lax.cond`.
+      count: int32 scalar, the number of steps: one for the whole tree, so that a refresh of P is
+        one `lax.cond`.
       projector: The bases P, the state of the optimizer that moves them, and when P was set.
       inner: State of the inner transformation, in the shapes of R.
-      lift: State of the lift: a tree like the parameters of arrays by name; () where it has none.
-      side: The side that P projects. None in a state from before it was held, where shapes say it.
+      lift: State of the lift: a tree like the parameters of arrays by name; () if it has none.
+      side: The side that P projects. None in the state of an earlier version, which did not store
+        it; the shapes then determine it.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -118,7 +119,9 @@ class SubspaceState(_SubspaceFields):
       ('shorter', (4, 24))
     """
 
-    side: Side | None  # no field: functions that walk fields, as Optax's do, expect arrays in them
+    side: (
+        Side | None
+    )  # not a field: functions that iterate over fields, as Optax's do, expect arrays
 
     def __new__(  # noqa: D102
         cls,
@@ -137,7 +140,7 @@ class SubspaceState(_SubspaceFields):
 
 
 def _flatten_state(state: SubspaceState) -> tuple[list[tuple[Any, Any]], Any]:
-    # A lift without state leaves no trace in a checkpoint, and neither does the side.
+    # A stateless lift and the side add nothing to a checkpoint.
     names = (
         "count",
         "projector",
@@ -157,19 +160,19 @@ jax.tree_util.register_pytree_with_keys(SubspaceState, _flatten_state, _unflatte
 
 
 class SubspaceTransformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation whose update also comes in its three parts.
+    """An Optax transformation whose update is also available as its three parts.
 
     Attributes:
-      refresh: (grads, state, when=True, reduce=None) -> state. Sets each P that is due at this
-        step, if `when`, or that waits since, from its gradient if that has a direction. `reduce`
-        is as in `project`; where no P is due or waits, it is not called.
-      project: (grads, state, reduce=None) -> sketches, a tree like the gradients, less its boxes,
-        with a `Sketch` for each that is projected. `reduce` is the mean over devices, such as
-        `functools.partial(jax.lax.pmean, axis_name="data")`, where each has gradients of its own:
-        R is reduced first, and A taken with the reduced R.
+      refresh: (grads, state, when=True, reduce=None) -> state. Sets each P that is due at this step
+        (if `when`), or that still waits, from its gradient if that is nonzero. `reduce` is as in
+        `project`; it is not called if no P is due or waits.
+      project: (grads, state, reduce=None) -> sketches, a tree like the gradients without its boxes,
+        with a `Sketch` for each projected gradient. `reduce` is the mean over devices, such as
+        `functools.partial(jax.lax.pmean, axis_name="data")`, if each device has its own gradients:
+        R is reduced first, and A is computed with the reduced R.
       apply: (sketches, state, params) -> (updates, state).
       needs_gradient: The `Needs` of a rule that reads the gradient itself at every step, or None.
-        If there is one, `scale_by_subspace`'s `apply` takes `grads=` too.
+        If there is one, `scale_by_subspace`'s `apply` also takes `grads=`.
     """
 
     refresh: Callable[..., Any]
@@ -178,7 +181,7 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
     needs_gradient: Needs | None
 
     def __new__(cls, init, update, refresh, project, apply, needs_gradient):  # type: ignore[no-untyped-def]
-        """Stays the pair that `optax.chain` unpacks; the parts are attributes."""
+        """Remains the pair that `optax.chain` unpacks; the parts are attributes."""
         self = super().__new__(cls, init, update)
         self.refresh, self.project, self.apply = refresh, project, apply
         self.needs_gradient = needs_gradient
@@ -199,43 +202,48 @@ def scale_by_subspace(
     basis_dtype: jax.typing.DTypeLike | None = None,
     widen_updates: bool = False,
 ) -> SubspaceTransformation:
-    """Runs `inner` on every matrix's gradient in a subspace that `projector` moves.
+    """Runs `inner` on the gradient of every matrix in a subspace that `projector` moves.
 
-    For a gradient laid out as M, of shape (..., p, q): `R = P^T M`; `inner` turns R into a
-    direction D; the update is `scale * P D` (arXiv 2408.12857, equation 6; GaLore's algorithm 1
-    with an SVD projector), or what `lift` makes of D.
+        R = P^T M,   D = inner(R),   update = scale * P D
+
+    for a gradient laid out as M, of shape (..., p, q); with `lift`, the update is what the lift
+    makes of D.
 
     Args:
-      inner: Any transformation that needs no parameters. It sees the tree of R's, of shape
+      inner: Any transformation that needs no parameters. It receives the tree of R's, of shape
         (..., r, q) and dtype float32 (float64 for float64 gradients), with stacked matrices along
         leading axes, so a rule that is not elementwise should treat the last two axes as the
         matrix.
-      projector: `online_pca(...)`, `svd(...)`, `random(...)`, `gaussian(...)`, or a `BasisRule` of
-        your own.
-      rank: Columns of P. The effective rank is min(rank, m, n).
+      projector: `online_pca(...)`, `svd(...)`, `random(...)`, `gaussian(...)`, or a custom
+        `BasisRule`.
+      rank: Number of columns of P. The effective rank is min(rank, m, n).
       scale: Multiplies the lifted direction: short for `lift=scaled(scale)`. None: 1.
-      lift: `scaled(...)`, `sign_after_lift()`, one that lets through what P does not reach
-        (`osd_jax.residuals`), or a `Lift` of your own. None: by `scale`.
+      lift: `scaled(...)`, `sign_after_lift()`, a lift that adds what P does not reach
+        (`osd_jax.residuals`), or a custom `Lift`. None: given by `scale`.
       transport: (state of `inner`, a tree like the parameters of `osd_jax.transport.Change`) -> the
-        state, called where P changed, such as `transport_moments()`: after a refresh, before R is
-        taken; after a move, at the end of that step, or where P moves before W's step, before R is
-        taken again. None: `inner` keeps its state as it is.
+        state, such as `transport_moments()`. Called when P changed: after a refresh, before R is
+        computed; after a move, at the end of that step, or, if P moves before W's step, before R is
+        recomputed. None: `inner` keeps its state unchanged.
       side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
         "longer" (ties: output) or "both" (`R = P_in^T M P_out`, not with online PCA).
       dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
         from parameters to a tree. None: every parameter is a matrix (input, output).
-      seed: For projectors that draw.
+      seed: Seed of projectors that draw random numbers.
       basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
-      widen_updates: Whether to leave the updates in float32, for transformations that follow,
-        rather than in the gradients' dtype.
+      widen_updates: Whether to return the updates in float32 instead of the gradients' dtype, for
+        transformations that follow.
 
     Returns:
-      An Optax transformation with the further attributes `refresh`, `project` and `apply`.
+      An Optax transformation with the additional attributes `refresh`, `project` and `apply`.
 
     Raises:
-      ValueError: for a rank below 1, an unknown side or dtype of P, a side that the projector does
-        not move, both `scale` and `lift`, or, from `init`, a parameter that is not a matrix or has
-        an integer or float16 dtype, or a state that `transport` does not know.
+      ValueError: The rank is below 1, the side or dtype of P is unknown, the projector does not
+        support the side, or both `scale` and `lift` are given. `init` raises for a parameter that
+        is not a matrix or has an integer or float16 dtype, and for a state that `transport` does
+        not support.
+
+    References:
+      arXiv 2408.12857, equation 6; with an SVD projector, GaLore, arXiv 2403.03507, algorithm 1.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -284,7 +292,7 @@ def scale_by_subspace(
     needs_gradient = reading_gradient((projector.needs, lift_rule.needs))
 
     def layouts(params: optax.Params) -> Any:
-        """A tree like `params`, less its boxes."""
+        """A tree of layouts like `params`, without its boxes."""
         numbers = dimension_numbers_by_path(dimension_numbers, params)
         draws = iter(random_draws(params))
 
@@ -333,7 +341,7 @@ def scale_by_subspace(
         low_rank = jax.tree.map(init_low_rank, tree, params)
         lift_state = jax.tree.map(init_lift, tree, params, low_rank)
         inner_state = inner.init(low_rank)
-        if transport is not None:  # which may refuse it, before any work starts
+        if transport is not None:  # raises for an unsupported state before any work starts
             jax.eval_shape(transported, bases, bases, inner_state)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
@@ -354,15 +362,15 @@ def scale_by_subspace(
         when: jax.typing.ArrayLike = True,
         reduce: Reduce | None = None,
     ) -> SubspaceState:
-        """Sets each P that is due or waits, where its gradient (..., p, q) has a direction.
+        """Sets each P that is due or waits from its gradient (..., p, q) if that is nonzero.
 
-        All of it stands within one `lax.cond`, which is taken while any P is due or waits. Inside
-        it each parameter has two more: a matrix that waits for long, such as an expert without
-        tokens, costs the norm of its gradient at every step, and an SVD only when that is not zero.
+        All of it is within one `lax.cond`, which runs while any P is due or waits. Inside it, each
+        parameter has two more: a matrix that waits for a long time, such as an expert without
+        tokens, costs the norm of its gradient at every step, and an SVD only when that is nonzero.
 
-        A P that is set is a constant to differentiation, as are the bases of a step within a
-        subspace that is given: an SVD's derivative is not finite where two singular values are
-        equal, as those of a gradient of low rank are. Through P's own steps derivatives are whole.
+        A P that is set is a constant under differentiation, as are the bases of a given step: the
+        derivative of an SVD is not finite if two singular values are equal, as for a low-rank
+        gradient. Derivatives through P's own steps are complete.
         """
 
         def set_wanted(
@@ -394,7 +402,7 @@ def scale_by_subspace(
             basis: Basis,
             set_at: jax.Array,
         ) -> tuple[Basis, jax.Array]:
-            # Reduced before it is asked for a direction, so that every device answers alike.
+            # Reduced before the check for a zero gradient, so that every device decides alike.
             grad = grad if reduce is None else reduce(grad)
             has_one = has_direction(squared_norm(layout.to_matrix(grad)))
             wanted = (set_at == NOT_SET) & has_one
@@ -436,7 +444,7 @@ def scale_by_subspace(
             fresh,
             lambda due, count, key_data, grads, bases, set_at: (bases, set_at),
             *(due, state.count, jax.random.key_data(jax.random.key(seed)), grads, *before),
-            # In place of `fresh`, whose P is a constant.
+            # Replaces the derivative of `fresh`, whose P is a constant.
             derivative_of=lambda due, count, key_data, grads, bases, set_at: (
                 optax.tree.zeros_like(bases),
                 set_at,
@@ -453,7 +461,7 @@ def scale_by_subspace(
         return state._replace(projector=ProjectorState(bases, optimizer, set_at))
 
     def restart(bases: Any, optimizer: optax.OptState, is_new: Any) -> optax.OptState:
-        """The state of P's optimizer, as at first for each matrix whose P is new."""
+        """The state of P's optimizer, reset for each matrix whose P is new."""
         assert projector.optimizer is not None
         masks = by_path(is_new)
 
@@ -462,7 +470,7 @@ def scale_by_subspace(
             parts = (keys[i:j] for i in range(len(keys) + 1) for j in range(len(keys), i - 1, -1))
             mask = next((masks[part] for part in parts if part in masks), None)
             if mask is None or kept.ndim <= mask.ndim or kept.shape[: mask.ndim] != mask.shape:
-                return kept  # shared by all, such as a count
+                return kept  # shared by all matrices, such as a count
             mask = mask.reshape(mask.shape + (1,) * (kept.ndim - mask.ndim))
             return jnp.where(mask, first, kept)
 
@@ -476,14 +484,14 @@ def scale_by_subspace(
 
     @promotes
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
-        """Gradients -> a tree of `Sketch`, with what the projector and the lift need in it."""
+        """Gradients -> a tree of `Sketch`, with the statistics of the projector and the lift."""
         tree, grads = layouts(grads), unboxed(grads)
 
         def moving(grads: optax.Updates, bases: Any) -> Any:
             return sketches_of(tree, grads, bases, at_moves, reduce)
 
         def staying(grads: optax.Updates, bases: Any) -> Any:
-            # Zeros in place of what only P reads: a `lax.cond` chooses between the two.
+            # Zeros replace what only P reads, because a `lax.cond` selects between the two.
             def one(shape: Sketch, sketch: Sketch) -> Sketch:
                 zeros = {name: zeros_of(x) for name, x in shape.statistics.items()}
                 return Sketch(sketch.low_rank, {**zeros, **sketch.statistics}, shape.degrees)
@@ -496,10 +504,10 @@ def scale_by_subspace(
         return _cond_once(moves_now(state), moving, staying, grads, state.projector.basis)
 
     def move(bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any, age: Any) -> Any:
-        """One step of P's optimizer -> (bases, its state); P stays where `moves` (...) is False.
+        """One step of P's optimizer -> (bases, its state), for the P where `moves` (...) is True.
 
-        `age` is the number of this step by each matrix's own count, which `update` of P's optimizer
-        gets as an extra argument.
+        `age` is the number of this step by each matrix's own count; P's optimizer receives it as an
+        extra argument of `update`.
         """
         assert projector.gradient is not None and projector.optimizer is not None
         gradient_of = projector.gradient
@@ -541,13 +549,13 @@ def scale_by_subspace(
         Args:
           sketches: From `project`.
           state: From `refresh`.
-          params: Read for shapes and dtypes only.
+          params: Only their shapes and dtypes are read.
           grads: The gradients, for rules that read them at every step (`needs_gradient`).
-          **extra_args: Handed to `inner`.
+          **extra_args: Passed to `inner`.
         """
         if needs_gradient is not None and grads is None:
             raise ValueError(
-                f"{needs_gradient.reason}: apply needs grads=, the gradients themselves, or use "
+                f"{needs_gradient.reason}: pass the gradients to apply as grads=, or use "
                 f"{needs_gradient.remedy}"
             )
         tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
@@ -564,7 +572,8 @@ def scale_by_subspace(
             stay = lambda bases, sketches, optimizer, moves, age: (bases, optimizer)
             age = steps_since_set(set_at, state.count, clock.move_every)
             args = (bases, sketches, optimizer, set_before(set_at, state.count), age)
-            # Plain: what P's optimizer closes over, a learning rate for one, may be traced.
+            # No custom derivative: values captured by P's optimizer, such as a learning rate, may
+            # be traced.
             moved = jax.lax.cond(moves, move, stay, *args)
         read = jax.tree.map(lambda sketch: sketch.only(always), sketches, is_leaf=is_sketch)
         if projector.order == "before":
@@ -607,13 +616,13 @@ def scale_by_subspace(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SubspaceState]:
-        """Of gradients, or of a tree of `SketchLeaf` in their place."""
+        """The update for gradients, or for a tree of `SketchLeaf` that replaces them."""
         del params  # the gradients have the same shapes and dtypes
         kinds = {is_sketch_leaf(x) for x in jax.tree.leaves(grads)}
         if kinds == {True}:
             return apply(bare(unboxed(grads)), state, grads, **extra_args)
         if True in kinds:
-            raise ValueError(f"some gradients are whole and some are sketches; {ONLY_SKETCHES}")
+            raise ValueError(f"the tree mixes whole gradients and sketches; {ONLY_SKETCHES}")
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 
@@ -637,14 +646,17 @@ def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Arr
     d: Any = lifted.low_rank
     scale: Any = lifted.scale
     if d is not None and lifted.rest is None and lifted.then is None:
-        # Before the lift d is smaller; where the lift rounds it to a narrower P, after.
+        # Before the lift, d is smaller; if the lift rounds to a narrower P, the scale is applied
+        # after it.
         is_narrow = jax.tree.leaves(basis)[0].dtype.itemsize < d.dtype.itemsize
         before, after = (1, scale) if is_narrow else (scale, 1)
         return after * layout.from_matrix(lift(basis, before * d, layout.is_flipped))
     terms = [] if d is None else [as_it_lies(lift(basis, d, layout.is_flipped), layout.is_flipped)]
     terms += [] if lifted.rest is None else [lifted.rest]
     if not terms:
-        raise ValueError(f"the lift of '{layout.name}' gives neither low_rank nor rest")
+        raise ValueError(
+            f"the lift of '{layout.name}' returns neither low_rank nor rest: expected one of them"
+        )
     total = functools.reduce(jnp.add, terms)
     return scale * layout.from_matrix(total if lifted.then is None else lifted.then(total))
 
@@ -652,22 +664,22 @@ def lifted_update(layout: MatrixLayout, basis: Basis, lifted: Lifted) -> jax.Arr
 def check_lift_state(
     lift: Lift, new: Mapping[str, jax.Array], own: Mapping[str, jax.Array]
 ) -> None:
-    """Raises ValueError for a lift whose new state is not of the names and shapes of its first."""
+    """Raises ValueError for a lift whose new state differs from its initial state in structure."""
     for name, value in new.items():
         if name not in own or jnp.shape(value) != own[name].shape:
             here = own[name].shape if name in own else "absent"
             raise ValueError(
                 f"the lift {lift.name or lift.apply} returns state {name!r} of shape "
-                f"{jnp.shape(value)}: expected what its init makes, where it is {here}"
+                f"{jnp.shape(value)}: expected the shape of its init, {here}"
             )
 
 
 def check_fresh(name: str, new: jax.Array, old: jax.Array) -> None:
-    """Raises ValueError unless a rule's P has the shape and dtype of the old one."""
+    """Raises ValueError unless a rule's P has the shape and dtype of the old P."""
     if (new.shape, new.dtype) != (old.shape, old.dtype):
         raise ValueError(
             f"the rule's fresh P of '{name}' is {new.dtype}{list(new.shape)}: expected "
-            f"{old.dtype}{list(old.shape)}, as the old one is"
+            f"{old.dtype}{list(old.shape)}, like the old P"
         )
 
 
@@ -677,9 +689,9 @@ def set_before(set_at: Any, count: jax.Array) -> Any:
 
 
 def steps_since_set(set_at: Any, count: jax.Array, every: int | None) -> Any:
-    """How often each P has moved since it was set, this step included: a tree like `set_at`.
+    """The number of moves of each P since it was set, including this step: a tree like `set_at`.
 
-    At least 1, also where P does not move.
+    At least 1, also if P does not move.
     """
     assert every is not None
     return jax.tree.map(lambda at: jnp.maximum(count // every - at // every, 1), set_at)
@@ -692,10 +704,10 @@ def _unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:
 
 
 def random_draws(params: optax.Params) -> list[int]:
-    """For each parameter what is folded into the key of its random draws: a number of its own.
+    """The number of each parameter that is folded into the key of its random draws.
 
-    The path's text says which, as it did before paths were told apart by their keys; the keys say
-    it where two paths have the same text.
+    The text of the path determines it, as in earlier versions; if two paths have the same text,
+    their keys determine it.
     """
     named = names([path for path, _ in flatten(params)])
     return [zlib.crc32(name.encode()) for name in named]
@@ -708,11 +720,11 @@ def _cond_once(
     *args: Any,
     derivative_of: Callable[..., Any] | None = None,
 ) -> Any:
-    """`do(*args)` if `due`, else `keep(*args)`, which has to cost less.
+    """`do(*args)` if `due`, else `keep(*args)`, which must be cheaper.
 
     Plain `lax.cond`, except under `jax.vmap` with a batched `due`: there `cond` would run both
-    branches every step, an SVD among them, so one `cond` on any of them being due goes around it.
-    `derivative_of`, if given, has the derivative that `do` is to have.
+    branches at every step, including an SVD, so an outer `cond` tests whether any of them is due.
+    `derivative_of`, if given, has the derivative of `do`.
     """
     batchable = jax.custom_batching.custom_vmap(
         lambda due, *args: jax.lax.cond(due, do, keep, *args)
@@ -722,8 +734,8 @@ def _cond_once(
     @choose.defjvp
     @promotes
     def differentiated(primals, tangents):  # type: ignore[no-untyped-def]
-        # Reverse mode goes through no custom rule of `vmap`, and through no `cond` of tangents
-        # whose `due` is batched.
+        # Reverse mode supports neither custom `vmap` rules nor a `cond` of tangents whose `due` is
+        # batched.
         (due, *args), (_, *directions) = primals, tangents
         new, old = (
             jax.jvp(branch, tuple(args), tuple(directions))[1]
@@ -754,10 +766,10 @@ def _cond_once(
     return choose(due, *args)
 
 
-# What asks for a gradient whose sketch is all that is kept.
+# Any operation on a gradient of which only the sketch is kept.
 ONLY_SKETCHES = (
     "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
-    "layer by layer with micro-batches or clipping). A transformation in front of "
-    "scale_by_subspace may multiply them by a number, and no more: put it after "
-    "scale_by_subspace, or keep whole gradients"
+    "layer-by-layer updates with micro-batches or clipping). A transformation before "
+    "scale_by_subspace may only multiply them by a number: put it after scale_by_subspace, or "
+    "keep whole gradients"
 )

@@ -1,9 +1,9 @@
-"""A change of P as an event: what the moments in the old subspace are in the new one.
+"""Carries moments over from the old subspace to the new one when P changes.
 
-Where P changes, at a refresh or by a move, moments of the old R are read in the new coordinates.
-With Q = P_new^T P_old a first moment m becomes Q m. Of a second moment v only its diagonal is
-known; LDAdam (arXiv 2410.16103, algorithm 1) takes m^2 off, rotates the variance that is left by
-Q's squares, and adds the new mean's square.
+When P changes, by a refresh or a move, moments of the old R are converted to the new coordinates.
+With Q = P_new^T P_old a first moment m becomes Q m. Only the diagonal of a second moment v is
+known; LDAdam (arXiv 2410.16103, algorithm 1) subtracts m^2, transforms the remaining variance by
+the squares of Q, and adds the square of the new mean.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ Transport = Callable[[Any, Any], Any]  # (state, tree of Change) -> state
 
 
 class Change(NamedTuple):
-    """How the P of one parameter changed.
+    """The change of the P of one parameter.
 
     Attributes:
-      rotation: Q = P_new^T P_old, (..., r, r), float32 (float64 for float64); `TwoSided` where P
-        is.
-      happened: bool (batch...), whether P of a matrix changed at all.
+      rotation: Q = P_new^T P_old, (..., r, r), float32 (float64 for float64); `TwoSided` like P.
+      happened: bool (batch...), whether the P of a matrix changed.
     """
 
     rotation: Any
     happened: jax.Array
 
     def applied(self, x: jax.Array, *, squared: bool = False) -> jax.Array:
-        """Q X: (..., r, q) -> (..., r, q); two-sided: Q_in X Q_out^T.
+        """Computes Q X: (..., r, q) -> (..., r, q); two-sided: Q_in X Q_out^T.
 
         Args:
           x: X.
-          squared: With Q's elements squared.
+          squared: Whether to square the elements of Q.
         """
         power = (lambda q: jnp.square(q)) if squared else (lambda q: q)
         if isinstance(self.rotation, TwoSided):
@@ -49,7 +48,7 @@ class Change(NamedTuple):
         return contract("rs,sq->rq", power(self.rotation), x)
 
     def chosen(self, new: Any, old: Any) -> Any:
-        """`new` where P changed, else `old`, bit for bit: trees of (..., a, b)."""
+        """`new` where P changed, otherwise `old`, bit for bit: trees of (..., a, b)."""
         pick = lambda new, old: jnp.where(self.happened[..., None, None], new, old)
         return jax.tree.map(pick, new, old)
 
@@ -83,17 +82,17 @@ def second_moment(
     """v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|, (..., r, q), with Q^2 elementwise.
 
     Args:
-      change: Of P.
-      m: First moment, before the change.
-      v: Second moment, before the change.
-      c1: 1 - b1^t, by which m is short of a mean after t steps.
-      c2: 1 - b2^t, likewise of v.
+      change: The change of P.
+      m: First moment before the change.
+      v: Second moment before the change.
+      c1: 1 - b1^t, the bias correction of m after t steps.
+      c2: 1 - b2^t, the bias correction of v.
     """
     variance = v / c2 - jnp.square(m / c1)
     return c2 * jnp.abs(change.applied(variance, squared=True) + jnp.square(change.applied(m) / c1))
 
 
-# States of Optax that hold no more of the past than a mean of directions, by its field.
+# Optax states whose only memory is a mean of directions, by its field.
 _OF_FIRST_MOMENTS = {
     optax.ScaleByLionState: "mu",
     optax.TraceState: "trace",
@@ -104,9 +103,9 @@ _OF_FIRST_MOMENTS = {
 def refuse_factored(name: str) -> None:
     """Raises ValueError for a second moment of rows or columns, whose state has this name."""
     raise ValueError(
-        f"transport_moments meets {name}: means of a second moment's rows or columns do not say "
-        "what it is in a new basis; use a rule with whole moments, such as Adam's, or leave "
-        "transport_moments out"
+        f"transport_moments cannot transform {name}: the means of a second moment's rows or "
+        "columns do not determine it in a new basis; use a rule with full moments, such as "
+        "Adam's, or leave transport_moments out"
     )
 
 
@@ -117,28 +116,31 @@ def transport_moments(
     block: int = BLOCK_SIZE,
     rounding: Rounding = "table",
 ) -> Transport:
-    """Lets the moments inside a subspace follow P: `scale_by_subspace(..., transport=...)`.
+    """Makes the moments inside a subspace follow P: `scale_by_subspace(..., transport=...)`.
 
-    Right after P of a matrix changed, with `Q = P_new^T P_old`, `c1 = 1 - b1^t` and
+    Right after the P of a matrix changed, with `Q = P_new^T P_old`, `c1 = 1 - b1^t` and
     `c2 = 1 - b2^t` after t steps:
 
         m <- Q m
         v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|      Q^2 elementwise
 
-    (arXiv 2410.16103.) It knows the states of Adam, Lion, `optax.trace` and `optax.ema`, in 8 bits
-    too (`quantize_state`), inside any chain, mask or partition. A state of your own says by a
-    method `transported(changes)` what becomes of it; `changes` is a tree like the parameters of
+    It supports the states of Adam, Lion, `optax.trace` and `optax.ema`, also in 8 bits
+    (`quantize_state`), inside any chain, mask or partition. A custom state implements a method
+    `transported(changes)` that returns the new state; `changes` is a tree like the parameters of
     `Change`.
 
     Args:
       b1: Adam's decay of m.
       b2: Adam's decay of v.
-      block: What `quantize_state` was given.
-      rounding: Likewise.
+      block: The `block` of `quantize_state`.
+      rounding: The `rounding` of `quantize_state`.
 
     Returns:
-      (state of the inner transformation, tree of `Change`) -> the state. It raises ValueError for a
-      state that it does not know, and for factored second moments.
+      (state of the inner transformation, tree of `Change`) -> the state. It raises ValueError for
+      an unsupported state and for factored second moments.
+
+    References:
+      LDAdam, arXiv 2410.16103, algorithm 1.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax
@@ -154,8 +156,8 @@ def transport_moments(
         blocks = -(-x.codes.shape[-1] // block)
         if blocks != x.scales.shape[-1]:
             raise ValueError(
-                f"transport_moments has block={block}, and 8-bit moments of shape {x.codes.shape} "
-                f"have {x.scales.shape[-1]} scales a row: give the block of quantize_state"
+                f"transport_moments has block={block}, but 8-bit moments of shape {x.codes.shape} "
+                f"have {x.scales.shape[-1]} scales per row: pass the block of quantize_state"
             )
         return dequantize(x, signed=signed, block=block)
 
@@ -171,7 +173,7 @@ def transport_moments(
             def one(path: Any, *moments: Any) -> Any:
                 if path_of(path) not in found:
                     raise ValueError(
-                        f"transport_moments finds a moment of '{path_name(path)}', which is no "
+                        f"transport_moments finds a moment of '{path_name(path)}', which is not a "
                         "parameter: give the state a method transported(changes)"
                     )
                 return function(found[path_of(path)], *moments)
@@ -211,8 +213,8 @@ def transport_moments(
                 node.ndim and jnp.issubdtype(node.dtype, jnp.floating)
             ):
                 raise ValueError(
-                    f"transport_moments does not know the state's {path_name(path)}: expected the "
-                    "state of Adam, Lion, optax.trace or optax.ema, or one that has a method "
+                    f"transport_moments does not support the state's {path_name(path)}: expected "
+                    "the state of Adam, Lion, optax.trace or optax.ema, or one with a method "
                     "transported(changes)"
                 )
             return node

@@ -1,8 +1,8 @@
-"""Pytrees of parameters, whatever they are made of: their boxes, their paths and their names.
+"""Pytrees of parameters of any kind: their boxes, their paths and their names.
 
-Optax takes any pytree: dicts, `flax.nnx` states, dataclasses, tuples, modules, with None or
-`optax.MaskedNode` where a leaf is hidden. Leaves are found by their path, a tuple of plain keys;
-the text of a path is a name for people, and two paths can have the same one.
+Optax accepts any pytree: dicts, `flax.nnx` states, dataclasses, tuples, modules, with None or
+`optax.MaskedNode` for a hidden leaf. Leaves are identified by their path, a tuple of plain keys.
+The text of a path is a name for messages, and two paths can have the same text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-KeyPath = tuple[Any, ...]  # as `jax.tree_util.tree_flatten_with_path` gives it
+KeyPath = tuple[Any, ...]  # as returned by `jax.tree_util.tree_flatten_with_path`
 Path = tuple[Hashable, ...]
 IsLeaf = Callable[[Any], bool]
 
@@ -23,7 +23,7 @@ IsLeaf = Callable[[Any], bool]
 def is_box(x: Any) -> bool:
     """Whether `x` is a container of one array with metadata, such as `nnx.Param`.
 
-    Flax is not imported: where nobody has imported it there is no such box.
+    This does not import Flax: if nothing has imported it, no such box exists.
     """
     kinds = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
     loaded = ((sys.modules.get(module), name) for module, name in kinds)
@@ -31,10 +31,10 @@ def is_box(x: Any) -> bool:
 
 
 def unboxed(tree: Any) -> Any:
-    """The tree with what each box holds in the place of the box.
+    """The tree with each box replaced by its content.
 
-    `nnx.Optimizer` hands boxes to `init` and bare arrays to `update`; a box's metadata describes
-    the axes of its parameter, which bases, sketches and codes do not have.
+    `nnx.Optimizer` passes boxes to `init` and bare arrays to `update`; the metadata of a box
+    describes the axes of its parameter, which bases, sketches and codes do not have.
 
     Example:
       >>> from flax import nnx
@@ -52,17 +52,17 @@ def unboxed(tree: Any) -> Any:
 
 
 def boxed_like(like: Any, tree: Any) -> Any:
-    """The leaves of an unboxed tree in the boxes of `like`, of the same leaves."""
+    """Puts the leaves of an unboxed tree into the boxes of `like`, which has the same leaves."""
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
 def path_name(path: KeyPath) -> str:
-    """A key path as text, such as `layers/attention/query`: a name for people, not a key."""
+    """A key path as text, such as `layers/attention/query`: a name for messages, not a key."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def path_of(path: KeyPath) -> Path:
-    """A key path as plain keys, the same for a dict, a dataclass and a module of equal names.
+    """A key path as plain keys, the same for a dict, a dataclass and a module with equal names.
 
     Example:
       >>> import jax
@@ -91,7 +91,7 @@ def by_path(tree: Any, is_leaf: IsLeaf | None = None) -> dict[Path, Any]:
     """The leaves of a tree by their paths.
 
     Raises:
-      ValueError: if a container gives the same key to two of its children.
+      ValueError: A container gives the same key to two of its children.
     """
     leaves = flatten(tree, is_leaf)
     found = {path_of(path): leaf for path, leaf in leaves}
@@ -100,13 +100,13 @@ def by_path(tree: Any, is_leaf: IsLeaf | None = None) -> dict[Path, Any]:
         twice = next(path for path, _ in leaves if counts[path_of(path)] > 1)
         raise ValueError(
             f"two leaves have the path {jax.tree_util.keystr(twice)}: a container registered with "
-            "register_pytree_with_keys has to give each of its children a key of its own"
+            "register_pytree_with_keys must give each of its children a unique key"
         )
     return found
 
 
 def names(paths: Sequence[KeyPath]) -> list[str]:
-    """The text of each path, or its keys one by one where another path has the same text.
+    """The text of each path, or its individual keys if another path has the same text.
 
     Example:
       >>> import jax
@@ -122,16 +122,16 @@ def names(paths: Sequence[KeyPath]) -> list[str]:
 
 
 def paths_by_name(tree: Any) -> dict[str, KeyPath]:
-    """The key paths of a tree's leaves, less its boxes, by the names that `names` gives them."""
+    """The key paths of a tree's leaves, without its boxes, by the names that `names` gives them."""
     paths = [path for path, _ in flatten(unboxed(tree))]
     return dict(zip(names(paths), paths, strict=True))
 
 
 def promotes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function under JAX's standard promotion of dtypes, whatever its caller has set.
+    """Runs the function under JAX's standard dtype promotion, whatever the caller has set.
 
-    `jax_numpy_dtype_promotion="strict"` looks for a caller's mistakes. Which dtypes an optimizer
-    computes in is its own affair, and some of Optax's rules, Adam for one, fail under it.
+    `jax_numpy_dtype_promotion="strict"` is meant to find mistakes of a caller. The dtypes inside an
+    optimizer are its own, and some of Optax's rules, such as Adam, fail under "strict".
     """
 
     @functools.wraps(function)

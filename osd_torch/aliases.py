@@ -1,4 +1,4 @@
-"""The optimizers: classes that compose a rule, a basis rule and a lift."""
+"""The optimizer classes, each composed of a weight rule, a basis rule and a lift."""
 
 from __future__ import annotations
 
@@ -56,33 +56,33 @@ from osd_torch.subspace import SubspaceOptimizer, log
 
 LionSign = Literal["lifted", "subspace"]
 MoveProjector = Order
-# The options of Muon's orthogonalization.
+# Options of Muon's orthogonalization.
 MUON_DEFAULTS: dict[str, Any] = {
     "ns_steps": 5, "ns_coefficients": MUON_COEFFICIENTS, "ns_dtype": None, "muon_scale": "adamw",
 }  # fmt: skip
-# The forms of the moments of matrices that are not projected.
+# Storage of the moments of matrices that are not projected.
 MOMENT_DEFAULTS: dict[str, Any] = {"second_moment": "full", "first_moment": "full"}
 
 
 class Subspace(TypedDict, total=False):
-    """How matrices are projected: keywords of the optimizer classes.
+    """How matrices are projected: keyword arguments of the optimizer classes.
 
     Attributes:
-        rank: Columns of P; at most min(m, n) are used. Given here and not in parameter groups, it
-            is that of the parameters that `select` takes; all others are trained at full rank.
-            Parameters without names are taken if they are matrices.
+        rank: Number of columns of P; at most min(m, n) are used. If given here instead of in
+            parameter groups, it applies to the parameters that `select` takes, and all others are
+            trained at full rank. Parameters without names are projected if they are matrices.
         select: (name, parameter) -> whether it is projected. None: as in `make_optimizer`.
-        basis: The rule for P, such as `online_pca(Adam(), step_size=5e-3)`. None: with `rank`,
-            `online_pca()`; in groups of the published form, what `proj_type` names.
-        lift: What turns a direction into an update of W, such as `scaled(0.25)`. None: the class'
-            own.
+        basis: The basis rule, such as `online_pca(Adam(), step_size=5e-3)`. None: with `rank`,
+            `online_pca()`; in groups of the published form, determined by `proj_type`.
+        lift: Turns a direction into an update of W, such as `scaled(0.25)`. None: the default of
+            the class.
         side: The side of a matrix that P projects: "input", "output", "shorter" (ties: input),
-            "longer" (ties: output) or "both". None: "shorter", or that of `proj_type`.
-        transport_moments: Carry the moments of R over whenever P changes.
-        stochastic_rounding: Round weights in bfloat16 up or down at random, so that the mean is
-            the weight in float32; see `make_optimizer`.
-        basis_dtype: Of P. None: float32, float64 for float64 parameters.
-        seed: Of rules that draw, and of stochastic rounding.
+            "longer" (ties: output) or "both". None: "shorter", or determined by `proj_type`.
+        transport_moments: Whether to carry the moments of R over when P changes.
+        stochastic_rounding: Whether to round bfloat16 weights up or down at random, so that the
+            expectation is the float32 weight; see `make_optimizer`.
+        basis_dtype: dtype of P. None: float32, float64 for float64 parameters.
+        seed: Seed of random basis rules and of stochastic rounding.
     """
 
     rank: int | None
@@ -97,35 +97,37 @@ class Subspace(TypedDict, total=False):
 
 
 class PublishedOptimizer(SubspaceOptimizer):
-    """A subspace optimizer whose groups have their rules as objects, or by the release's names.
+    """A subspace optimizer whose groups specify their rules as objects or by the release's names.
 
-    A group with `rank` takes the keys of `Subspace`, and in place of `basis`, `lift` and `side`
-    these, the first three as in `galore_torch`:
+    A group with `rank` accepts the keys of `Subspace`, and instead of `basis`, `lift` and `side`
+    the following, the first three as in `galore_torch`:
 
-        update_proj_gap         steps between refreshes for the SVD kinds and `random`; for online
-                                PCA, P's step size is 1 / update_proj_gap times lr / peak lr (200)
+        update_proj_gap         steps between refreshes for the SVD kinds, `random` and `gaussian`;
+                                for online PCA, P's step size is 1 / update_proj_gap times
+                                lr / peak lr (200)
         scale                   multiplies the lifted update (1.0)
         proj_type               one of `PROJ_TYPES` ("std")
         update_proj_every       online PCA moves P every `update_proj_every` steps (1)
         penalty                 weight of the orthogonality penalty in P's loss (0.0)
-        projector_lr_multiple   P's step size as a multiple of lr, in place of the above (None)
-        peak_lr                 the peak of lr, which P's step size is relative to; None: a guess
+        projector_lr_multiple   P's step size as a multiple of lr, instead of the above (None)
+        peak_lr                 the peak of lr, to which P's step size is relative; None: estimated
                                 (None)
         projector_weight_decay  decoupled weight decay of P; None: the release's, 0.01 for
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
 
-    A key that is close to one of an optimizer's, and none, is taken for a mistake; others stay, for
-    whoever put them there.
+    An unknown key that is similar to an optimizer's key raises as a typo; other unknown keys are
+    kept for the code that added them.
 
-    Without `peak_lr` the peak of lr is guessed: `max_lr` (which `OneCycleLR` sets in the group), or
-    else `initial_lr` (which PyTorch's other schedulers set), or else lr as the group was added; and
-    never less than an lr that was seen, so that P's step size is at most 1 / update_proj_gap. A
-    schedule that rises and falls below half of the guess corrects it, and one that follows another
-    starts it again; see `seen_rates`. The logger "osd_torch" names the guess once.
+    Without `peak_lr` the peak of lr is estimated as `max_lr` (which `OneCycleLR` sets in the
+    group), or else `initial_lr` (which PyTorch's other schedulers set), or else lr when the group
+    was added; it is never less than an lr that was seen, so that P's step size is at most 1 /
+    update_proj_gap. A schedule that rises and then falls below half of the estimate corrects it,
+    and a new schedule restarts it; see `seen_rates`. The logger "osd_torch" reports the estimate
+    once.
     """
 
-    _has_named_peak = False  # of this object, which its state does not keep
+    _has_named_peak = False  # not part of the saved state
     _has_mended_peak = False
 
     def __init__(
@@ -144,15 +146,15 @@ class PublishedOptimizer(SubspaceOptimizer):
             subspace = {"basis": online_pca(), **subspace}
             params = projected_groups(params, rank, select)
         elif select is not None:
-            raise ValueError("select is given, and rank is not: give rank, or put it into groups")
+            raise ValueError("select is given without rank: give rank, or put it into groups")
         super().__init__(params, {**SUBSPACE_DEFAULTS, **subspace, **defaults})
         given = [name for name in ("basis", "lift", "side") if subspace.get(name) is not None]
         given += ["transport_moments"] * bool(subspace.get("transport_moments"))
         if given and all(group["rank"] is None for group in self.param_groups):
-            raise ValueError(f"{given[0]} is given, and nothing is projected: give rank")
+            raise ValueError(f"{given[0]} is given, but nothing is projected: give rank")
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_spelling(group, self.defaults)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("move_projector", group["move_projector"], MOVE_PROJECTOR)
@@ -171,25 +173,25 @@ class PublishedOptimizer(SubspaceOptimizer):
         super().check_group(group)
 
     def side(self, group: Group, param: Tensor) -> Side:
-        """The side of a matrix (output, input) that P projects, by `side` or `proj_type`."""
+        """The side of a matrix (output, input) that P projects, from `side` or `proj_type`."""
         return resolve_side(side_of(group), param)
 
     def basis_rule(self, group: Group) -> BasisRule:
-        """The rule for P, `basis` or what `proj_type` names."""
+        """The basis rule: `basis`, or the one of `proj_type`."""
         return group["basis"] or published_basis(*(group[name] for name in BASIS_OPTIONS))
 
     def lift(self, group: Group) -> Lift:
-        """The group's `lift`, or the plain one times `scale`."""
+        """The group's `lift`, or the plain lift with `scale`."""
         return group["lift"] or _scaled(group["scale"])
 
     def add_param_group(self, param_group: Group) -> None:
-        """Adds a group of parameters, projected if it has a `rank`; raises as the class does."""
+        """Adds a group of parameters, projected if it has a `rank`; raises like the class."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group[SEEN] = first_rates(group)
 
     def observe(self, group: Group) -> None:
-        """Guesses the peak of the group's learning rate, where it is read and not given."""
+        """Estimates the peak of the group's learning rate if it is read and not given."""
         is_named = group["rank"] is not None and group["basis"] is None
         if not is_named or group["peak_lr"] is not None or group["projector_lr_multiple"]:
             return
@@ -200,8 +202,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         if not self._has_named_peak:
             self._has_named_peak = True
             log.info(
-                "P's step size follows lr / peak; the peak of lr is guessed to be %g. "
-                "peak_lr= gives it",
+                "P's step size is proportional to lr / peak; the peak of lr is estimated as %g. "
+                "Set it with peak_lr=",
                 peak,
             )
         is_same_schedule = all(before[key] == group[SEEN][key] for key in schedule_keys(group))
@@ -209,14 +211,15 @@ class PublishedOptimizer(SubspaceOptimizer):
         if is_same_schedule and is_other and not self._has_mended_peak:
             self._has_mended_peak = True
             log.warning(
-                "the peak of lr was guessed to be %g, and is %g by the rates seen so far: P's step "
-                "size, which follows lr / peak, changes with it. peak_lr= gives it",
+                "the peak of lr was estimated as %g, but the learning rates seen so far give %g: "
+                "P's step size, which is proportional to lr / peak, changes accordingly. Set it "
+                "with peak_lr=",
                 before["peak"],
                 peak,
             )
 
     def projector_lr(self, group: Group) -> float:
-        """P's step size: the release's, or a multiple of lr as in the paper."""
+        """P's step size: as in the release, or a multiple of lr as in the paper."""
         lr, rule = float(group["lr"]), group["basis"]
         if rule is not None:
             return rule.step_size(lr) if callable(rule.step_size) else rule.step_size
@@ -226,13 +229,13 @@ class PublishedOptimizer(SubspaceOptimizer):
         return (lr / peak if peak else 1.0) / group["update_proj_gap"]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy, or a pickle with fewer entries in its groups."""
+        """Restores a copy, or a pickle whose groups lack newer entries."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.update(with_seen_rates(group))
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restores what `state_dict` returned; see `SubspaceOptimizer.load_state_dict`."""
+        """Restores a `state_dict`; see `SubspaceOptimizer.load_state_dict`."""
         groups = [with_seen_rates(group) for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
 
@@ -251,22 +254,27 @@ _scaled, _sign_after_lift = functools.cache(scaled), functools.cache(sign_after_
 class SubspaceAdamW(PublishedOptimizer):
     """`galore_adamw`: AdamW on the low-rank gradient; weight decay after the update.
 
-    As in the release, eps is added to the root of the second moment before the bias correction.
+        R = P^T G,   W <- (1 - lr wd) (W - lr * lift(Adam(R)))
+
+    As in the release, epsilon is added to the root of the second moment before bias correction.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times lr.
-        second_moment: Of matrices that are not projected: "full", or "row", one number for each
+        weight_decay: Decoupled, multiplied by lr.
+        second_moment: For matrices that are not projected: "full", or "row", one number for each
             entry of the longer axis; see `osd_torch.rules_8bit.AdamOfRows`.
-        first_moment: Of these with "row": "full", or "8bit".
+        first_moment: For these matrices with "row": "full", or "8bit".
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: for an option out of range, a dtype that is not float32, bfloat16 or float64,
-            or a projected parameter that is not a matrix.
+        ValueError: An option is out of range, a dtype is not float32, bfloat16 or float64, or a
+            projected parameter is not a matrix.
+
+    References:
+        Liang et al., arXiv 2408.12857, algorithm 1.
 
     Example:
         >>> import torch, osd_torch
@@ -298,13 +306,13 @@ class SubspaceAdamW(PublishedOptimizer):
         super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_betas(group)
         check_moments(group["second_moment"], group["first_moment"])
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
-        """Adam with the release's eps."""
+        """Adam with epsilon as in the release."""
         if group["rank"] is None and group["second_moment"] == "row":
             return full_rank_adam(group)
         return Adam(tuple(group["betas"]), group["eps"], eps_first=True)
@@ -321,18 +329,23 @@ def full_rank_adam(group: Group) -> Rule:
 class SubspaceLion(PublishedOptimizer):
     """`galore_lion`: Lion on the low-rank gradient; weight decay after the update.
 
+        D = b1 m + (1 - b1) R,   m <- b2 m + (1 - b2) R,   W <- (1 - lr wd) (W - lr * lift(D))
+
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
         betas: Weight of the moment in the direction, and its decay.
-        weight_decay: Decoupled, times lr.
-        lion_sign: "lifted": the sign is taken after the lift, so that `scale` has no effect (the
-            release); "subspace": of the low-rank direction, then lifted (the paper), as it always
-            is with a `lift` of your own.
+        weight_decay: Decoupled, multiplied by lr.
+        lion_sign: "lifted": the sign is applied after the lift, so `scale` has no effect (the
+            release). "subspace": it is applied to the low-rank direction, which is then lifted (the
+            paper); this is always the case with a custom `lift`.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`.
+        ValueError: See `SubspaceAdamW`.
+
+    References:
+        Chen et al., arXiv 2302.06675.
 
     Example:
         >>> import torch, osd_torch
@@ -355,13 +368,13 @@ class SubspaceLion(PublishedOptimizer):
         super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_betas(group)
         check_choice("lion_sign", group["lion_sign"], LION_SIGNS)
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
-        """Lion, with its sign here or after the lift."""
+        """Lion, with its sign applied here or after the lift."""
         is_lifted = group["rank"] is not None and group["lift"] is None
         sign = not is_lifted or group["lion_sign"] == "subspace"
         return Lion(tuple(group["betas"]), sign=sign)
@@ -376,20 +389,23 @@ class SubspaceLion(PublishedOptimizer):
 class SubspaceAdafactor(PublishedOptimizer):
     """`galore_adafactor`: Adafactor on the low-rank gradient; weight decay before the update.
 
-    The step size is `lr` as given: neither relative to the step count nor to the parameters.
+    The step size is `lr` as given, relative neither to the step count nor to the parameters.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
         beta1: Decay of the first moment; None: no first moment.
         eps: Added to the squared gradient.
-        clip_threshold: The largest root mean square of an update before lr.
+        clip_threshold: Maximum root mean square of an update before lr.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
-        weight_decay: Decoupled, times lr.
+        weight_decay: Decoupled, multiplied by lr.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`.
+        ValueError: See `SubspaceAdamW`.
+
+    References:
+        Shazeer and Stern, arXiv 1804.04235.
 
     Example:
         >>> import torch, osd_torch
@@ -417,7 +433,7 @@ class SubspaceAdafactor(PublishedOptimizer):
         super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         if group["beta1"] is not None:
             check_beta("beta1", group["beta1"])
         check_number("eps", group["eps"])
@@ -436,16 +452,19 @@ class SubspaceAdamW8bit(PublishedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate, a number or a tensor; the peak, if a schedule changes it.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
         betas: Decay of the moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times lr.
-        min_8bit_size: State of fewer values is kept in float32.
+        eps: Added to the root of the second moment, after bias correction.
+        weight_decay: Decoupled, multiplied by lr.
+        min_8bit_size: State of fewer values stays in float32.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`.
-        ImportError: if bitsandbytes is not installed.
+        ValueError: See `SubspaceAdamW`.
+        ImportError: bitsandbytes is not installed.
+
+    References:
+        Dettmers et al., arXiv 2110.02861.
 
     Example:
         >>> import torch, osd_torch
@@ -470,7 +489,7 @@ class SubspaceAdamW8bit(PublishedOptimizer):
         super().__init__(params, defaults, **subspace)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_betas(group)
         size = group["min_8bit_size"]
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
@@ -478,47 +497,51 @@ class SubspaceAdamW8bit(PublishedOptimizer):
         super().check_group(group)
 
     def rule(self, group: Group) -> Adam8bit:
-        """Adam with moments in 8 bits."""
+        """Adam with 8-bit moments."""
         return Adam8bit(tuple(group["betas"]), group["eps"], group["min_8bit_size"])
 
 
 class SubspaceMuon(PublishedOptimizer):
-    """Momentum in a subspace, the whole gradient, and the sum orthogonalized; weight decay first.
+    """Momentum in a subspace plus the full gradient, orthogonalized; weight decay first.
 
-    For a projected matrix, with R = P^T M: `m <- b m + R`, and
-    `W <- (1 - lr wd) W - lr s O(M + P (D - R))`, where D is m, or `R + b m` with Nesterov's
-    momentum, O moves all singular values near to 1 (Newton-Schulz) and s is a `scale`. With P of
-    full rank this is Muon. What is not projected is trained by AdamW, or in groups with
-    `use_muon=True` by Muon itself. With a momentum of 0 no moment is kept.
+        m <- b m + R,   R = P^T M
+        W <- (1 - lr wd) W - lr s O(M + P (D - R))
 
-    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and what
-    P's optimizer keeps.
+    for a projected matrix. D is m, or `R + b m` with Nesterov momentum; O moves all singular values
+    close to 1 (Newton-Schulz); s is a scale. With a full-rank P this is Muon. Parameters that are
+    not projected are trained by AdamW, or in groups with `use_muon=True` by Muon itself. With a
+    momentum of 0 no moment is kept.
 
-    Source: Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on
-    the subspace of arXiv 2408.12857.
+    The state of a projected (m, n) matrix is r max(m, n) numbers for m, r min(m, n) for P, and the
+    state of P's optimizer.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
         lr: Learning rate of the projected matrices, a number or a tensor.
         momentum: b.
-        nesterov: Nesterov's momentum.
-        weight_decay: Decoupled, times lr, before the update.
-        full_lr: Learning rate of what is not projected, where `rank` is given; None: lr. In groups
-            it is `lr`.
-        betas: AdamW's, of what is not projected.
-        eps: Likewise.
-        second_moment: Likewise, of matrices: "full", or "row", one number for each entry of the
-            longer axis; see `osd_torch.rules_8bit.AdamOfRows`.
-        first_moment: "full", or "8bit": that of these matrices with "row", and the momentum.
-        ns_steps: Steps of Newton-Schulz.
-        ns_coefficients: Its polynomial.
-        ns_dtype: That it runs in; None: float32 or float64.
+        nesterov: Whether to use Nesterov momentum.
+        weight_decay: Decoupled, multiplied by lr, before the update.
+        full_lr: Learning rate of the parameters that are not projected if `rank` is given; None:
+            lr. In groups it is `lr`.
+        betas: AdamW's betas for the parameters that are not projected.
+        eps: AdamW's eps for these.
+        second_moment: For matrices that are not projected: "full", or "row", one number for each
+            entry of the longer axis; see `osd_torch.rules_8bit.AdamOfRows`.
+        first_moment: "full", or "8bit" for the first moment of these matrices with "row", and for
+            the momentum.
+        ns_steps: Number of Newton-Schulz steps.
+        ns_coefficients: Coefficients of its polynomial.
+        ns_dtype: Dtype of the iteration; None: float32 or float64.
         muon_scale: "adamw", "muon" or "none"; see `orthogonalized`.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`, and for `muon_scale` or Newton-Schulz options out of
-            range.
+        ValueError: See `SubspaceAdamW`; also for `muon_scale` or Newton-Schulz options that are out
+            of range.
+
+    References:
+        Muon (https://kellerjordan.github.io/posts/muon/; scale "adamw" of arXiv 2502.16982) on the
+        subspace of arXiv 2408.12857.
 
     Example:
         >>> import torch, osd_torch
@@ -569,7 +592,7 @@ class SubspaceMuon(PublishedOptimizer):
         super().add_param_group(param_group)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_betas(group)
         check_beta("momentum", group["momentum"])
         check_muon(group["muon_scale"], group["nesterov"], group["momentum"])
@@ -582,8 +605,8 @@ class SubspaceMuon(PublishedOptimizer):
             for name, default in MUON_DEFAULTS.items():
                 if group[name] != default:
                     raise ValueError(
-                        f"{name} is {group[name]!r}, and lift is given, which does not read it: "
-                        "leave it out, or give it to orthogonalized(...)"
+                        f"{name} is {group[name]!r}, but lift is given, which does not read it: "
+                        "leave it out, or pass it to orthogonalized(...)"
                     )
         self.lift(group)
         super().check_group(group)
@@ -598,7 +621,7 @@ class SubspaceMuon(PublishedOptimizer):
         return kind(group["momentum"], group["nesterov"])
 
     def lift(self, group: Group) -> Lift:
-        """The gradient and the momentum, orthogonalized."""
+        """The full gradient plus the momentum, orthogonalized."""
         steps, coefficients, dtype, scale = (group[name] for name in MUON_DEFAULTS)
         return group["lift"] or _muon_lift(steps, tuple(coefficients), dtype, scale)
 
@@ -618,7 +641,7 @@ def check_use_muon(group: Group) -> None:
         raise ValueError(f"use_muon is {group['use_muon']!r}: expected True or False")
     if group["rank"] is not None:
         raise ValueError(
-            f"use_muon is True, and rank is {group['rank']!r}: a group with a rank is trained by "
+            f"use_muon is True, but rank is {group['rank']!r}: a group with a rank is trained by "
             "Muon in a subspace; leave one of them out"
         )
     for name, param in named_parameters(group):
@@ -630,18 +653,23 @@ def check_use_muon(group: Group) -> None:
 
 
 class OnlineSubspaceDescent(PublishedOptimizer):
-    """Any rule of W in a subspace; weight decay after the update.
+    """Any weight rule in a subspace; weight decay after the update.
+
+        W <- (1 - lr wd) (W - lr * lift(rule(R))),   R = P^T G
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups; see `PublishedOptimizer`.
-        lr: Learning rate; the peak, if a schedule changes it. A number or a tensor.
-        rule: Turns R into a direction, and the gradient of a parameter that is not projected, such
-            as `osd_torch.rules.Adam(betas=(0.9, 0.95))`, or a `Rule` of your own.
-        weight_decay: Decoupled, times lr.
+        lr: Learning rate, a number or a tensor; the peak if a schedule changes it.
+        rule: Turns R, or the gradient of a parameter that is not projected, into a direction, such
+            as `osd_torch.rules.Adam(betas=(0.9, 0.95))` or a custom `Rule`.
+        weight_decay: Decoupled, multiplied by lr.
         **subspace: See `Subspace`.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`, and for a `rule` that is none.
+        ValueError: See `SubspaceAdamW`; also if `rule` is not a `Rule`.
+
+    References:
+        Liang et al., arXiv 2408.12857, algorithm 1.
 
     Example:
         >>> import torch, osd_torch
@@ -669,7 +697,7 @@ class OnlineSubspaceDescent(PublishedOptimizer):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, rule=rule), **subspace)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         is_rule = callable(getattr(group["rule"], "step", None))
         if isinstance(group["rule"], type) or not is_rule:
             raise ValueError(
@@ -678,32 +706,32 @@ class OnlineSubspaceDescent(PublishedOptimizer):
         super().check_group(group)
 
     def rule(self, group: Group) -> Rule:
-        """The group's."""
+        """The group's rule."""
         rule: Rule = group["rule"]
         return rule
 
 
 class FullRankAdam(PublishedOptimizer):
-    """`adam` and `adamw` for bfloat16 parameters, and with other moments than `torch.optim`'s.
+    """`adam` and `adamw` for bfloat16 parameters, and with moments that `torch.optim` lacks.
 
-    Moments are float32. There they would be bfloat16, in which `0.999 * v` rounds to v and never
-    decays.
+    Moments are float32. In `torch.optim` they would be bfloat16, in which `0.999 * v` rounds to v
+    and never decays.
 
     Args:
         params: Parameters, (name, parameter) pairs, or groups without rank.
         lr: Learning rate.
         betas: Decay of the moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, times lr, before the update.
+        weight_decay: Decoupled, multiplied by lr, before the update.
         l2: Weight decay that is added to the gradient.
-        second_moment: Of matrices: "full", or "row", one number for each entry of the longer axis;
+        second_moment: For matrices: "full", or "row", one number for each entry of the longer axis;
             see `osd_torch.rules_8bit.AdamOfRows`.
-        first_moment: Of these with "row": "full", or "8bit".
-        stochastic_rounding: Round weights up or down at random; see `make_optimizer`.
-        seed: Of that.
+        first_moment: For these with "row": "full", or "8bit".
+        stochastic_rounding: Whether to round weights up or down at random; see `make_optimizer`.
+        seed: Seed of stochastic rounding.
 
     Raises:
-        ValueError: as for `SubspaceAdamW`.
+        ValueError: See `SubspaceAdamW`.
     """
 
     decays_first = True
@@ -726,7 +754,7 @@ class FullRankAdam(PublishedOptimizer):
         super().__init__(params, defaults, stochastic_rounding=stochastic_rounding, seed=seed)
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_betas(group)
         check_number("weight_decay", group["l2"])
         check_moments(group["second_moment"], group["first_moment"])
@@ -737,6 +765,6 @@ class FullRankAdam(PublishedOptimizer):
         return full_rank_adam(group)
 
     def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
-        """The gradient with its L2 term."""
+        """The gradient plus its L2 term."""
         gradient = super().full_rank_gradient(group, param)
         return gradient.add(param, alpha=group["l2"]) if group["l2"] else gradient

@@ -1,8 +1,8 @@
-"""The basis rules: online PCA, SVD, random.
+"""Basis rules, which set and move P: online PCA, Oja, SVD, random, Gaussian.
 
-A `BasisRule` says, by its clock, at which steps P is set from a gradient and at which it moves; how
-it is set; and the gradient that moves it. Online PCA reads two statistics of a gradient beside R,
-and no SVD after the first step.
+The clock of a `BasisRule` determines at which steps a gradient sets P and at which P moves; the
+rule also defines how P is set and the gradient that moves it. Online PCA reads two statistics of a
+gradient in addition to R, and computes no SVD after the first step.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from osd_torch.sketch import (
     product,
 )
 
-NOTHING, REFRESH, MOVE = 0, 1, 2  # what a clock says of a step
-FROM_SVD = "P is set from the gradient's singular vectors"
+NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
+FROM_SVD = "svd sets P from the gradient's singular vectors"
 Order = Literal["after", "before"]
-Each = Callable[..., Any]  # (function, *arrays) -> what the function gives
+Each = Callable[..., Any]  # (function, *arrays) -> the result of the function
 FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
 StepSize = float | Callable[[float], float]
 _ADAM, _SGD = Adam(), SGD()
@@ -43,8 +43,9 @@ class Clock(NamedTuple):
     """When P is set from a gradient, and when it moves.
 
     Attributes:
-        refresh_every: P is set at steps 0, `refresh_every`, 2 `refresh_every`, ...; None: at 0.
-        move_every: It moves at steps `move_every`, 2 `move_every`, ..., unless it is set then;
+        refresh_every: P is set at steps 0, `refresh_every`, 2 `refresh_every`, ...; None: at step 0
+            only.
+        move_every: P moves at steps `move_every`, 2 `move_every`, ..., unless a refresh is due;
             None: never.
 
     Example:
@@ -57,7 +58,7 @@ class Clock(NamedTuple):
     move_every: int | None = None
 
     def event(self, step: int) -> int:
-        """`NOTHING`, `REFRESH` or `MOVE` for a step, from 0."""
+        """Returns `NOTHING`, `REFRESH` or `MOVE` for a step, from 0."""
         if step == 0 or (self.refresh_every and step % self.refresh_every == 0):
             return REFRESH
         return MOVE if self.move_every and step % self.move_every == 0 else NOTHING
@@ -67,25 +68,25 @@ class BasisRule(NamedTuple):
     """A rule for P.
 
     Attributes:
-        clock: When P is set, and when it moves. A matrix whose gradient has no direction when P is
-            to be set waits for the next gradient that has one, and P does not move at that step.
-        fresh: (M (p, q), the old P, side, key, each) -> P, of the old one's shapes and dtype. The
-            side is "input", "output" or "both", where M is (output, input) and P `TwoSided`; the
-            key is text that names the draw. `each(function, *arrays)` is a function of one matrix'
-            arrays, which it gathers where they are sharded.
-        needs: What is read beside R: statistics at the steps at which P moves, by `gradient`.
-        gradient: (P (p, r), float32 or float64; Sketch) -> (p, r), of the loss that P minimizes;
-            None: P does not move.
+        clock: When P is set, and when it moves. A matrix whose gradient is zero when P is due waits
+            for its next nonzero gradient, and P does not move at that step.
+        fresh: (M (p, q), the old P, side, key, each) -> P, with the shapes and dtype of the old
+            one. The side is "input", "output" or "both" (M is then (output, input) and P
+            `TwoSided`); the key is text that identifies the draw. `each(function, *arrays)` applies
+            a function to one matrix's arrays, which it gathers if they are sharded.
+        needs: What the rule reads in addition to R: the statistics of the steps at which P moves,
+            for `gradient`.
+        gradient: (P (p, r), float32 or float64; Sketch) -> the gradient of P's loss, (p, r); None:
+            P does not move.
         optimizer: The rule of P's step.
-        weight_decay: Decoupled, of P, before the step.
-        two_sided: Whether it serves side "both".
-        order: Whether P moves "after" W's step, or "before" it, where R is taken again with the new
-            P.
-        step_size: Of P: a number, or a function of lr.
-        name: For messages, and for a saved state to say what it was trained with. None given: that
-            of `fresh`.
-        retract: (P (p, r), float32 or float64, whole) -> P after a step of its optimizer, such as
-            `orthonormalized`. None: as the optimizer leaves it.
+        weight_decay: Decoupled weight decay of P, before the step.
+        two_sided: Whether the rule supports side "both".
+        order: Whether P moves "after" W's step, or "before" it, in which case R is recomputed with
+            the new P.
+        step_size: Step size of P: a number, or a function of lr.
+        name: A name for messages and saved states. If not given, the name of `fresh`.
+        retract: (P (p, r), float32 or float64, not sharded) -> P after a step of its optimizer,
+            such as `orthonormalized`. None: no retraction.
 
     Example:
         >>> import torch, osd_torch
@@ -110,7 +111,7 @@ class BasisRule(NamedTuple):
     order: Order = "after"
     step_size: StepSize = 0.005
     name: str = ""
-    # Fields that are younger come last: a pickle holds a tuple's fields by their places.
+    # Newer fields come last: a pickle stores the fields of a tuple by position.
     retract: Callable[[Tensor], Tensor] | None = None
 
     def init(self, basis: Basis, side: str) -> dict[str, Tensor]:
@@ -123,20 +124,20 @@ class BasisRule(NamedTuple):
     def move_(
         self, basis: Basis, side: str, sketch: Sketch, state: State, t: int, lr: float
     ) -> bool:
-        """Moves P in place, unless the gradient has no direction; whether it did.
+        """Moves P in place, unless the gradient is zero; returns whether it did.
 
         Args:
             basis: P, (p, r).
-            side: That it acts on.
-            sketch: Of the gradient by this P, with the statistics that the rule needs.
-            state: Of P's optimizer, written in place; where P stays, too.
+            side: The side of p.
+            sketch: The sketch of the gradient for this P, with the statistics that the rule needs.
+            state: State of P's optimizer, updated in place, also if P stays unchanged.
             t: The number of P's step, from 1.
             lr: P's step size.
         """
         assert isinstance(basis, Tensor) and self.gradient is not None
         assert self.optimizer is not None
         gradient = self.gradient(float32_or_more(basis), sketch)
-        # The release holds the basis of the input side as rows, and 8-bit blocks run along them.
+        # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
         now = (to_matrix(gradient, side), state, t, lr)
         square = sketch.statistics.get("squared_norm")
         square = squared_norm(sketch.low_rank) if square is None else square
@@ -147,12 +148,12 @@ class BasisRule(NamedTuple):
                 moved = self.retract(float32_or_more(whole(basis))).to(basis.dtype)
                 local(basis).copy_(local(distributed_as(moved, basis)))
         else:
-            self.optimizer.step(*now)  # its moments alone
+            self.optimizer.step(*now)  # updates only its moments
         return moves
 
 
 def name_of_rule(rule: Any) -> str:
-    """The name of a rule that is an object, the same in every process: its own, or its code's."""
+    """The name of a rule object, the same in every process: its own, or that of its code."""
     if getattr(rule, "name", None):
         return str(rule.name)
     code = getattr(rule, "apply", None) or getattr(rule, "fresh", None)
@@ -164,7 +165,7 @@ def name_of_rule(rule: Any) -> str:
 
 
 def check_rule(rule: BasisRule) -> None:
-    """Raises ValueError for a rule whose parts contradict each other."""
+    """Raises ValueError for a rule with contradictory attributes."""
     name = name_of_rule(rule)
     for every in rule.clock:
         if every is not None:
@@ -175,23 +176,23 @@ def check_rule(rule: BasisRule) -> None:
         words = ["None" if part is None else "given" for part in moves[1:]]
         raise ValueError(
             f"{name} has clock.move_every={rule.clock.move_every!r}, a gradient that is "
-            f"{words[0]} and an optimizer that is {words[1]}: a P that moves has all three, one "
-            "that does not has none"
+            f"{words[0]} and an optimizer that is {words[1]}: a rule that moves P has all three, "
+            "one that does not has none"
         )
     if rule.order == "before" and rule.needs.gradient != "always":
         raise ValueError(
-            f"{name} has order='before', which takes R again from the gradient after P has "
-            "moved: expected needs.gradient='always', with this as its reason"
+            f"{name} has order='before', which recomputes R from the gradient after P has moved: "
+            "expected needs.gradient='always', with this as its reason"
         )
 
 
 def check_fresh(new: Basis, old: Basis, name: str) -> None:
-    """Raises ValueError unless the P that a rule has set has the old one's shapes and dtype."""
+    """Raises ValueError unless a newly set P has the shapes and dtype of the old one."""
     both = [(x,) if isinstance(x, Tensor) else tuple(x) for x in (new, old)]
     kinds = [[(tuple(x.shape), x.dtype) for x in each] for each in both]
     if kinds[0] != kinds[1]:
         raise ValueError(
-            f"the rule's P of parameter '{name}' is {kinds[0]}: expected {kinds[1]}, as the old one"
+            f"the rule's P of parameter '{name}' is {kinds[0]}: expected {kinds[1]}, like the old P"
         )
 
 
@@ -204,26 +205,36 @@ def online_pca(
     order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
-    """P follows the gradients by one optimizer step on the online PCA loss after each step of W.
+    """Moves P by one optimizer step on the online PCA loss after each step of W.
 
-    The loss is `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, `Gn = G / ||G||_F`
-    (arXiv 2408.12857, equation 8); see `online_pca_gradient` for its closed form. At the first step
-    P is set from that gradient and not moved; from then on `optimizer` takes one step a time, or
-    one every `every`. Where a gradient is zero, or its squared norm overflows, P stays; at the
-    first step, it waits for the first gradient that has a direction.
+        L  = ||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2,   Gn = G / ||G||_F
+        P <- P - step_size * optimizer(dL/dP)
+
+    `online_pca_gradient` has the closed form of dL/dP. The first nonzero gradient sets P, which
+    does not move at that step; afterwards `optimizer` takes one step per update, or one every
+    `every` updates. P stays unchanged if a gradient is zero or its squared norm overflows.
 
     Args:
         optimizer: The rule of P's step. Its first step is the first after P was set.
-        step_size: P's: a number, or a function of lr, such as `lambda lr: 5 * lr` (the paper's).
-        penalty: Lambda of the orthogonality penalty (the paper uses 0.1, the release none).
-        weight_decay: Decoupled, of P, before the step.
-        order: "before": P moves before W's step, and R is taken again with the new P.
-        every: P moves at steps `every`, 2 `every`, ... with that step's gradient. At all others P
-            and its optimizer's state stay, and neither A nor ||G||_F^2 is computed.
+        step_size: Step size of P: a number, or a function of lr, such as `lambda lr: 5 * lr` (the
+            paper's).
+        penalty: Lambda, the weight of the orthogonality penalty (0.1 in the paper, 0 in the
+            release).
+        weight_decay: Decoupled weight decay of P, before the step.
+        order: "before": P moves before W's step, and R is recomputed with the new P.
+        every: P moves at steps `every`, 2 `every`, ... with the gradient of that step. At all other
+            steps P and its optimizer's state stay unchanged, and neither A nor ||G||_F^2 is
+            computed.
+
+    Returns:
+        A `BasisRule`.
 
     Raises:
-        ValueError: for a negative penalty, weight decay or step size, an unknown order, or a period
-            below 1.
+        ValueError: A penalty, weight decay or step size is negative, the order is unknown, or the
+            period is below 1.
+
+    References:
+        arXiv 2408.12857, equation 8.
 
     Example:
         >>> import torch, osd_torch
@@ -246,7 +257,7 @@ def online_pca(
     if order == "before":
         needs = needs._replace(
             gradient="always",
-            reason="move_projector is 'before', which takes R again from the gradient after P has "
+            reason="move_projector is 'before', which recomputes R from the gradient after P has "
             "moved",
             remedy="move_projector='after'",
         )
@@ -267,22 +278,26 @@ def online_pca(
 def oja(
     optimizer: Rule = _SGD, *, step_size: StepSize = 1.0, order: Order = "after", every: int = 1
 ) -> BasisRule:
-    """Oja's rule: P follows the gradients by `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
+    """Moves P by Oja's rule: `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
 
-    The columns stay orthonormal, in their order and with their signs. With a large step size a step
-    is one of subspace iteration. A QR of (p, r) a move, and two of the five products that
-    `online_pca` takes for P.
-
-    Source: Oja (1992), Principal components, minor components, and linear neural networks.
+    The columns stay orthonormal and keep their order and signs. With a large step size, a step is
+    one of subspace iteration. Each move costs a QR of (p, r) and two of the five products that
+    `online_pca` computes for P.
 
     Args:
-        optimizer: The rule of P's step, given `-A / ||G||_F^2`.
+        optimizer: The rule of P's step, which receives `-A / ||G||_F^2`.
         step_size: eta: a number, or a function of lr.
         order: See `online_pca`.
         every: See `online_pca`.
 
+    Returns:
+        A `BasisRule`.
+
     Raises:
-        ValueError: as `online_pca`.
+        ValueError: See `online_pca`.
+
+    References:
+        Oja (1992), Principal components, minor components, and linear neural networks.
 
     Example:
         >>> import torch, osd_torch
@@ -299,13 +314,13 @@ def oja(
 
 
 def oja_gradient(basis: Tensor, sketch: Sketch) -> Tensor:
-    """`-A / s`, (p, r); zero where the squared norm s is zero or overflows."""
+    """`-A / s`, (p, r); zero if the squared norm s is zero or overflows."""
     a, s = sketch.statistics["correlation"], float(sketch.statistics["squared_norm"])
     return a / -s if has_direction(s, a.dtype) else torch.zeros_like(a)
 
 
 def orthonormalized(basis: Tensor) -> Tensor:
-    """The Q of P's QR decomposition, (p, r), with the signs that make R's diagonal positive."""
+    """The Q of P's QR decomposition, (p, r), with signs such that R's diagonal is positive."""
     q, r = torch.linalg.qr(basis)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
 
@@ -313,20 +328,22 @@ def orthonormalized(basis: Tensor) -> Tensor:
 def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> Tensor:
     """Gradient of the online PCA loss in closed form.
 
-    `(2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I)`, which is what autograd gives
-    for `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2` without a p x p or second p x q matrix.
+        (2 / s) (P (P^T A) + A (P^T P) - 2 A) + 4 penalty P (P^T P - I),   s = ||G||_F^2
+
+    It equals autograd's gradient of `||P P^T Gn - Gn||_F^2 + penalty ||P^T P - I||_F^2`, without a
+    p x p matrix or a second p x q matrix.
 
     Args:
         basis: P, (p, r), float32 or float64.
-        sketch: Of the gradient by this P. Where its squared norm is zero or overflows, the first
-            term is zero. Reading that, if it is a tensor on a GPU, is a device synchronisation.
+        sketch: The sketch of the gradient for this P. If its squared norm is zero or overflows, the
+            first term is zero. Reading the norm synchronizes with the device if it is a GPU tensor.
         penalty: Lambda.
 
     Returns:
-        (p, r).
+        The gradient, (p, r).
     """
     a, s = sketch.statistics["correlation"], sketch.statistics["squared_norm"]
-    # Where s overflows so may A, and infinity times 0 is no number.
+    # If s overflows, so may A, and infinity times 0 is NaN.
     a, scale = (a, 2 / float(s)) if has_direction(float(s), a.dtype) else (torch.zeros_like(a), 0.0)
     inner = local(product(basis.mT, a)).mul_(scale)
     gram = local(product(basis.mT, basis))
@@ -338,15 +355,19 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
 
 
 def svd(every: int) -> BasisRule:
-    """P is the gradient's leading singular vectors at steps 0, `every`, 2 `every`, ... (GaLore).
-
-    Source: arXiv 2403.03507, algorithm 2.
+    """Sets P to the leading singular vectors of G at steps 0, `every`, 2 `every`, ... (GaLore).
 
     Args:
-        every: Steps between two refreshes.
+        every: The number of steps between refreshes.
+
+    Returns:
+        A `BasisRule`.
 
     Raises:
-        ValueError: for a period below 1.
+        ValueError: The period is below 1.
+
+    References:
+        arXiv 2403.03507, algorithm 2.
 
     Example:
         >>> svd(200).clock
@@ -360,16 +381,19 @@ def svd(every: int) -> BasisRule:
 
 
 def random(every: int) -> BasisRule:
-    """P is the singular vectors of a Gaussian matrix, new at steps 0, `every`, 2 `every`, ...
+    """Sets P to the singular vectors of a Gaussian matrix at steps 0, `every`, 2 `every`, ...
 
-    Drawn on the CPU from a generator seeded by the key, so that the draws do not depend on the
-    device or on what was drawn before, and a resumed run repeats them.
+    The matrix is drawn on the CPU from a generator seeded by the key, so the draws depend neither
+    on the device nor on earlier draws, and a resumed run repeats them.
 
     Args:
-        every: Steps between two draws.
+        every: The number of steps between draws.
+
+    Returns:
+        A `BasisRule`.
 
     Raises:
-        ValueError: for a period below 1.
+        ValueError: The period is below 1.
 
     Example:
         >>> random(200).name
@@ -380,18 +404,22 @@ def random(every: int) -> BasisRule:
 
 
 def gaussian(every: int) -> BasisRule:
-    """P's entries are drawn from N(0, 1 / r), new at steps 0, `every`, 2 `every`, ... (APOLLO).
+    """Draws the entries of P from N(0, 1 / r) at steps 0, `every`, 2 `every`, ... (APOLLO).
 
-    Its columns are not orthonormal; `P P^T` is the identity on average, so that R has the norms of
-    M on average. For lifts that read norms, such as `gradient_only`.
-
-    Source: arXiv 2412.05270.
+    The columns are not orthonormal; `P P^T` is the identity in expectation, so R has the norms of M
+    in expectation. Use it with lifts that read norms, such as `gradient_only`.
 
     Args:
-        every: Steps between two draws.
+        every: The number of steps between draws.
+
+    Returns:
+        A `BasisRule`.
 
     Raises:
-        ValueError: for a period below 1.
+        ValueError: The period is below 1.
+
+    References:
+        arXiv 2412.05270.
 
     Example:
         >>> gaussian(200).name
@@ -426,13 +454,13 @@ def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
 
 
 def check_period(every: int, name: str = "update_proj_gap") -> None:
-    """Raises ValueError unless `every` is a whole number of steps, at least 1."""
+    """Raises ValueError unless `every` is a whole number of at least 1."""
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")
 
 
 def on_whole_matrix(function: Callable[..., Any], *arrays: Tensor) -> Any:
-    """`each` of `BasisRule.fresh`: a function of arrays, gathered where they are sharded."""
+    """`each` of `BasisRule.fresh`: applies a function to arrays, gathered if they are sharded."""
     return function(*map(whole, arrays))
 
 
@@ -441,16 +469,16 @@ def leading_singular_vectors(
 ) -> Basis:
     """The leading left ("output") or right ("input") singular vectors of a gradient, or "both".
 
-    Always of the matrix as PyTorch lays it out: LAPACK fixes each vector's sign, the moments kept
-    across a refresh meet the new signs, and those of the transposed matrix may be others. Copies,
-    so that the rest of the decomposition can be freed.
+    It always decomposes the matrix in PyTorch's layout: LAPACK determines the sign of each vector,
+    moments kept across a refresh depend on the new signs, and the transposed matrix may give
+    others. Returns copies, so that the rest of the decomposition can be freed.
 
     Args:
-        matrix: M, (p, q), finite; a transposed view of the gradient where the side is "input".
+        matrix: M, (p, q), finite; a transposed view of the gradient for side "input".
         old: P, (p, r), or `TwoSided`, with the shapes and dtype of the result; r <= min(p, q).
         side: "output", "input" or "both".
         key: Not read; nothing is drawn.
-        each: Calls a function of the whole matrix.
+        each: Applies a function to the full matrix.
     """
 
     def one(matrix: Tensor) -> Basis:
@@ -465,13 +493,13 @@ def leading_singular_vectors(
 
 
 def _leading(vectors: Tensor, old: Tensor) -> Tensor:
-    """A copy of the first columns, as many as P has, in its dtype."""
+    """A copy of the first columns, as many as P has, with P's dtype."""
     columns = vectors[:, : old.shape[1]]
     return columns.to(old.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def to_matrix(tensor: Tensor, side: str) -> Tensor:
-    """A weight or gradient (output, input) as a view M (p, q), the projected axis first, or back.
+    """Views a weight or gradient (output, input) as M (p, q), the projected axis first; or back.
 
     Args:
         tensor: A matrix.

@@ -20,21 +20,23 @@ from osd_torch.subspace import SubspaceOptimizer, all_params
 @torch.no_grad()
 @without_autocast()
 def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Scales what the next step applies to a largest norm, in place.
+    """Scales what the next step applies to at most a given norm, in place.
 
-    The norm is that of the whole vector of R for each projected parameter with a held sketch, and
-    of G for each other parameter. Sketches are held after `accumulate`, and with `reduce` set.
+        x <- x min(1, max_norm / (||x|| + 1e-6))
+
+    ||x|| is the norm over all parameters of R for projected parameters with a held sketch, and of G
+    for all others. Sketches are held after `accumulate`, and with `reduce` set.
 
     Args:
-        optimizer: Any, or a wrapper around one; with gradients, or held sketches, in place.
-        max_norm: 0 does not scale.
+        optimizer: Any optimizer, or a wrapper around one, with gradients or held sketches.
+        max_norm: The maximum norm; 0 does not scale.
 
     Returns:
-        The norm before, 0-dimensional float32 (float64 for float64), the same on every process
-        if gradients are.
+        The norm before clipping, 0-dimensional float32 (float64 for float64), the same on every
+        process if the gradients are.
 
     Raises:
-        ValueError: for a negative or infinite `max_norm`.
+        ValueError: `max_norm` is negative or infinite.
 
     Example:
         >>> import torch, osd_torch
@@ -52,7 +54,8 @@ def clip_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         held = optimizer.held
     params = all_params(optimizer)
     gradients = [p.grad for p in params if p.grad is not None and p not in held]
-    # In the optimizer's order: sketches are held in the backward pass', and sums round by theirs.
+    # In the optimizer's order: held sketches have the order of the backward pass, and the order of
+    # a sum affects its rounding.
     norm = total_norm([*(held[p].low_rank for p in params if p in held), *gradients])
     if max_norm:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_

@@ -1,4 +1,4 @@
-"""What can be read of the subspaces in an optimizer's state."""
+"""Functions that inspect the subspaces in an optimizer's state."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from osd_torch.subspace import SubspaceOptimizer
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, out of wrappers such as `accelerate`'s.
+    """The optimizer inside wrappers such as `accelerate`'s.
 
-    They hold it as `optimizer`, those of `torch.distributed.optim` as `optim`.
+    Wrappers hold it as `optimizer`, those of `torch.distributed.optim` as `optim`.
 
     Raises:
-        ValueError: for a wrapper with parameter groups of its own, which steps others than these.
+        ValueError: The wrapper has its own parameter groups and steps other parameters than these.
     """
     inside = lambda x: getattr(x, "optimizer", None) or getattr(x, "optim", None)
     while isinstance(inner := inside(optimizer), torch.optim.Optimizer):
         if optimizer.param_groups is not inner.param_groups:
             raise ValueError(
-                f"a {type(optimizer).__name__} around a {type(inner).__name__} has parameter groups"
-                " of its own: expected an optimizer of osd_torch or torch, or a wrapper that steps "
-                "the same parameters"
+                f"a {type(optimizer).__name__} around a {type(inner).__name__} has its own "
+                "parameter groups: expected an optimizer of osd_torch or torch, or a wrapper "
+                "that steps the same parameters"
             )
         optimizer = inner
     return optimizer
 
 
 def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
-    """The bases P in an optimizer, by parameter name.
+    """Returns the bases P of an optimizer, by parameter name.
+
+    Args:
+        optimizer: A subspace optimizer, or a wrapper around one.
 
     Returns:
-        For each projected parameter its P: (m, r) where it acts on the output side, (n, r) on the
-        input side, or `TwoSided(output, input)`. Columns are the basis; zeros until a gradient has
-        set them. DTensors where the parameters are.
-        The names are those that the optimizer was built with; without names, `group.position`.
+        The P of each projected parameter: (m, r) if it projects the output side, (n, r) for the
+        input side, or `TwoSided(output, input)`; its columns are the basis, and it is zero until a
+        gradient sets it. A DTensor if the parameter is one. The names are those with which the
+        optimizer was built; without names, `group.position`.
 
     Example:
         >>> import torch, osd_torch
@@ -57,10 +60,16 @@ def projectors(optimizer: torch.optim.Optimizer) -> dict[str, Basis]:
 
 
 def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """(total, in a row): the steps that a non-finite gradient made the optimizer skip.
+    """Number of steps that the optimizer skipped for a non-finite gradient.
+
+    Args:
+        optimizer: An optimizer of this library, or a wrapper around one.
+
+    Returns:
+        (total, in a row).
 
     Raises:
-        ValueError: for an optimizer of another make, which does not count them.
+        ValueError: The optimizer does not count skipped steps.
 
     Example:
         >>> import torch, osd_torch
@@ -75,7 +84,8 @@ def skipped_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     group = optimizer.param_groups[0]
     if "skipped_steps" not in group and not isinstance(optimizer, SubspaceOptimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} counts no skipped steps: it is not make_optimizer's"
+            f"{type(optimizer).__name__} counts no skipped steps: expected an optimizer of "
+            "make_optimizer or of osd_torch"
         )
     total, in_a_row = group.get("skipped_steps", (0, 0))
     return total, in_a_row

@@ -1,4 +1,4 @@
-"""Parameter groups: divided by what is projected and decayed, and their options checked."""
+"""Parameter groups: split by projection and weight decay, and checks of their options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from osd_torch.selection import (
 )
 from osd_torch.state import Group
 
-# The options of a group that say what its basis rule is.
+# The options of a group that determine its basis rule.
 BASIS_OPTIONS = (
     "proj_type", "update_proj_gap", "update_proj_every", "penalty", "projector_weight_decay",
     "move_projector",
@@ -43,24 +43,24 @@ BASIS_OPTIONS = (
 def trained_parameters(
     named_parameters: Iterable[tuple[str, Tensor]],
 ) -> list[tuple[str, Tensor]]:
-    """Those that require a gradient, with their names.
+    """The parameters that require a gradient, with their names.
 
     Raises:
-        ValueError: for what is no pair of a name and a parameter, or if none requires a gradient.
+        ValueError: An element is not a (name, parameter) pair, or no parameter requires a gradient.
     """
     pairs = list(named_parameters)
     for pair in pairs:
         is_pair = isinstance(pair, tuple) and len(pair) == 2
         if not is_pair or not isinstance(pair[0], str) or not isinstance(pair[1], Tensor):
             raise ValueError(
-                f"named_parameters has a {type(pair).__name__} in it: expected pairs of a name and "
+                f"named_parameters contains a {type(pair).__name__}: expected pairs of a name and "
                 "a parameter, such as model.named_parameters()"
             )
     trained = [(name, param) for name, param in pairs if param.requires_grad]
     if pairs and not trained:
         raise ValueError(
-            f"none of the {len(pairs)} parameters requires a gradient ({pairs[0][0]!r} first): "
-            "call requires_grad_() on those to be trained"
+            f"none of the {len(pairs)} parameters requires a gradient (the first is "
+            f"{pairs[0][0]!r}): call requires_grad_() on those to be trained"
         )
     return trained
 
@@ -68,7 +68,7 @@ def trained_parameters(
 def rule_options(
     rule: str, optimizer: str, beta1: float | None, beta2: float | None, eps: float | None
 ) -> dict[str, Any]:
-    """`make_optimizer`'s options of the rule of W as its class takes them."""
+    """`make_optimizer`'s options of the weight rule as arguments of its class."""
     if rule == "adafactor":
         return {"beta1": beta1}
     if rule == "sgd":
@@ -82,7 +82,7 @@ def rule_options(
 
 
 def split_by_decay(groups: Sequence[Group], no_decay: Select | None) -> list[Group]:
-    """Groups of (name, parameter) pairs, each split in two where some have no weight decay."""
+    """Groups of (name, parameter) pairs, each split in two if some have no weight decay."""
     if no_decay is None:
         return list(groups)
     found = []
@@ -102,20 +102,20 @@ def divided(
     select: Select | None,
     rank: int,
 ) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-    """(projected, others) of (name, parameter) pairs; says what was chosen and what was left.
+    """(projected, others) of (name, parameter) pairs; logs what is projected and what is not.
 
     Args:
-        named: All of the model.
-        given: Those to divide.
+        named: All parameters of the model.
+        given: The pairs to divide.
         select: (name, parameter) -> whether it is projected. None: by name and shape.
-        rank: Of the projected ones.
+        rank: Rank of the projected ones.
     """
     named = list(named)
     projected, others = split_by_selection(named, given, select)
     if others and not projected:
         warnings.warn(
-            f"none of the {len(others)} parameters is projected ({others[0][0]!r} first): every "
-            "one is trained at full rank. select= says which to project",
+            f"none of the {len(others)} parameters is projected (the first is {others[0][0]!r}): "
+            "all are trained at full rank. Select the parameters to project with select=",
             stacklevel=3,
         )
     by_us = select is None or isinstance(select, LinearSelection)
@@ -143,19 +143,19 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
     """Parameters or (name, parameter) pairs as groups: the projected ones, and all others.
 
     Args:
-        params: No groups: those say themselves which are projected.
-        rank: Of the projected group.
-        select: (name, parameter) -> whether it is projected. None: by name as `make_optimizer`
-            does; without names every matrix.
+        params: Not groups, which specify themselves which are projected.
+        rank: Rank of the projected group.
+        select: (name, parameter) -> whether it is projected. None: by name as in `make_optimizer`;
+            without names every matrix.
 
     Raises:
-        ValueError: for groups.
+        ValueError: `params` are groups.
     """
     given = list(params)
     if any(isinstance(item, dict) for item in given):
         raise ValueError(
-            "rank is given, and params are groups: put rank, basis, lift and side into the groups "
-            "that are to be projected"
+            "rank is given, but params are groups: put rank, basis, lift and side into the "
+            "groups to be projected"
         )
     parts: tuple[list[Any], list[Any]]
     if all(isinstance(item, tuple) for item in given):
@@ -173,14 +173,14 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
 
 
 def side_of(group: Group) -> Side:
-    """The side that a group's P projects, before it is known which is shorter."""
+    """The side that a group's P projects, before the shorter side is known."""
     if group["side"] is not None:
         return group["side"]
     return "shorter" if group["basis"] is not None else PROJECTIONS[group["proj_type"]].side
 
 
 def check_objects(group: Group) -> None:
-    """Raises ValueError for a `basis`, `lift` or `side` that is none."""
+    """Raises ValueError for a `basis`, `lift` or `side` of the wrong type."""
     for name, kind, example in (
         ("basis", BasisRule, "online_pca(Adam(), step_size=5e-3)"),
         ("lift", Lift, "scaled(0.25)"),
@@ -196,8 +196,8 @@ def check_objects(group: Group) -> None:
         for option in options if group[name] is not None else ():
             if group[option] != SUBSPACE_DEFAULTS[option]:
                 raise ValueError(
-                    f"{option} is {group[option]!r}, and {name} is given, which does not read it: "
-                    f"leave it out, or give it to {name_of_rule(group[name])}"
+                    f"{option} is {group[option]!r}, but {name} is given, which does not read it: "
+                    f"leave it out, or pass it to {name_of_rule(group[name])}"
                 )
     for name in ("transport_moments", "stochastic_rounding"):
         check_flag(name, group[name])
@@ -205,12 +205,12 @@ def check_objects(group: Group) -> None:
         check_choice("side", group["side"], SIDES)
     if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:
         raise ValueError(
-            f"side is 'both', and basis is {name_of_rule(group['basis'])}, which moves one basis: "
+            f"side is 'both', but basis is {name_of_rule(group['basis'])}, which moves one basis: "
             "use svd(...) or random(...), or one side"
         )
     if side_of(group) == "both" and group["lift"] and not group["lift"].two_sided:
         raise ValueError(
-            f"P is on both sides (side='both', proj_type='full'), and lift is "
+            "P is on both sides (side='both', proj_type='full'), but lift is "
             f"{name_of_rule(group['lift'])}, which reads one basis: use one side"
         )
 
@@ -222,7 +222,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_spelling(group: Group, known: Iterable[str]) -> None:
-    """Raises ValueError for a key of a group that is not known, and close to one that is."""
+    """Raises ValueError for an unknown key of a group that is similar to a known one."""
     for key in group.keys() - set(known) - set(SCHEDULER_KEYS):
         near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
         if near:
@@ -236,7 +236,7 @@ def check_beta(name: str, beta: Any) -> None:
 
 
 def check_betas(group: Group) -> None:
-    """Raises ValueError unless the group's `betas` are two numbers in [0, 1), and its eps one."""
+    """Raises ValueError unless the group's `betas` are two numbers in [0, 1) and its eps is one."""
     betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
     if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
         raise ValueError(f"betas are {group['betas']!r}: expected two numbers in [0, 1)")

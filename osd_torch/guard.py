@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite changes nothing and is counted."""
+"""Skips and counts steps with a non-finite gradient."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def count_if_not_finite(
     gradients: Sequence[Tensor],
     squares: Sequence[Tensor] | None = None,
 ) -> bool:
-    """Whether any gradient holds a value that is not finite, which is counted; one device sync.
+    """Returns whether any gradient is non-finite, and counts it; one device synchronization.
 
     Args:
-        optimizer: That counts.
-        gradients: Dense.
-        squares: Their squared norms, if they are known.
+        optimizer: The optimizer that counts.
+        gradients: Dense gradients.
+        squares: Their squared norms, if known.
     """
     is_finite = all_finite(gradients, squares)
     total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
@@ -41,7 +41,7 @@ def count_if_not_finite(
 
 @torch.compiler.disable(reason="the host decides whether a step is skipped")
 def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A step's pre-hook: drops all gradients, and counts, if one is not finite."""
+    """A step pre-hook: drops all gradients and counts if one is not finite."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     present = [p for p in params if p.grad is not None]
     gradients = [p.grad for p in present]
@@ -52,9 +52,9 @@ def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Makes an optimizer of another library skip, and count, steps with a non-finite gradient.
+    """Makes an optimizer of another library skip and count steps with a non-finite gradient.
 
-    What a closure computes inside `step` is not seen.
+    It does not see what a closure computes inside `step`.
     """
     optimizer.param_groups[0].setdefault("skipped_steps", (0, 0))
     optimizer.register_step_pre_hook(drop_if_not_finite)
@@ -62,7 +62,7 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> torch.optim.Optimize
 
 
 class _SkipsNonFinite:
-    """`skip_if_not_finite` for classes of torch.optim; copies and pickles keep it."""
+    """`skip_if_not_finite` for torch.optim classes; copies and pickles keep it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,19 +70,19 @@ class _SkipsNonFinite:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        # torch drops the hooks of a copy, and calls this for load_state_dict too.
+        # torch drops the hooks of a copy, and also calls this in load_state_dict.
         hooks = self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
         if drop_if_not_finite not in hooks.values():
             skip_if_not_finite(self)  # type: ignore[arg-type]
 
 
 class TorchAdam(_SkipsNonFinite, torch.optim.Adam):
-    """`torch.optim.Adam`, which skips steps with a non-finite gradient."""
+    """`torch.optim.Adam` that skips steps with a non-finite gradient."""
 
 
 class TorchAdamW(_SkipsNonFinite, torch.optim.AdamW):
-    """`torch.optim.AdamW`, which skips steps with a non-finite gradient."""
+    """`torch.optim.AdamW` that skips steps with a non-finite gradient."""
 
 
 class TorchSGD(_SkipsNonFinite, torch.optim.SGD):
-    """`torch.optim.SGD`, which skips steps with a non-finite gradient."""
+    """`torch.optim.SGD` that skips steps with a non-finite gradient."""

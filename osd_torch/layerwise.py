@@ -1,4 +1,4 @@
-"""Updates layer by layer: a gradient lives only until the backward pass has made the next one.
+"""Layer-by-layer updates: each gradient is freed before the backward pass computes the next one.
 
     updates = LayerwiseUpdates(optimizer, micro_batches=K, grad_clipping=1.0)
     for each update:
@@ -8,19 +8,19 @@
         norm = updates.finish()
 
 With one micro-batch and no clipping, a hook on each parameter takes its step inside the backward
-pass, for any optimizer. Else a step has to wait for the whole update: the hook of a projected
-parameter adds the gradient's sketch to the held one, (p + q) r numbers for p q, and `finish` takes
-the one step. Either way a gradient of a projected parameter is gone when its hook returns.
-Parameters that are not projected have no sketch: where the step waits, their gradients wait with
-it, so that a full-rank optimizer saves nothing there.
+pass, for any optimizer. Otherwise the step waits for the whole update: the hook of a projected
+parameter adds the gradient's sketch to the held one, (p + q) r numbers instead of p q, and `finish`
+takes the one step. In both cases the gradient of a projected parameter is freed when its hook
+returns. Parameters that are not projected have no sketch: if the step waits, their gradients are
+kept, so a full-rank optimizer saves nothing.
 
-Where the step waits, a gradient that is not finite skips the whole update. Inside the backward
-pass it skips the parameters that have one; those whose gradients are finite take their steps, as
-the earlier ones have done by then. Either way it counts as one skipped step.
+If the step waits, a non-finite gradient skips the whole update. Inside the backward pass it skips
+only its own parameter; parameters with finite gradients take their steps, as the earlier ones have
+already done. In both cases it counts as one skipped step.
 
-What a sum of sketches is and is not: `SubspaceOptimizer.accumulate`. The learning rate must be set
-before the update's first backward pass. A compiled backward pass hands over all gradients of its
-graph at once: compile layer by layer, or the whole model's gradients live together.
+`SubspaceOptimizer.accumulate` describes the accuracy of a sum of sketches. Set the learning rate
+before the first backward pass of an update. A compiled backward pass returns all gradients of its
+graph at once: compile layer by layer, or the gradients of the whole model are alive together.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from osd_torch.subspace import (
     zero_where_others_have_gradients,
 )
 
-# A second set of hooks would look for gradients that the first has taken.
+# A second set of hooks would look for gradients that the first set has consumed.
 _UPDATED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class Met(NamedTuple):
-    """What processes learn of each other when they meet.
+    """What processes exchange when they synchronize.
 
     Attributes:
-        pass_is_done: Whether all are done with a backward pass.
-        update_is_done: Whether all are done with the update.
-        had_pass: Whether one has had a backward pass.
+        pass_is_done: Whether all have finished a backward pass.
+        update_is_done: Whether all have finished the update.
+        had_pass: Whether any had a backward pass.
     """
 
     pass_is_done: bool
@@ -66,26 +66,26 @@ class Met(NamedTuple):
 class LayerwiseUpdates:
     """Hooks that update an optimizer's parameters during the backward pass.
 
-    With `reduce` a gradient waits until every process has one of the same parameter, which costs
-    nothing where all reach their parameters in one order. A process whose backward pass does not
-    reach a parameter adds zeros. The processes meet once in each hook to agree on it.
+    With `reduce` a gradient waits until every process has one for the same parameter, which costs
+    nothing if all reach their parameters in the same order. A process whose backward pass does not
+    reach a parameter adds zeros. The processes synchronize once in each hook to agree on this.
 
     Args:
-        optimizer: Any, or a wrapper such as `accelerate`'s around one, with no gradients; its
-            parameters are hooked, those that are frozen now too.
-        micro_batches: Backward passes to an update.
-        grad_clipping: The largest norm of what is applied (`clip_`); 0: none.
-        reduce: The mean over processes, where each has gradients of its own and the model is not in
-            DistributedDataParallel. It becomes a `SubspaceOptimizer`'s `reduce`.
+        optimizer: Any optimizer, or a wrapper around one such as `accelerate`'s, without gradients;
+            the hooks are on all its parameters, including currently frozen ones.
+        micro_batches: Number of backward passes per update.
+        grad_clipping: Maximum norm of what is applied (`clip_`); 0: no clipping.
+        reduce: The mean over processes, if each has its own gradients and the model is not in
+            DistributedDataParallel. It becomes the `reduce` of a `SubspaceOptimizer`.
 
     Attributes:
-        share: The present micro-batch's share of the update, over all processes, such as its share
-            of the tokens; 1 / micro_batches unless it is set, before the backward pass.
+        share: The current micro-batch's share of the update over all processes, such as its share
+            of the tokens; 1 / micro_batches unless set before the backward pass.
 
     Raises:
-        ValueError: for an argument out of range, parameters that are DTensors or have a gradient, a
-            projector that needs the gradient itself where the step has to wait, or an optimizer
-            that another `LayerwiseUpdates` updates.
+        ValueError: An argument is out of range, the parameters are DTensors or have a gradient, a
+            projector needs the gradient itself although the step waits, or another
+            `LayerwiseUpdates` updates the optimizer.
 
     Example:
         >>> import torch, osd_torch
@@ -110,8 +110,8 @@ class LayerwiseUpdates:
     ) -> None:
         if getattr(optimizer, "scaler", None) is not None:
             raise ValueError(
-                f"the {type(optimizer).__name__} scales the loss (a GradScaler, for float16), and "
-                "layer by layer a step is taken before gradients are scaled back: use bfloat16"
+                f"the {type(optimizer).__name__} scales the loss (a GradScaler, for float16), but "
+                "layer-by-layer updates step before gradients are unscaled: use bfloat16"
             )
         optimizer = inner_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -132,20 +132,20 @@ class LayerwiseUpdates:
         params = all_params(optimizer)
         if any(is_distributed(param) for param in params):
             raise ValueError(
-                "the parameters are DTensors, whose gradients fully_shard makes a whole layer at a "
-                "time: update layer by layer with whole weights, or shard without it"
+                "the parameters are DTensors, whose gradients fully_shard reduces one layer at a "
+                "time: use unsharded weights for layer-by-layer updates, or shard without them"
             )
         if optimizer in _UPDATED:
             raise ValueError(
-                "the optimizer is updated layer by layer already: close() the LayerwiseUpdates "
-                "that does so, and then make another"
+                "another LayerwiseUpdates already updates this optimizer: close() it before "
+                "creating a new one"
             )
         held = optimizer.held if isinstance(optimizer, SubspaceOptimizer) else {}
         left = next((param for param in params if param.grad is not None or param in held), None)
         if left is not None:
             raise ValueError(
-                f"parameter '{name_of(optimizer, left)}' has a gradient already, or a sketch of "
-                "one, which the first update would take in: call zero_grad() before"
+                f"parameter '{name_of(optimizer, left)}' already has a gradient, or a sketch of "
+                "one, which the first update would include: call zero_grad() first"
             )
         self.optimizer = optimizer
         self.micro_batches = micro_batches
@@ -160,8 +160,8 @@ class LayerwiseUpdates:
             self._reduce = optimizer.reduce = reduce or optimizer.reduce
         self._norms: list[Tensor] = []
         self._skipped_before: tuple[int, int] | None = None
-        self._passes: dict[Tensor, int] = {}  # of this update, that reached a parameter
-        self._graphs: list[int] = []  # of this update's backward passes, one for each hook
+        self._passes: dict[Tensor, int] = {}  # passes of this update that reached a parameter
+        self._graphs: list[int] = []  # of this update's backward passes, one per hook
         # Gradients that not every process has yet, with their shares of the update.
         self._waiting: dict[Tensor, tuple[Tensor, float]] = {}
         self._group_index = {
@@ -171,23 +171,23 @@ class LayerwiseUpdates:
         _UPDATED.add(optimizer)
 
     def finish(self) -> Tensor:
-        """Ends an update, after its last backward pass: clips, and steps where that had to wait.
+        """Ends an update after its last backward pass: clips, and steps if the step had to wait.
 
         Returns:
             The norm before clipping, 0-dimensional: of R for projected parameters, of G for others.
 
         Raises:
-            RuntimeError: after another number of backward passes than `micro_batches`, or where
-                DistributedDataParallel has put gradients back.
+            RuntimeError: The number of backward passes is not `micro_batches`, or
+                DistributedDataParallel has written gradients again.
         """
         others_passed = self._end_update()
-        # A nested backward pass, of reentrant checkpointing, has a graph of its own.
+        # A nested backward pass, of reentrant checkpointing, has its own graph.
         graphs = min(len(set(self._graphs)), self.micro_batches)
         passes = max(graphs, *self._passes.values(), 0)
         if passes != self.micro_batches and not (passes == 0 and others_passed):
             raise RuntimeError(
                 f"finish() after {passes} of the update's {self.micro_batches} backward passes "
-                "(micro_batches): do those that are left, or drop() what was begun"
+                "(micro_batches): run the remaining ones, or drop() the update"
             )
         self._begin()
         self._refuse_gradients([p for p in self._group_index if not self._keeps_gradient(p)])
@@ -204,9 +204,9 @@ class LayerwiseUpdates:
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     def drop(self) -> None:
-        """Drops an update that was begun, so that the next backward pass begins another.
+        """Drops an incomplete update, so that the next backward pass starts another.
 
-        What was stepped inside the backward pass stays.
+        Steps already taken inside the backward pass remain.
         """
         self.optimizer.zero_grad()
         self._begin()
@@ -214,14 +214,14 @@ class LayerwiseUpdates:
         self._count_once()
 
     def close(self) -> None:
-        """Removes the hooks. An update that was begun is dropped by `optimizer.zero_grad()`."""
+        """Removes the hooks. `optimizer.zero_grad()` drops an incomplete update."""
         _UPDATED.discard(self.optimizer)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def __enter__(self) -> LayerwiseUpdates:
-        """Nothing more to do."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -233,9 +233,9 @@ class LayerwiseUpdates:
         passes = self._passes.get(param, 0)
         if passes == self.micro_batches:
             raise RuntimeError(
-                f"parameter '{name_of(self.optimizer, param)}' has its gradient {passes + 1} times "
-                f"in an update of {passes} backward passes (micro_batches): call finish() after "
-                "each update, and checkpoint activations with use_reentrant=False"
+                f"parameter '{name_of(self.optimizer, param)}' has its gradient {passes + 1} "
+                f"times in an update of {passes} backward passes (micro_batches): call finish() "
+                "after each update, and checkpoint activations with use_reentrant=False"
             )
         self._passes[param] = passes + 1
         graph = torch._C._current_graph_task_id()
@@ -258,7 +258,7 @@ class LayerwiseUpdates:
         self._waiting.clear()
 
     def _end_backward_pass(self, param: Tensor) -> None:
-        """Takes what is left of a backward pass, at the first gradient, `param`'s, of the next."""
+        """Finishes a backward pass when `param`'s gradient, the first of the next one, arrives."""
         if self._reduce is not None:
             gradient, param.grad = param.grad, None
             while not self._meet(self._reduce, pass_is_done=True).pass_is_done:
@@ -266,7 +266,7 @@ class LayerwiseUpdates:
             param.grad = gradient
 
     def _end_update(self) -> bool:
-        """Takes what is left of the update; whether other processes have had a backward pass."""
+        """Finishes the update; returns whether other processes have had a backward pass."""
         met = Met(False, self._reduce is None, False)
         while not met.update_is_done:
             assert self._reduce is not None
@@ -276,7 +276,7 @@ class LayerwiseUpdates:
     def _meet(
         self, reduce: Reduce, pass_is_done: bool = False, update_is_done: bool = False
     ) -> Met:
-        """Takes the gradients that now wait on every process; all where the pass is done."""
+        """Takes the gradients that now wait on every process; all of them if the pass is done."""
         params = list(self._group_index)
         flags = [float(param in self._waiting) for param in params]
         shares = [self._waiting[param][1] if param in self._waiting else 0.0 for param in params]
@@ -293,7 +293,7 @@ class LayerwiseUpdates:
         return met
 
     def _take(self, param: Tensor, share: float) -> None:
-        """Takes a step with a gradient, or adds its sketch where the step waits."""
+        """Takes a step with a gradient, or adds its sketch if the step waits."""
         if isinstance(self.optimizer, SubspaceOptimizer) and self._is_sketched(param):
             part = share if self.waits else 1.0
             self.optimizer.accumulate_agreed(self._group(param), param, part)
@@ -316,23 +316,23 @@ class LayerwiseUpdates:
         return is_sketched(self.optimizer, self._group(param))
 
     def _keeps_gradient(self, param: Tensor) -> bool:
-        """Whether a gradient stays until the update ends."""
+        """Whether a gradient is kept until the update ends."""
         return self.waits and not self._is_sketched(param)
 
     def _refuse_gradients(self, params: Iterable[Tensor]) -> None:
-        """Raises where one of these has a gradient, which the next step would take in."""
+        """Raises if one of these has a gradient, which the next step would include."""
         left = next((param for param in params if param.grad is not None), None)
         if left is not None:
             raise RuntimeError(
-                f"parameter '{name_of(self.optimizer, left)}' has a gradient that no hook has "
-                "taken: make LayerwiseUpdates when all parameters are in the optimizer, and leave "
-                "grad to it. DistributedDataParallel writes averaged gradients after the hooks: "
-                "leave the model out of it, and give LayerwiseUpdates reduce="
-                "osd_torch.mean_over_processes()"
+                f"parameter '{name_of(self.optimizer, left)}' has a gradient that no hook "
+                "consumed: create LayerwiseUpdates after all parameters are in the optimizer, "
+                "and do not set grad yourself. DistributedDataParallel writes averaged gradients "
+                "after the hooks: do not wrap the model in it, and give LayerwiseUpdates "
+                "reduce=osd_torch.mean_over_processes()"
             )
 
     def _reduce_gradients(self) -> None:
-        """For an optimizer that does not do it itself."""
+        """For an optimizer that does not reduce gradients itself."""
         if self._reduce is None or isinstance(self.optimizer, SubspaceOptimizer):
             return
         if self.waits:
@@ -346,20 +346,20 @@ class LayerwiseUpdates:
         return self.optimizer.param_groups[0].get("skipped_steps", (0, 0))
 
     def _count_once(self) -> None:
-        """An update with any number of skipped parameters is one skipped step."""
+        """Counts an update with any number of skipped parameters as one skipped step."""
         if self._skipped_before is None:
             return
         (total, in_a_row), (total_now, _) = self._skipped_before, self._counts()
         self._skipped_before = None
         group = self.optimizer.param_groups[0]
-        if "skipped_steps" in group:  # else it does not count
+        if "skipped_steps" in group:  # otherwise it does not count
             group["skipped_steps"] = (total + 1, in_a_row + 1) if total_now > total else (total, 0)
 
 
 def hooked(param: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """The handle of a hook on a parameter's gradient; a frozen parameter has it when it is not."""
+    """The handle of a hook on a parameter's gradient; on a frozen one it runs once unfrozen."""
     is_trained = param.requires_grad
-    param.requires_grad_(True)  # torch hooks no other
+    param.requires_grad_(True)  # torch only allows hooks on these
     handle = param.register_post_accumulate_grad_hook(hook)
     param.requires_grad_(is_trained)
     return handle

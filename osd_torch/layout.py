@@ -1,4 +1,4 @@
-"""Which side of a matrix P projects, and what a parameter has to be."""
+"""Which side of a matrix P projects, and checks of parameters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from osd_torch.sketch import (
     product,
 )
 
-OUTPUT_AXIS, INPUT_AXIS = 0, 1  # of a matrix
+OUTPUT_AXIS, INPUT_AXIS = 0, 1  # axes of a matrix
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def resolve_side(side: Side, tensor: Tensor) -> Side:
-    """Which of "input", "output" and "both" a `side` is for a matrix (output, input)."""
+    """Resolves a `side` to "input", "output" or "both" for a matrix (output, input)."""
     if side not in ("shorter", "longer"):
         return side
     outputs, inputs = tensor.shape
@@ -42,7 +42,7 @@ def check_rank(rank: int) -> None:
 
 
 def check_dtype(name: str, param: Tensor) -> None:
-    """Raises ValueError for a dtype that the optimizers do not train."""
+    """Raises ValueError for a dtype that the optimizers do not support."""
     if param.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
@@ -51,17 +51,17 @@ def check_dtype(name: str, param: Tensor) -> None:
 
 
 def check_placement(name: str, param: Tensor) -> None:
-    """Raises ValueError for a sharded matrix with an axis that two mesh dimensions share."""
+    """Raises ValueError for a matrix with an axis that is sharded over two mesh dimensions."""
     if not has_plain_placement(param):
         placements = getattr(param, "placements", ())
         raise ValueError(
             f"parameter '{name}' is placed as {placements}: expected each of its axes sharded "
-            "over one dimension of the mesh at the most (fully_shard with tensor parallelism over "
+            "over at most one dimension of the mesh (fully_shard with tensor parallelism over "
             "the same axis is not supported); put it into a group without rank"
         )
 
 
 def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> None:
-    """Raises ValueError unless `dtype` is None or one that P can have; `name` is the option's."""
+    """Raises ValueError unless `dtype` is None or a supported dtype of P; `name` is the option."""
     if dtype is not None and dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")

@@ -1,7 +1,7 @@
-"""From a direction in the subspace to an update of W: the lift, as an object.
+"""Lifts: from a direction in the subspace to an update of W.
 
-The plain lift is `P D`. Others change D before it, add a part that P does not reach, or take a
-function of the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
+The plain lift is `P D`. Other lifts change D first, add the part outside the subspace, or apply a
+function to the sum. A `Lift` describes its update as data, `Lifted`; the optimizer computes the
 product and adds it to W.
 """
 
@@ -18,15 +18,15 @@ from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
 
 
 class Seen(NamedTuple):
-    """What a lift may read, beside the direction.
+    """The inputs of a lift other than the direction.
 
     Attributes:
-        basis: P.
-        sketch: Of the gradient, with the statistics that the lift needs.
-        gradient: M, (p, q), where the lift needs it "always"; else None.
-        state: The lift's own state of this matrix, by name.
-        side: That P acts on: "output", "input" or "both". M is (output, input), transposed where
-            it is "input".
+        basis: P, (p, r).
+        sketch: The sketch of the gradient, with the statistics that the lift declares.
+        gradient: M, (p, q), if the lift declares that it reads it "always"; otherwise None.
+        state: The lift's own state for this matrix, by name.
+        side: The side of p: "output", "input" or "both". M is (output, input), and transposed for
+            "input".
 
     Example:
         >>> halved_where_large = Lift(lambda direction, seen: Lifted(
@@ -44,9 +44,9 @@ class Lifted(NamedTuple):
     """An update of W, `W <- W - lr * scale * then(P D + rest)`.
 
     Attributes:
-        low_rank: D, (r, q), or None: nothing is lifted.
-        rest: (p, q), added to P D; None: nothing.
-        then: Of the sum; it may write into its argument. None: the sum itself.
+        low_rank: D, (r, q), or None for no lifted part.
+        rest: (p, q), added to P D; None for nothing.
+        then: A function of the sum, which may modify its argument. None: the identity.
         scale: A number.
         state: The lift's new state, by name.
 
@@ -65,23 +65,22 @@ class Lifted(NamedTuple):
 
 
 def no_state(matrix: Tensor, low_rank: Tensor) -> dict[str, Tensor]:
-    """The state of a lift that has none."""
+    """The empty state of a stateless lift."""
     return {}
 
 
 class Lift(NamedTuple):
-    """A rule of the lift.
+    """A rule that turns a direction into an update of W.
 
     Attributes:
-        apply: (direction (r, q), Seen) -> Lifted. The direction is what the optimizer's rule
-            returns, before the learning rate and Adam's bias correction; not to be written to.
+        apply: (direction (r, q), Seen) -> Lifted. The direction is the output of the optimizer's
+            rule, before the learning rate and Adam's bias correction; it must not be modified.
         needs: The statistics that it reads at every step, and whether it reads the gradient.
         init: (a tensor like M, one like R) -> its state before the first step, by name.
-        name: For messages, and for a saved state to say what it was trained with. None given: that
-            of `apply`.
-        two_sided: Whether it serves P on both sides.
-        linear: Whether its update is linear in the direction, so that it makes no difference on
-            which side of it the learning rate is applied. Else a lift sees no learning rate.
+        name: A name for messages and saved states. If not given, the name of `apply`.
+        two_sided: Whether it supports a P on both sides.
+        linear: Whether its update is linear in the direction, so that the learning rate can be
+            applied before or after it. Otherwise the lift does not see the learning rate.
 
     Example:
         >>> import torch
@@ -102,10 +101,19 @@ class Lift(NamedTuple):
 
 
 def scaled(factor: float = 1.0) -> Lift:
-    """The plain lift, `factor * P D` (arXiv 2408.12857, equation 6; GaLore's alpha).
+    """The plain lift, `factor * P D`.
+
+    Args:
+        factor: GaLore's alpha.
+
+    Returns:
+        A `Lift`.
 
     Raises:
-        ValueError: for a factor that is no finite number of at least 0.
+        ValueError: The factor is not a finite number of at least 0.
+
+    References:
+        arXiv 2408.12857, equation 6.
 
     Example:
         >>> scaled(0.25).name
@@ -120,7 +128,10 @@ def _plain(factor: float, direction: Tensor, seen: Seen) -> Lifted:
 
 
 def sign_after_lift() -> Lift:
-    """`sign(P D)`: Lion as released takes its sign after the lift. No scale changes it.
+    """The lift `sign(P D)`: the released Lion takes the sign after the lift. No scale changes it.
+
+    Returns:
+        A `Lift`.
 
     Example:
         >>> import torch, osd_torch
@@ -137,7 +148,7 @@ def _signed(direction: Tensor, seen: Seen) -> Lifted:
 
 
 def lift(basis: Basis, direction: Tensor) -> Tensor:
-    """P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
+    """Computes P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
     if isinstance(basis, TwoSided):
         return product(product(basis.output, direction), basis.input.mT)
     return product(basis, direction)

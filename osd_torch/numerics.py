@@ -1,4 +1,4 @@
-"""Dtypes that do not depend on the caller's settings: accumulators, autocast, the default dtype."""
+"""Dtypes independent of the caller's settings: accumulators, autocast, the default dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 for float64: what moments, norms and products are kept in."""
+    """float32, or float64 for float64: the dtype of moments, norms and products."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -23,22 +23,22 @@ def float32_or_more(tensor: Tensor) -> Tensor:
     return tensor.to(accumulator_dtype(tensor.dtype))
 
 
-# A float32 in bits: all but its sign; an infinity, above which are NaNs; what makes a NaN quiet, in
-# the upper half, which is a bfloat16.
+# Bits of a float32: all but the sign; infinity, above which are the NaNs; and the quiet bit of a
+# NaN, which is in the upper half, the bfloat16.
 MAGNITUDE, INFINITY, QUIET = 0x7FFFFFFF, 0x7F800000, 0x0040
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """Rounds float32 to bfloat16, up or down, so that the mean over the bits is x itself.
+    """Rounds float32 to bfloat16, up or down, so that the expectation over the bits is x.
 
     A bfloat16 is the upper half of a float32. Adding the bits to the lower half carries into the
-    upper one with the probability that the lower half is of its range. So a number that bfloat16
-    holds stays as it is, subnormal ones too. Infinities and NaN stay what they are, and a finite
-    number beyond the largest bfloat16 becomes that one.
+    upper half with a probability equal to the lower half's fraction of its range. Numbers that
+    bfloat16 represents exactly stay unchanged, including subnormal ones. Infinities and NaN stay
+    unchanged, and a finite number beyond the largest bfloat16 rounds to that one.
 
     Args:
         x: float32.
-        bits: Of x's shape, int32 in [0, 65536), each equally probable; see `random_bits`.
+        bits: int32 in [0, 65536) of x's shape, uniformly distributed; see `random_bits`.
 
     Example:
         >>> import torch
@@ -55,12 +55,12 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def random_bits(like: Tensor, key: str) -> Tensor:
-    """16 random bits for each number of a plain tensor, int32, drawn on its device.
+    """Draws 16 random bits (int32) per element of a plain tensor, on its device.
 
     Args:
-        like: Of the shape and device.
-        key: Names the draw: the same bits for the same key, whatever was drawn before, on devices
-            of the same kind.
+        like: A tensor with the shape and device.
+        key: Identifies the draw: the same key gives the same bits, independent of earlier draws, on
+            devices of the same kind.
 
     Example:
         >>> import torch
@@ -74,11 +74,11 @@ def random_bits(like: Tensor, key: str) -> Tensor:
 
 
 def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:
-    """Whether G / ||G||_F is defined: ||G||_F^2 is neither zero (nor subnormal) nor infinite.
+    """Whether G / ||G||_F is defined: ||G||_F^2 is not zero, subnormal or infinite.
 
     Args:
         squared_norm: ||G||_F^2.
-        dtype: That it was computed in.
+        dtype: The dtype in which it was computed.
     """
     limits = torch.finfo(dtype)
     return limits.tiny <= squared_norm <= limits.max
@@ -94,7 +94,7 @@ def _device_types() -> tuple[str, ...]:
 def without_autocast() -> Iterator[None]:
     """Disables `torch.autocast` on all devices, as a context or as a decorator.
 
-    An optimizer's products choose their dtypes themselves. Under autocast, P^T G would be computed
+    An optimizer's products choose their dtypes themselves; under autocast, P^T G would be computed
     in bfloat16.
     """
     with contextlib.ExitStack() as stack:
@@ -106,7 +106,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Sets float32 as the default dtype, for code of others that names none."""
+    """Sets float32 as the default dtype, for foreign code that does not specify one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

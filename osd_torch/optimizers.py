@@ -1,4 +1,4 @@
-"""The published names -> a built optimizer (`make_optimizer`), of the classes in `aliases`."""
+"""`make_optimizer`: builds an optimizer from the published names, with the classes of `aliases`."""
 
 from __future__ import annotations
 
@@ -97,81 +97,85 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds an optimizer by its published name.
 
-    The defaults are the release's; the paper's (arXiv 2408.12857) are named options: `penalty=0.1`,
-    `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`, `lion_sign="subspace"`,
-    `scale=1`.
+    The defaults are those of the release; the choices of the paper (arXiv 2408.12857) are options:
+    `penalty=0.1`, `projector_lr_multiple=5`, `projector_weight_decay=weight_decay`,
+    `lion_sign="subspace"`, `scale=1`.
 
     Args:
-        named_parameters: Such as `model.named_parameters()`.
+        named_parameters: (name, parameter) pairs, such as `model.named_parameters()`.
         optimizer: `galore_adamw`, `galore_lion`, `galore_adafactor` or `galore_adamw8bit`: selected
-            parameters in a subspace, all else by the same rule at full rank; `osd_muon`: momentum
-            in a subspace, the whole gradient, their sum orthogonalized, all else by AdamW (see
-            `SubspaceMuon`); or `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`:
-            everything at full rank; `muon`: selected parameters by Muon, all else by AdamW.
-        proj_type: How P is found and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD
-            every `update_proj_gap` steps), `random` or `gaussian` (drawn as often), or online PCA
-            by AdamW (`continuous`), `continuous_adam8bit`, `continuous_lion`,
+            parameters in a subspace, all others by the same rule at full rank. `osd_muon`: momentum
+            in a subspace plus the full gradient, orthogonalized, all others by AdamW (see
+            `SubspaceMuon`). `adam`, `adamw`, `lion`, `adafactor`, `adam8bit` or `sgd`: everything
+            at full rank. `muon`: selected parameters by Muon, all others by AdamW.
+        proj_type: How P is set and moved: `std`, `reverse_std`, `left`, `right`, `full` (SVD every
+            `update_proj_gap` steps); `random` or `gaussian` (drawn every `update_proj_gap` steps);
+            online PCA by AdamW (`continuous`), `continuous_adam8bit`, `continuous_lion`,
             `continuous_adafactor`, `continuous_sgd`; or `oja`, a step of Oja's rule and a QR.
-        lr: Learning rate, a number or a tensor; the peak, if a scheduler changes it.
-        full_lr: That of parameters that are not selected. None: `lr`.
-        rank: Columns of P; at most min(m, n) are used.
-        update_proj_gap: Steps between refreshes for the SVD kinds and `random`; for online PCA,
-            P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
-        update_proj_every: Online PCA moves P at steps `update_proj_every`, twice that, ... only;
-            its step size then, on the same schedule as W's, is that of a step where it moves at all
-            of them. P's own count of steps follows from it, so it should not change within a run.
+        lr: Learning rate, a number or a tensor; the peak if a scheduler changes it.
+        full_lr: Learning rate of the parameters that are not selected. None: `lr`.
+        rank: Number of columns of P; at most min(m, n) are used.
+        update_proj_gap: Steps between refreshes for the SVD kinds, `random` and `gaussian`; for
+            online PCA, P's step size is `1 / update_proj_gap`, times the scheduler's factor on lr.
+        update_proj_every: Online PCA moves P only at steps `update_proj_every`, twice that, ... Its
+            step size there, on the same schedule as W's, is the same as if P moved at every step.
+            P's own step count follows from it, so it should not change within a run.
         scale: Multiplies the lifted update.
         weight_decay: Decoupled, on every parameter: after the update for the subspace optimizers
             and `lion` (before it for Adafactor), before it for `adamw`; for `adam`, L2 on the
             gradient.
-        no_decay: (name, parameter) -> whether it has no weight decay. None: all have it.
+        no_decay: (name, parameter) -> whether it has no weight decay. None: all have weight decay.
         beta1: Decay of the first moment, and of Lion's moment in the direction. None: 0.9, and no
             first moment for Adafactor.
-        beta2: Decay of the second moment, and of Lion's moment. None: 0.999, Lion's 0.99.
-        eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, else 1e-8.
-        momentum: Muon's. None: 0.95; 0: no moment is kept.
-        nesterov: Whether it is Nesterov's.
-        muon_scale: Of Muon's update, with which AdamW's rates carry over ("adamw"), or "muon" or
-            "none"; see `orthogonalized`.
-        ns_dtype: That Newton-Schulz runs in. None: float32 (float64 for float64 parameters).
-        residual: What of a gradient outside the subspace reaches the weights: `none`; Fira's
-            `norm_ratio`, or as its code computes it `norm_ratio_released`; Alice's `column_ema`;
-            APOLLO's `gradient_only` (with `gaussian`), or Mini's `gradient_only_matrix`; FRUGAL's
-            `sign`. See `osd_torch.residuals`. Lion's own sign is then taken in the subspace.
-        residual_scale: Its weight, of `column_ema` (None: 0.4) and `sign` (1).
-        growth_limiter: Whether it grows by at most 1 % a step, of `norm_ratio` and `gradient_only`.
-        second_moment: Of Adam, for matrices that are not selected: "full", or "row", one number for
-            each entry of the longer axis, so that an embedding has one for each word.
-        first_moment: With "row": "full", or "8bit"; then Muon's momentum is in 8 bits too.
+        beta2: Decay of the second moment, and of Lion's moment. None: 0.999, for Lion 0.99.
+        eps: Added to the root of Adam's second moment. None: 1e-6 for `galore_adamw`, otherwise
+            1e-8.
+        momentum: Momentum of Muon. None: 0.95; 0: no moment is kept.
+        nesterov: Whether to use Nesterov momentum.
+        muon_scale: Scale of Muon's update: "adamw", with which AdamW's learning rates carry over,
+            "muon" or "none"; see `orthogonalized`.
+        ns_dtype: Dtype of Newton-Schulz. None: float32 (float64 for float64 parameters).
+        residual: What is added of the gradient outside the subspace: `none`; Fira's `norm_ratio`,
+            or `norm_ratio_released` as in its code; Alice's `column_ema`; APOLLO's `gradient_only`
+            (with `gaussian`), or APOLLO-Mini's `gradient_only_matrix`; FRUGAL's `sign`. See
+            `osd_torch.residuals`. With a residual, Lion's own sign is taken in the subspace.
+        residual_scale: Weight of the residuals `column_ema` (None: 0.4) and `sign` (None: 1).
+        growth_limiter: Whether `norm_ratio` and `gradient_only` grow by at most 1 % per step.
+        second_moment: Second moment of Adam for matrices that are not selected: "full", or "row",
+            one number for each entry of the longer axis, so that an embedding has one per token.
+        first_moment: With "row": "full", or "8bit"; Muon's momentum is then in 8 bits too.
         select: (name, parameter) -> whether it is projected, such as `select_linear(model)`. None:
             the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in
-            their name, but no embeddings, tables, heads and routers. The log (`osd_torch`) says
-            what was chosen and what was left.
-        seed: Of `random`, and of stochastic rounding.
+            their name, but no embeddings, tables, heads and routers. The logger `osd_torch` reports
+            the selection.
+        seed: Seed of `random` and `gaussian`, and of stochastic rounding.
         penalty: Weight of the orthogonality penalty in P's loss.
-        projector_lr_multiple: P's step size as a multiple of lr, in place of `1 / update_proj_gap`.
-        projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, else 0.
-        peak_lr: The peak of lr, which P's step size is relative to. None: guessed, and never below
-            an lr that was seen; see `PublishedOptimizer`.
-        lion_sign: Whether Lion's sign is taken after the lift, or of the low-rank direction.
+        projector_lr_multiple: P's step size as a multiple of lr, instead of `1 / update_proj_gap`.
+        projector_weight_decay: Decoupled weight decay of P. None: 0.01 for `continuous`, otherwise
+            0.
+        peak_lr: The peak of lr, to which P's step size is relative. None: estimated, and never
+            below an lr that was seen; see `PublishedOptimizer`.
+        lion_sign: Whether Lion's sign is applied after the lift or to the low-rank direction.
         move_projector: Whether P moves after W's step or before it.
         basis_dtype: dtype of P. None: float32 (float64 for float64 parameters).
-        transport_moments: Carry the moments of R over whenever P changes (arXiv 2410.16103), in
-            place of reading them as moments of the new R.
-        stochastic_rounding: Weights in bfloat16 are computed in float32 and rounded up or down at
-            random, so that the mean is the float32 value: updates that are smaller than a weight's
-            spacing are not lost. The random bits follow from the seed, the parameter's name and its
-            step, so that a resumed run and every process repeat them; each part of a sharded
-            parameter has bits of its own. Without effect on float32 and float64. Not with `sgd` and
-            `adam8bit`.
+        transport_moments: Whether to carry the moments of R over when P changes (arXiv 2410.16103)
+            instead of using them unchanged as moments of the new R.
+        stochastic_rounding: Computes bfloat16 weights in float32 and rounds them up or down at
+            random, so that the expectation is the float32 value: updates smaller than a weight's
+            spacing are not lost. The random bits depend on the seed, the parameter's name and its
+            step, so a resumed run and every process repeat them; each shard of a sharded parameter
+            has its own bits. No effect on float32 and float64. Not with `sgd` and `adam8bit`.
 
     Returns:
         A `torch.optim.Optimizer`. A step with any non-finite gradient changes nothing and is
         counted (`skipped_steps`).
 
     Raises:
-        ValueError: for an unknown name, an argument out of range, or one that the optimizer and
-            projector chosen do not read, naming it and the choices.
+        ValueError: A name is unknown, an argument is out of range, or the chosen optimizer and
+            projector do not read it; the message names the argument and the choices.
+
+    References:
+        Liang et al., arXiv 2408.12857, and its released code.
 
     Example:
         >>> import torch, osd_torch
@@ -248,8 +252,9 @@ def make_optimizer(
         check_dtype(name, param)
     if optimizer == "adam8bit" and any(is_distributed(param) for _, param in trained):
         raise ValueError(
-            "optimizer is 'adam8bit', which is bitsandbytes' own and takes whole parameters, and "
-            "these are DTensors: choose galore_adamw8bit or adamw, or do not shard the model"
+            "optimizer is 'adam8bit', which is bitsandbytes' own and requires unsharded "
+            "parameters, but these are DTensors: choose galore_adamw8bit or adamw, or do not "
+            "shard the model"
         )
     rounding = {"stochastic_rounding": True, "seed": seed} if stochastic_rounding else {}
     muon = {

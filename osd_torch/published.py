@@ -1,4 +1,4 @@
-"""The published names of bases and residuals as objects, by the table in `osd_names`."""
+"""The published names of bases and residuals as objects, following the table in `osd_names`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from osd_torch.residuals import (
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
 from osd_torch.rules_8bit import Adam8bit
 
-# The rules of P's step, by the names in `osd_names.PROJECTIONS`.
+# Optimizers of P, by the names in `osd_names.PROJECTIONS`.
 PROJECTOR_RULES: dict[str, Rule] = {
     "adam": Adam(),
     "adam8bit": Adam8bit(),
@@ -33,11 +33,11 @@ PROJECTOR_RULES: dict[str, Rule] = {
     "adafactor": Adafactor(),
     "sgd": SGD(),
 }
-# The rules that set P every so many steps, by their names there.
+# Basis rules that set P every k steps, by their names there.
 REFRESHED: dict[str, Callable[[int], BasisRule]] = {
     "svd": svd, "random": random, "gaussian": gaussian
 }  # fmt: skip
-# The lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
+# Lifts by the names in `osd_names.RESIDUALS`: (scale, residual_scale, growth_limiter) -> lift.
 RESIDUAL_LIFTS: dict[str, Callable[[float, float, bool], Lift | None]] = {
     "none": lambda a, own, limiter: None,
     "norm_ratio": lambda a, own, limiter: norm_ratio(a, limiter=limiter),
@@ -53,7 +53,7 @@ RESIDUAL_LIFTS: dict[str, Callable[[float, float, bool], Lift | None]] = {
 def published_basis(
     proj_type: str, gap: int, every: int, penalty: float, weight_decay: float | None, order: Order
 ) -> BasisRule:
-    """The rule for P that `BASIS_OPTIONS` describe."""
+    """The basis rule that the `BASIS_OPTIONS` describe."""
     named = PROJECTIONS[proj_type]
     if named.basis in REFRESHED:
         return REFRESHED[named.basis](gap)

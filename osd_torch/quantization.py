@@ -1,4 +1,4 @@
-"""Numbers in 8 bits, in blocks of 256 with a scale each, by bitsandbytes on CUDA and on the CPU."""
+"""8-bit numbers in blocks of 256 with one scale each, by bitsandbytes on CUDA and on the CPU."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from osd_torch.numerics import float32_by_default
 from osd_torch.sharding import first_axis_parts
 
 BLOCK_SIZE = 256  # values that share one scale; fixed by bitsandbytes
-MIN_8BIT_SIZE = 4096  # fewest values that are worth 8 bits, as in bitsandbytes' own optimizers
-_CHUNK = 2**22  # values that are quantized or read back at a time, for the sake of their copies
+MIN_8BIT_SIZE = 4096  # smallest size stored in 8 bits, as in bitsandbytes' own optimizers
+_CHUNK = 2**22  # values quantized or dequantized at a time, to limit temporary copies
 
 
 def import_bitsandbytes() -> Any:
-    """The library, imported at first use because that takes seconds.
+    """Imports bitsandbytes at first use, because the import takes seconds.
 
     Raises:
-        ImportError: if it cannot be imported, saying what to install.
+        ImportError: It cannot be imported; the message says what to install.
     """
     try:
         import bitsandbytes
@@ -36,14 +36,14 @@ def import_bitsandbytes() -> Any:
 
 @functools.cache
 def code_books(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 float32 values that the codes of the first and of the second moment stand for."""
+    """The 256 float32 values of the codes of the first and of the second moment."""
     dynamic_map = import_bitsandbytes().functional.create_dynamic_map
-    with float32_by_default():  # it names no dtype
+    with float32_by_default():  # it does not specify a dtype
         return dynamic_map(signed=True).to(device), dynamic_map(signed=False).to(device)
 
 
 def read_back(codes: Tensor, scales: Tensor, code_book: Tensor) -> Tensor:
-    """The float32 values of 8-bit codes, in their shape."""
+    """Dequantizes 8-bit codes to float32, in their shape."""
     values = code_book[codes.flatten().long()]
     blocks = scales.repeat_interleave(BLOCK_SIZE)[: values.numel()]
     return (values * blocks).view(codes.shape)
@@ -62,13 +62,13 @@ def quantize(values: Tensor, code_book: Tensor, block: int = BLOCK_SIZE) -> tupl
 
 
 def quantize_rows_(matrix: Tensor, codes: Tensor, scales: Tensor, code_book: Tensor) -> None:
-    """Writes a matrix in 8 bits whose blocks end with each row, as those of `osd_jax` do.
+    """Writes a matrix in 8 bits with blocks that do not cross rows, as in `osd_jax`.
 
     Args:
         matrix: (a, b), float32.
         codes: (a, b), uint8, written in place.
         scales: (a, ceil(b / 256)), float32, written in place.
-        code_book: The 256 values that codes stand for.
+        code_book: The 256 values of the codes.
     """
     if not matrix.numel():
         return
@@ -82,7 +82,7 @@ def quantize_rows_(matrix: Tensor, codes: Tensor, scales: Tensor, code_book: Ten
 
 
 def read_rows(codes: Tensor, scales: Tensor, code_book: Tensor) -> Tensor:
-    """The float32 matrix (a, b) that `quantize_rows_` wrote, to a code's precision."""
+    """The float32 matrix (a, b) that `quantize_rows_` wrote, to the precision of a code."""
     values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     for part, own, scale in _in_chunks(values, codes, scales):
         blocks = scale.repeat_interleave(BLOCK_SIZE, dim=1)[:, : codes.shape[1]]
@@ -91,13 +91,13 @@ def read_rows(codes: Tensor, scales: Tensor, code_book: Tensor) -> Tensor:
 
 
 def _in_chunks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of matrices of as many rows each, the first of them of at most `_CHUNK` values."""
+    """Chunks of rows of equally tall matrices; those of the first have at most `_CHUNK` values."""
     rows = max(1, _CHUNK // max(1, matrices[0].shape[1]))
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 
 def blocks_fit(like: Tensor) -> bool:
-    """Whether each process' part of a tensor is whole blocks, and of as many as its scales'."""
+    """Whether each process's shard of a tensor consists of whole blocks, as many as its scales."""
     parts = first_axis_parts(like)
     if parts is None or parts == 1:
         return parts == 1

@@ -1,20 +1,20 @@
-"""Lifts that let through what P does not reach: the residual M - P R, or the whole gradient.
+"""Lifts that add what P does not reach: the residual M - P R, or the full gradient.
 
-The plain lift applies nothing of a gradient outside the subspace. Each rule here adds it, scaled
-column by column from what the optimizer does inside, where a column is an output of the projection
-(an entry of the axis that P does not project):
+The plain lift ignores the part of the gradient outside the subspace. Each rule here adds it, scaled
+column by column by what the optimizer does inside, where a column is an entry of the axis that P
+does not project:
 
     norm_ratio      P (D - R o k) + M o k,  k_j = |D_j| / (|R_j| + 1e-8)    (Fira)
     column_ema      the same,  k_j = a sqrt(p - r) / sqrt(mean of E_j)      (Alice)
-    gradient_only   M o k, nothing is lifted                                (APOLLO)
+    gradient_only   M o k, no lifted part                                   (APOLLO)
     residual_sign   P D + w sign(M - P R)                                   (FRUGAL)
     add_gradient    P (D - R) + M                                           (`orthogonalized`)
 
-E_j = c_j - 2 |R_j|^2 + R_j^T (P^T P) R_j is the energy of a residual's column. It follows from the
-`COLUMN_ENERGIES` c_j, so no rule but `residual_sign` takes a further product with M.
+E_j = c_j - 2 |R_j|^2 + R_j^T (P^T P) R_j is the energy of a residual's column. It is computed from
+the `COLUMN_ENERGIES` c_j, so only `residual_sign` computes another product with M.
 
-A zero gradient has k = |D| / 1e-8 and a residual of 0; a zero column likewise. A value that is not
-finite makes the optimizer skip the step before a lift sees it.
+A zero gradient has k = |D| / 1e-8 and a residual of 0; likewise for a zero column. The optimizer
+skips a step with a non-finite gradient before the lift.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from osd_torch.sharding import distributed_as, settled, whole
 from osd_torch.sketch import COLUMN_ENERGIES, Needs, Statistic, TwoSided, product
 
 EPS = 1e-8
-GROWTH = 1.01  # the most by which a residual's norm grows in a step
+GROWTH = 1.01  # maximum growth of a residual's norm per step
 
 
 def _needs(*statistics: Statistic) -> Needs:
@@ -52,10 +52,10 @@ def column_norms(matrix: Tensor) -> Tensor:
 
 
 def residual_energies(seen: Seen, scale: float = 1.0) -> Tensor:
-    """E_j = |M_j - a P R_j|^2 of each column, (q,), from the statistics alone.
+    """E_j = |M_j - a P R_j|^2 of each column, (q,), computed from the statistics alone.
 
     Args:
-        seen: With `COLUMN_ENERGIES`.
+        seen: Inputs of the lift, with `COLUMN_ENERGIES`.
         scale: a.
     """
     basis, low_rank = seen.basis, seen.sketch.low_rank
@@ -67,9 +67,9 @@ def residual_energies(seen: Seen, scale: float = 1.0) -> Tensor:
 
 
 def _limit(norm: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(factor on a residual of this norm, the norm that it leaves): it grows by at most 1 %.
+    """(factor on a residual of this norm, the resulting norm): limits the growth to 1 %.
 
-    Free where no norm is kept: at the first step, and after a residual of 0.
+    No limit if no norm is stored: at the first step, and after a residual of 0.
     """
     factor = 1 / ((norm / (kept + EPS)).clamp(min=GROWTH) / GROWTH)
     factor = torch.where(kept > 0, factor, torch.ones_like(factor))
@@ -79,13 +79,13 @@ def _limit(norm: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 def _limited(
     seen: Seen, ratio: Tensor, energies: Tensor, limiter: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """k with the growth limiter's factor in it, and the lift's new state.
+    """k times the growth limiter's factor, and the lift's new state.
 
     Args:
-        seen: With the norm that is kept.
+        seen: Inputs of the lift, with the stored norm.
         ratio: k, (q,).
         energies: Of the columns that k scales, (q,).
-        limiter: Whether there is one.
+        limiter: Whether to limit the growth.
     """
     if not limiter:
         return ratio, {}
@@ -99,21 +99,26 @@ def _norm_state(limiter: bool, matrix: Tensor, low_rank: Tensor) -> dict[str, Te
 
 
 def norm_ratio(scale: float = 1.0, *, limiter: bool = True, release: bool = False) -> Lift:
-    """Fira: the residual's columns are scaled as the optimizer scales those of R.
+    """Fira: scales the columns of the residual as the optimizer scales those of R.
 
-    `W <- W - lr a (P (D - R o k) + M o k)`, `k_j = |D_j| / (|R_j| + 1e-8)`, with the residual's
-    norm growing by at most 1 % a step.
+        W <- W - lr a (P (D - R o k) + M o k),   k_j = |D_j| / (|R_j| + 1e-8)
 
-    Source: arXiv 2410.01623, equations 5 and 6.
+    The norm of the residual grows by at most 1 % per step.
 
     Args:
         scale: a.
-        limiter: Limit the residual's growth; its norm is one number of state a matrix.
-        release: As the released code computes it: the residual is M - a P R, and the scale a
-            multiplies P D only.
+        limiter: Whether to limit the residual's growth; the norm is one number of state per matrix.
+        release: Whether to compute it as the released code does: the residual is M - a P R, and the
+            scale a multiplies P D only.
+
+    Returns:
+        A `Lift` that reads the gradient at every step.
 
     Raises:
-        ValueError: for a scale that is no finite number of at least 0.
+        ValueError: The scale is not a finite number of at least 0.
+
+    References:
+        arXiv 2410.01623, equations 5 and 6.
 
     Example:
         >>> import torch, osd_torch
@@ -142,19 +147,24 @@ def _norm_ratio(
 
 
 def column_ema(scale: float = 0.4, *, decay: float = 0.9) -> Lift:
-    """Alice: the residual's columns are scaled by a mean over time of their energies.
+    """Alice: scales the columns of the residual by a moving average of their energies.
 
-    `W <- W - lr (P (D - R o k) + M o k)`, `k_j = a sqrt(p - r) / sqrt(e_j)`, where e is the
-    bias-corrected mean of E, and at least 1e-6 c_j.
+        W <- W - lr (P (D - R o k) + M o k),   k_j = a sqrt(p - r) / sqrt(e_j)
 
-    Source: arXiv 2502.07752, algorithm 4, without its limiter.
+    e is the bias-corrected moving average of E, and at least 1e-6 c_j.
 
     Args:
         scale: a.
-        decay: Of the mean.
+        decay: Decay of the moving average.
+
+    Returns:
+        A `Lift` that reads the gradient at every step.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: A number is out of range.
+
+    References:
+        arXiv 2502.07752, algorithm 4, without its limiter.
 
     Example:
         >>> column_ema(0.4).name
@@ -190,21 +200,26 @@ def _column_ema(scale: float, decay: float, direction: Tensor, seen: Seen) -> Li
 
 
 def gradient_only(scale: float = 1.0, *, per: str = "column", limiter: bool = True) -> Lift:
-    """APOLLO: the whole gradient, scaled as the optimizer scales R; nothing is lifted.
+    """APOLLO: applies the full gradient, scaled as the optimizer scales R; nothing is lifted.
 
-    `W <- W - lr sqrt(a) M o k`, `k_j = |D_j| / (|R_j| + 1e-8)`, or one k for the whole matrix
-    (APOLLO-Mini), with the update's norm growing by at most 1 % a step. P only has to keep norms,
-    as `gaussian` does.
+        W <- W - lr sqrt(a) M o k,   k_j = |D_j| / (|R_j| + 1e-8)
 
-    Source: arXiv 2412.05270, algorithm 1.
+    or one k for the whole matrix (APOLLO-Mini). The norm of the update grows by at most 1 % per
+    step. P only has to preserve norms, as `gaussian` does.
 
     Args:
         scale: a.
         per: "column" or "matrix".
-        limiter: Limit the update's growth; its norm is one number of state a matrix.
+        limiter: Whether to limit the update's growth; the norm is one number of state per matrix.
+
+    Returns:
+        A `Lift` that reads the gradient at every step.
 
     Raises:
-        ValueError: for a scale that is no finite number of at least 0, or an unknown `per`.
+        ValueError: The scale is not a finite number of at least 0, or `per` is unknown.
+
+    References:
+        arXiv 2412.05270, algorithm 1.
 
     Example:
         >>> import torch, osd_torch
@@ -237,18 +252,22 @@ def _gradient_only(scale: float, per: str, limiter: bool, direction: Tensor, see
 
 
 def residual_sign(weight: float = 1.0, scale: float = 1.0) -> Lift:
-    """FRUGAL: the residual without state, by its sign: `W <- W - lr (a P D + w sign(M - P R))`.
+    """FRUGAL: adds the sign of the residual: `W <- W - lr (a P D + w sign(M - P R))`.
 
-    One more product with P than the plain lift takes.
-
-    Source: arXiv 2411.07837, algorithm 1, with signSGD outside the subspace.
+    The residual part has no state. It costs one more product with P than the plain lift.
 
     Args:
         weight: w.
         scale: a.
 
+    Returns:
+        A `Lift` that reads the gradient at every step.
+
     Raises:
-        ValueError: for a number out of range.
+        ValueError: A number is out of range.
+
+    References:
+        arXiv 2411.07837, algorithm 1, with signSGD outside the subspace.
 
     Example:
         >>> residual_sign(0.1).name
@@ -266,10 +285,13 @@ def _residual_sign(weight: float, scale: float, direction: Tensor, seen: Seen) -
 
 
 def add_gradient() -> Lift:
-    """`P (D - R) + M`: the whole gradient, and inside the subspace what the rule makes of R.
+    """The lift `P (D - R) + M`: the full gradient, with R replaced by D inside the subspace.
 
     With a rule that adds momentum to R (`Trace`), the update is the gradient plus the part of its
-    momentum that a subspace holds.
+    momentum inside the subspace.
+
+    Returns:
+        A `Lift` that reads the gradient at every step.
 
     Example:
         >>> add_gradient().name
@@ -301,20 +323,27 @@ def orthogonalized(
     dtype: torch.dtype | None = None,
     scale: str = "adamw",
 ) -> Lift:
-    """The update of another lift with all singular values near 1, as Muon's.
+    """Orthogonalizes the update of another lift as Muon does: all singular values become about 1.
 
-    A sharded matrix is gathered, one at a time.
+    Sharded matrices are gathered one at a time.
 
     Args:
-        inner: Such as `add_gradient()`.
-        steps: Of Newton-Schulz.
+        inner: Another lift, such as `add_gradient()`.
+        steps: Number of Newton-Schulz steps.
         coefficients: (a, b, c) of `X <- a X + (b X X^T + c (X X^T)^2) X`.
-        dtype: That it runs in. None: the update's, float32 or float64; bfloat16 is faster on a GPU.
-        scale: Times 0.2 sqrt(max(m, n)), with which AdamW's rates carry over ("adamw"), times
-            sqrt(max(1, m / n)) of an (m, n) = (output, input) matrix ("muon"), or "none".
+        dtype: Dtype of the iteration. None: the update's, float32 or float64; bfloat16 is faster on
+            a GPU.
+        scale: "adamw" multiplies by 0.2 sqrt(max(m, n)), so that AdamW's learning rates carry over;
+            "muon" by sqrt(max(1, m / n)) for an (m, n) = (output, input) matrix; or "none".
+
+    Returns:
+        A `Lift` with the needs of `inner`.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: An argument is out of range.
+
+    References:
+        Jordan et al. (2024), Muon; the "adamw" scale: Moonlight, arXiv 2502.16982.
 
     Example:
         >>> orthogonalized(add_gradient()).name
@@ -355,15 +384,18 @@ def orthogonalize(
     dtype: torch.dtype | None = None,
     scale: str = "adamw",
 ) -> Tensor:
-    """`newton_schulz` of a matrix times its `scale`; a sharded one is gathered, and shared out.
+    """Applies `newton_schulz` to a matrix and multiplies by its `scale`; gathers a sharded matrix.
 
     Args:
         update: (p, q), where p is the `side` of the weight, "output" or "input".
         side: See above.
-        steps: See `orthogonalized`, as all that follow.
-        coefficients: Likewise.
-        dtype: Likewise.
-        scale: Likewise.
+        steps: See `orthogonalized`.
+        coefficients: See `orthogonalized`.
+        dtype: See `orthogonalized`.
+        scale: See `orthogonalized`.
+
+    Returns:
+        (p, q), sharded like `update`.
 
     Example:
         >>> import torch
@@ -376,7 +408,7 @@ def orthogonalize(
 
 
 def muon_scale(matrix: Tensor, scale: str) -> float:
-    """The factor that a `scale` stands for; see `orthogonalized`."""
+    """The factor of a `scale`; see `orthogonalized`."""
     p, q = matrix.shape
     return {"adamw": 0.2 * math.sqrt(max(p, q)), "muon": math.sqrt(max(1, p / q)), "none": 1.0}[
         scale
@@ -390,20 +422,21 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """About U V^T of a matrix U S V^T, (m, n): its singular values are moved near to 1.
+    """Approximates U V^T of a matrix U S V^T, (m, n): its singular values move close to 1.
 
-    Each step is an odd polynomial of all singular values, `a s + b s^3 + c s^5`, after a division
-    by the Frobenius norm. With Muon's coefficients and 5 steps, values above 0.002 of that norm end
-    in [0.68, 1.21]. 3 products of the shorter side: 2 min^2 (max + min / 2) multiplications a step.
+    After a division by the Frobenius norm, each step applies the odd polynomial `a s + b s^3 + c
+    s^5` to all singular values. With Muon's coefficients and 5 steps, values above 0.002 of that
+    norm end in [0.68, 1.21]. A step has 3 products of the shorter side: 2 min^2 (max + min / 2)
+    multiplications.
 
     Args:
         matrix: float32 or float64.
-        steps: Of the iteration.
+        steps: Number of iterations.
         coefficients: a, b, c.
-        dtype: That it runs in. None: the matrix' own.
+        dtype: Dtype of the iteration. None: the dtype of the matrix.
 
     Returns:
-        (m, n), of the matrix' dtype; zeros for zeros, and where the squared norm overflows.
+        (m, n), with the matrix's dtype; zeros for zeros, and if the squared norm overflows.
 
     Example:
         >>> import torch
@@ -414,7 +447,7 @@ def newton_schulz(
     a, b, c = coefficients
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if is_tall else matrix
-    # A norm whose square underflows would leave values above 1, which diverge.
+    # If the squared norm underflowed, values above 1 would remain and diverge.
     x = (x / x.norm().clamp(min=torch.finfo(x.dtype).tiny ** 0.5)).to(dtype or x.dtype)
     for _ in range(steps):
         gram = x @ x.mT

@@ -1,8 +1,8 @@
-"""The optimizers themselves, as small rules: a gradient and its moments in, a direction out.
+"""Weight rules: a gradient and its moments in, a direction out.
 
-One rule serves three places: the low-rank gradient R (OptimizerW), the gradient of the basis P
-(OptimizerP), and a parameter that is not projected. Optax gives the JAX library its rules; this is
-what stands in for it here.
+A rule is used in three places: for the low-rank gradient R (OptimizerW), for the gradient of the
+basis P (OptimizerP), and for parameters that are not projected. The JAX library uses Optax's rules
+for this.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ State = Mapping[str, Tensor]
 
 
 def zeros_like(like: Tensor) -> Tensor:
-    """Zeros, contiguous also where `like` is a transposed view.
+    """Zeros, contiguous even if `like` is a transposed view.
 
-    What loads and saves state (`torch.distributed`, safetensors) reads memory in order.
+    Code that loads and saves state (`torch.distributed`, safetensors) reads memory in order.
     """
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
 
 
 class Change(NamedTuple):
-    """A change of P: Q = P_new^T P_old, (r, r), for each side that P projects; else None."""
+    """A change of P: Q = P_new^T P_old, (r, r), for each projected side; otherwise None."""
 
     output: Tensor | None
     input: Tensor | None
 
     def of(self, moment: Tensor) -> Tensor:
-        """What a moment of R, laid out as (output, input), is by the new P: Q m."""
+        """Transforms a moment of R, laid out as (output, input), to the new P: Q m."""
         own = local(moment)
         if self.output is not None:
             own = local(self.output).to(own.dtype) @ own
@@ -49,42 +49,40 @@ class Change(NamedTuple):
         return own
 
     def squared(self) -> Change:
-        """The squares of Q's entries."""
+        """The elementwise square of Q."""
         return Change(*(None if side is None else side.square() for side in self))
 
 
 class Rule(Protocol):
     """How an optimizer turns gradients into steps.
 
-    The state of a sharded gradient (a DTensor) is DTensors.
+    The state of a sharded gradient (a DTensor) consists of DTensors.
     """
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """Zero moments for a gradient of this shape, dtype (float32 or float64) and device.
-
-        Contiguous.
-        """
+        """Contiguous zero moments for a gradient of this shape, dtype (float32/64) and device."""
         raise NotImplementedError
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
-        """Moves the moments in `state` and says how to move what they belong to.
+        """Updates the moments in `state` and returns the step.
 
         Args:
-            gradient: float32 or float64, finite. Not written to.
-            state: What `init` made; written in place.
+            gradient: float32 or float64, finite. Not modified.
+            state: From `init`; updated in place.
             t: The number of this step, from 1.
             lr: The step size.
 
         Returns:
-            (direction, rate), to be applied as `x - rate * direction`. The direction is the
-            caller's to read, not to write: it may be the gradient or a moment.
+            (direction, rate), to be applied as `x - rate * direction`. The caller must not modify
+            the
+            direction: it may be the gradient or a moment.
         """
         raise NotImplementedError
 
     def step_(
         self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
     ) -> None:
-        """Moves x itself: `x <- (1 - lr * weight_decay) x - rate * direction`."""
+        """Applies the step to x: `x <- (1 - lr * weight_decay) x - rate * direction`."""
         direction, rate = self.step(gradient, state, t, lr)
         own = local(x)
         if weight_decay:
@@ -92,18 +90,18 @@ class Rule(Protocol):
         own.add_(local(direction).to(own.dtype), alpha=-rate)
 
     def transport_(self, state: State, change: Change, t: int) -> None:
-        """Carries the moments over to a P that has changed, in place.
+        """Carries the moments over to a changed P, in place.
 
         Args:
-            state: What `init` made for R.
-            change: Of P.
+            state: From `init` for R.
+            change: The change of P.
             t: The number of steps taken, at least 1.
 
         Raises:
-            ValueError: if the rule cannot.
+            ValueError: The rule does not support this.
         """
         raise ValueError(
-            f"transport_moments is True, and {type(self).__name__} cannot carry its state over to "
+            f"transport_moments is True, but {type(self).__name__} cannot carry its state over to "
             "another P: expected a rule whose moments have the shape of R, such as Adam or Lion"
         )
 
@@ -111,18 +109,18 @@ class Rule(Protocol):
 def transported_second_moment(
     first: Tensor, second: Tensor, change: Change, betas: tuple[float, float], t: int
 ) -> Tensor:
-    """Adam's second moment by the new P, as LDAdam (arXiv 2410.16103) estimates it.
+    """Adam's second moment in the new basis, estimated as in LDAdam (arXiv 2410.16103).
 
-    `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where Q^2 are the squares of Q's entries
-    and c1, c2 the bias corrections after t steps: variances are carried over as those of
-    uncorrelated entries, means as they are.
+    `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where Q^2 holds the squared entries of Q,
+    and c1, c2 are the bias corrections after t steps: variances are transformed as for uncorrelated
+    entries, means exactly.
 
     Args:
         first: m before the change, (r, q) or its transpose.
         second: v before the change.
-        change: Of P.
+        change: The change of P.
         betas: Decay of m and of v.
-        t: Steps taken.
+        t: The number of steps taken.
     """
     c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
     mean = local(first) / c1
@@ -137,8 +135,8 @@ class Adam(Rule):
     Attributes:
         betas: Decay of the first and of the second moment.
         eps: Added to the root of the second moment.
-        eps_first: Add eps before the bias correction, as `galore_adamw` does, not after it, as
-            `torch.optim.AdamW` does.
+        eps_first: Whether to add epsilon before bias correction, as `galore_adamw` does, instead of
+            after it, as `torch.optim.AdamW` does.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -151,7 +149,7 @@ class Adam(Rule):
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
         """One step; see `Rule`."""
-        # From 0 and with lr = -1, the kernel leaves the direction itself.
+        # Starting from 0 with lr = -1, the kernel writes the direction itself.
         direction = torch.zeros_like(local(state["exp_avg"]))
         self._move(direction, gradient, state, t, lr=-1.0)
         return parted_like(direction, gradient), self._rate(t, lr)
@@ -159,7 +157,7 @@ class Adam(Rule):
     def step_(
         self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
     ) -> None:
-        """In one pass of the kernel."""
+        """Uses one pass of the kernel."""
         own, first, rate = local(x), local(state["exp_avg"]), self._rate(t, lr)
         if not rate or own.dtype != first.dtype:
             super().step_(x, gradient, state, t, lr, weight_decay)
@@ -190,7 +188,7 @@ class Adam(Rule):
     ) -> None:
         """One pass of torch.optim's kernel over the moments and x, without bias corrections.
 
-        Its public face, torch.optim.adam.adam, takes longer than the kernel for a small matrix.
+        The public function, torch.optim.adam.adam, takes longer than the kernel for a small matrix.
         """
         own, first, second = (local(x) for x in (gradient, state["exp_avg"], state["exp_avg_sq"]))
         own = laid_out_as(own, first)
@@ -203,7 +201,7 @@ class Adam(Rule):
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor, or a copy of it with the strides of `like`: a fused kernel needs one order."""
+    """The tensor, or a copy with the strides of `like`: a fused kernel needs equal strides."""
     if tensor.stride() == like.stride():
         return tensor
     return torch.empty_like(like).copy_(tensor)
@@ -211,7 +209,7 @@ def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 @functools.cache
 def _endless(device: torch.device) -> Tensor:
-    """The number of a step after which torch.optim's kernel corrects no bias: `Adam` does."""
+    """A step number after which torch.optim's kernel corrects no bias, because `Adam` does."""
     return torch.full((), math.inf, dtype=torch.float32, device=device)
 
 
@@ -221,7 +219,7 @@ class Lion(Rule):
 
     Attributes:
         betas: Weight of the moment in the direction, and its decay.
-        sign: Return the sign of the direction; False leaves that to the caller.
+        sign: Whether to return the sign of the direction; False leaves it to the caller.
     """
 
     betas: tuple[float, float] = (0.9, 0.99)
@@ -246,15 +244,15 @@ class Lion(Rule):
 
 @dataclass(frozen=True)
 class Adafactor(Rule):
-    """Adafactor (arXiv 1804.04235) with a given step size, as Hugging Face's class computes it.
+    """Adafactor (arXiv 1804.04235) with a given step size, as in Hugging Face's class.
 
-    The first moment, where there is one, is of the steps with their step size, so that a change of
-    `lr` reaches the weights late.
+    The first moment, if any, averages steps that include their step size, so a change of `lr`
+    reaches the weights late.
 
     Attributes:
         beta1: Decay of the first moment; None: no first moment.
         eps: Added to the squared gradient.
-        clip_threshold: The largest root mean square of a direction.
+        clip_threshold: Maximum root mean square of a direction.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
     """
 
@@ -275,7 +273,7 @@ class Adafactor(Rule):
         }
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
-        """One step; see `Rule`. The direction holds lr."""
+        """One step; see `Rule`. The direction includes lr."""
         new, own = t**self.decay_rate, local(gradient)
         square = own.square().add_(self.eps)
         if gradient.ndim < 2:
@@ -301,7 +299,7 @@ class Trace(Rule):
 
     Attributes:
         momentum: b.
-        nesterov: The direction is `g + b m` with the new m, and not m.
+        nesterov: Whether the direction is `g + b m` with the new m instead of m.
     """
 
     momentum: float = 0.95
@@ -337,4 +335,4 @@ class SGD(Rule):
         return gradient, lr
 
     def transport_(self, state: State, change: Change, t: int) -> None:
-        """Nothing: there is no state."""
+        """Does nothing: there is no state."""

@@ -1,4 +1,4 @@
-"""Rules with state in 8 bits or of one number a row: Adam8bit, Trace8bit and AdamOfRows."""
+"""Rules with 8-bit state or one number of state per row: Adam8bit, Trace8bit and AdamOfRows."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from osd_torch.sharding import (
 
 @dataclass(frozen=True)
 class Adam8bit(Rule):
-    """Adam whose moments are held in 8 bits, one float32 scale to each 256 values.
+    """Adam whose moments are stored in 8 bits, with one float32 scale per 256 values.
 
     State of fewer than `min_8bit_size` values stays float32, as in bitsandbytes' own optimizers.
-    The state of a sharded gradient is sharded with it where whole blocks lie on each process, and
-    is else replicated, so that the numbers do not depend on the number of processes.
+    The state of a sharded gradient is sharded with it if each process holds whole blocks, and is
+    otherwise replicated, so that the numbers do not depend on the number of processes.
 
     Attributes:
         betas: Decay of the first and of the second moment.
-        eps: Added to the root of the second moment, after the bias correction.
-        min_8bit_size: Fewest values that are worth 8 bits.
+        eps: Added to the root of the second moment, after bias correction.
+        min_8bit_size: Smallest number of values stored in 8 bits.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,7 +52,7 @@ class Adam8bit(Rule):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Codes and scales of both moments, or small moments in float32."""
-        import_bitsandbytes()  # missing, it is an error now and not at the first large matrix
+        import_bitsandbytes()  # fails now instead of at the first large matrix
         like = like.to(torch.float32)
         if like.numel() < self.min_8bit_size:
             return Adam(self.betas, self.eps).init(like)
@@ -74,11 +74,11 @@ class Adam8bit(Rule):
         step = torch.zeros_like(part)
         if part.numel():
             self.move_(step, part, {name: local(x) for name, x in state.items()}, t, lr=1.0)
-        # bitsandbytes has taken the step, downhill.
+        # bitsandbytes has subtracted the step.
         return placed_like(parted_like(step.neg_(), placed), gradient), lr
 
     def transport_(self, state: State, change: Change, t: int) -> None:
-        """Both moments, read back, carried over in float32 and quantized again."""
+        """Dequantizes both moments, carries them over in float32 and quantizes them again."""
         if state["exp_avg"].dtype != torch.uint8:
             Adam(self.betas, self.eps).transport_(state, change, t)
             return
@@ -100,14 +100,14 @@ class Adam8bit(Rule):
         """One step of `weight` in place, with 8-bit moments and without weight decay.
 
         Args:
-            weight: float32 or bfloat16, contiguous, written in place.
+            weight: float32 or bfloat16, contiguous, updated in place.
             gradient: Like `weight`.
-            state: With uint8 moments; written in place.
+            state: With uint8 moments; updated in place.
             t: The number of this step, from 1.
             lr: The step size.
         """
         signed, unsigned = code_books(weight.device)
-        # By keyword: what the positions mean has changed between releases.
+        # By keyword: the meaning of the positions has changed between releases.
         import_bitsandbytes().functional.optimizer_update_8bit_blockwise(
             optimizer_name="adam",
             g=gradient,
@@ -131,12 +131,12 @@ class Adam8bit(Rule):
 
 @dataclass(frozen=True)
 class Trace8bit(Rule):
-    """`Trace` with its moment in 8 bits, each value's nearest code; placed as `Adam8bit`'s.
+    """`Trace` with an 8-bit moment, each value's nearest code; sharded like `Adam8bit`'s.
 
     Attributes:
         momentum: b of `m <- b m + g`.
-        nesterov: The direction is `g + b m` with the new m, and not m.
-        min_8bit_size: Fewest values that are worth 8 bits.
+        nesterov: Whether the direction is `g + b m` with the new m instead of m.
+        min_8bit_size: Smallest number of values stored in 8 bits.
     """
 
     momentum: float = 0.95
@@ -149,7 +149,7 @@ class Trace8bit(Rule):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Codes and scales, or a small moment in float32."""
-        import_bitsandbytes()  # whose code book it is
+        import_bitsandbytes()  # for its code book
         like = like.to(torch.float32)
         if like.numel() < self.min_8bit_size:
             return self._wide.init(like)
@@ -160,7 +160,7 @@ class Trace8bit(Rule):
         }
 
     def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
-        """One step; see `Rule`. The direction has the moment before it is rounded."""
+        """One step; see `Rule`. The direction uses the moment before rounding."""
         gradient = gradient.to(torch.float32)
         if state["exp_avg"].dtype != torch.uint8:
             return self._wide.step(gradient, state, t, lr)
@@ -172,7 +172,7 @@ class Trace8bit(Rule):
         return placed_like(parted_like(direction, placed), gradient), lr
 
     def transport_(self, state: State, change: Change, t: int) -> None:
-        """The moment, read back, carried over in float32 and quantized again."""
+        """Dequantizes the moment, carries it over in float32 and quantizes it again."""
         if state["exp_avg"].dtype != torch.uint8:
             self._wide.transport_(state, change, t)
         else:
@@ -190,28 +190,28 @@ class Trace8bit(Rule):
 
 @dataclass(frozen=True)
 class AdamOfRows(Rule):
-    """Adam with one second moment to a row of a matrix, the mean of g^2 along the row.
+    """Adam with one second moment per row of a matrix, the mean of g^2 along the row.
 
         m <- b1 m + (1 - b1) g
         v <- b2 v + (1 - b2) mean(g^2)
         direction = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    The rows are those of the longer axis, the vocabulary of an embedding or a head, whichever axis
-    that is; of a square matrix they are those of the first axis. So (m, n) has mn + max(m, n)
-    numbers of state, in place of Adam's 2mn. All else, and a matrix of one row or one column, has
-    Adam's state and step.
+    Rows are the entries of the longer axis, whichever it is: the vocabulary of an embedding or a
+    head. For a square matrix they are the entries of the first axis. The state of (m, n) has mn +
+    max(m, n) numbers, compared with Adam's 2mn. All other arrays, including matrices with one row
+    or column, have Adam's state and step.
 
-    In 8 bits, m lies with its rows first, in blocks of up to 256 values that end with each row.
-    Codes far below their block's largest value are so coarse that b1 times a value may round back
-    to the same code. A row without gradients in a block with others, whose largest value is steady,
-    would keep its m over a v that decays; in its own blocks m decays as their scales do.
+    In 8 bits, m is stored row by row, in blocks of up to 256 values that do not cross rows. Codes
+    far below the largest value of their block are so coarse that b1 times a value may round back to
+    the same code. A row without gradients that shared a block with a row of steady magnitude would
+    keep its m while v decays; in separate blocks m decays with its scale.
 
     Attributes:
         betas: Decay of the first and of the second moment.
-        eps: Added to the root of the second moment, after the bias correction, as in
+        eps: Added to the root of the second moment, after bias correction, as in
             `torch.optim.AdamW`.
-        first_8bit: Hold the first moment of a matrix of at least 4096 values in 8 bits, by the
-            code book of bitsandbytes, which must be installed.
+        first_8bit: Whether to store the first moment of a matrix of at least 4096 values in 8 bits,
+            with the code book of bitsandbytes, which must be installed.
 
     Example:
         >>> import torch
@@ -226,13 +226,13 @@ class AdamOfRows(Rule):
     first_8bit: bool = False
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """The first moment, or its codes and scales, and one number to a row.
+        """The first moment, or its codes and scales, and one number per row.
 
         Raises:
-            ImportError: with `first_8bit`, if bitsandbytes cannot be imported.
+            ImportError: `first_8bit` is set, but bitsandbytes cannot be imported.
         """
         if self.first_8bit:
-            import_bitsandbytes()  # missing, it is an error now, not at a large matrix
+            import_bitsandbytes()  # fails now instead of at a large matrix
         like = shape_of(like, accumulator_dtype(like.dtype))
         axis = axis_of_rows(like)
         if axis is None:
@@ -259,7 +259,7 @@ class AdamOfRows(Rule):
     def step_(
         self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
     ) -> None:
-        """Without a copy of x where that has the moments' dtype."""
+        """Avoids a copy of x if it has the moments' dtype."""
         own, gradient = local(x), float32_or_more(gradient)
         if axis_of_rows(gradient) is None:
             self._adam.step_(x, gradient, state, t, lr, weight_decay)
@@ -271,9 +271,9 @@ class AdamOfRows(Rule):
             own.addcdiv_(*self._moved(gradient, state, t), value=-lr)
 
     def _moved(self, gradient: Tensor, state: State, t: int) -> tuple[Tensor, Tensor]:
-        """Moves the moments of a matrix: (m, what it is divided by), of this process' part.
+        """Updates the moments of a matrix: (m, its divisor), for this process's shard.
 
-        m is the state itself or, in 8 bits, m before it is rounded.
+        m is the state itself or, in 8 bits, m before rounding.
         """
         is_flipped = axis_of_rows(gradient) == 1
         turned = gradient.mT if is_flipped else gradient  # (rows, width)
@@ -287,14 +287,14 @@ class AdamOfRows(Rule):
         return first.mT if is_flipped else first, denominator
 
     def _moved_in_8_bits(self, gradient: Tensor, state: State) -> Tensor:
-        """Moves the codes of m and returns it as it was before it was rounded.
+        """Updates the codes of m and returns m before rounding.
 
         Args:
             gradient: (rows, width).
-            state: Written in place.
+            state: Updated in place.
 
         Returns:
-            (rows, width), float32, distributed over the processes as the codes are.
+            (rows, width), float32, sharded over the processes like the codes.
         """
         placed = placed_like(gradient, state["exp_avg"])
         codes, scales = local(state["exp_avg"]), local(state["exp_avg_absmax"])
@@ -310,7 +310,7 @@ class AdamOfRows(Rule):
 
 
 def axis_of_rows(like: Tensor) -> int | None:
-    """The axis along which `AdamOfRows` has a number to each entry; None: it is Adam."""
+    """The axis with one second moment per entry in `AdamOfRows`; None: plain Adam."""
     if like.ndim != 2 or min(like.shape) < 2:
         return None
     return 0 if like.shape[0] >= like.shape[1] else 1

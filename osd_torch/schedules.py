@@ -1,4 +1,4 @@
-"""The peak of a learning rate that a scheduler moves, from what a parameter group says."""
+"""Estimates the peak of a scheduled learning rate from a parameter group."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from osd_torch.state import Group
 
-# What torch's schedulers put into groups.
+# The keys that torch's schedulers add to groups.
 SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
-# What a group keeps of the learning rates that it saw; see `seen_rates`.
+# What a group records of the learning rates that it saw; see `seen_rates`.
 SEEN = "seen_lr"
 
 
 def first_rates(group: Group) -> dict[str, Any]:
-    """What `SEEN` is when a group is added: the peak by what the group says of it, and no rate."""
+    """The initial `SEEN` of a group: the peak according to its keys, and no rates."""
     keys = schedule_keys(group)
     given = (keys["max_lr"], keys["initial_lr"], group["lr"])
     peak = float(next(x for x in given if x is not None))
@@ -21,21 +21,21 @@ def first_rates(group: Group) -> dict[str, Any]:
 
 
 def schedule_keys(group: Group) -> dict[str, float | None]:
-    """What PyTorch's schedulers set in a group when they are made."""
+    """The keys that PyTorch's schedulers set in a group when they are created."""
     found = {key: group.get(key) for key in ("max_lr", "initial_lr")}
     return {key: None if x is None else float(x) for key, x in found.items()}
 
 
 def seen_rates(group: Group) -> dict[str, Any]:
-    """What `SEEN` is to be at the present learning rate.
+    """The new `SEEN` at the current learning rate.
 
-    A dict of "peak", the guess; the "first", "last" and "highest" rate of the present schedule; and
-    the keys that its scheduler has set. Another schedule has begun where a key has changed, or
-    where lr does what `OneCycleLR` does not: it rises after it fell, or is below `min_lr`. A
-    schedule that rose and falls has shown its peak, if that is below half of the guess.
+    A dict of "peak", the estimate; the "first", "last" and "highest" rate of the current schedule;
+    and the keys that its scheduler has set. A new schedule has started if a key has changed, or if
+    lr does what it never does under `OneCycleLR`: it rises after it fell, or is below `min_lr`. A
+    schedule that rose and then falls has shown its peak, if that is below half of the estimate.
     """
     seen, lr, keys = group[SEEN], float(group["lr"]), schedule_keys(group)
-    if not lr:  # at the start of a warm-up, and where tools look at the state
+    if not lr:  # at the start of a warm-up, and when tools inspect the state
         return seen
     last, highest = seen["last"], seen["highest"]
     changed = [key for key in keys if keys[key] != seen[key]]
@@ -55,7 +55,7 @@ def seen_rates(group: Group) -> dict[str, Any]:
 
 
 def with_seen_rates(group: Group) -> Group:
-    """A saved group; in those of earlier versions `peak_lr` is lr as the group was added."""
+    """A saved group; in groups of earlier versions `peak_lr` is lr when the group was added."""
     if SEEN in group or "peak_lr" not in group:
         return group
     return {**group, "peak_lr": None, SEEN: first_rates({**group, "lr": group["peak_lr"]})}

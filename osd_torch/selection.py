@@ -1,9 +1,10 @@
-"""Which parameters move in a subspace: by their names (the default), or by the model's modules.
+"""Which parameters are projected: selected by their names (the default) or by the model's modules.
 
-By name, the matrices inside numbered blocks, such as `model.layers.0.self_attn.q_proj.weight` and
-`h.3.mlp.c_fc.weight`, and any matrix with `attn`, `attention` or `mlp` in its name. Not embeddings,
-tables (of positions, of states), heads and the routers of experts. A factor of LoRA is a matrix as
-any other; where its shorter side is at most the rank, P saves nothing, and the log says so.
+By name: the matrices inside numbered blocks, such as `model.layers.0.self_attn.q_proj.weight` and
+`h.3.mlp.c_fc.weight`, and any matrix with `attn`, `attention` or `mlp` in its name; but not
+embeddings, tables (of positions, of states), heads and the routers of experts. A LoRA factor is
+treated like any other matrix; if its shorter side is at most the rank, P saves nothing, and the log
+says so.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ PLURALS = {
     TABLE: "embeddings or tables",
     OUTSIDE: "matrices outside numbered blocks",
 }
-INNER = (MATRIX, EXPERTS, ARRAY)  # of the blocks' linear maps
+INNER = (MATRIX, EXPERTS, ARRAY)  # the kinds of linear maps in blocks
 REASONS = {EXPERTS: "not projected yet", ARRAY: "not projected yet"}
 
-# Patterns of a component of a name in lower case, its words joined by underscores, without digits.
+# Patterns for a component of a name in lower case, words joined by underscores, without digits.
 _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
 _NAMED_AS_CHOSEN = re.compile(r"attn|attention|mlp")
 _TABLE = re.compile(
@@ -53,7 +54,7 @@ _TABLE = re.compile(
     r"|(^|_)rel(ative)?_pos|relative_attention_bias|pos(ition|itional)?_(bias$|enc)"
     r"|(^|_)log(_|$)|time_(decay|faaaa|first)"
 )
-_LINEAR = re.compile(r"proj|linear|dense")  # of a component that `_TABLE` finds: no table after all
+_LINEAR = re.compile(r"proj|linear|dense")  # `_TABLE` matches it, but it is not a table
 _VECTOR = re.compile(r"(^|_)(bias|biases|scale|gamma|beta|norm)(_[a-z])?$")
 _HEAD = re.compile(
     r"(?<!multi)(^|_)heads?$|classifier|predict|pooler|^score$|^qa_outputs$|^cls$|logits"
@@ -75,16 +76,16 @@ def components(name: str) -> list[str]:
 
 
 def _snake(part: str) -> str:
-    """`SelfAttention_0` -> "self_attention"."""
+    """Converts `SelfAttention_0` to "self_attention"."""
     return "_".join(re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", part)).lower()
 
 
 class Kinds:
-    """What each parameter is, by its name, its shape and the names beside it.
+    """The kind of each parameter, determined by its name, its shape and the names next to it.
 
     Args:
-        names: Of all parameters of the model, those that are not trained too: what is called `gate`
-            is a router where experts are beside it.
+        names: Names of all parameters of the model, including those that are not trained: a
+            parameter named `gate` is a router if experts are next to it.
 
     Example:
         >>> import torch
@@ -108,11 +109,11 @@ class Kinds:
                 self._beside[tuple(parts[:end])].add(_snake(part))
 
     def __call__(self, name: str, shape: Sequence[int]) -> str:
-        """`MATRIX` for what is projected by default; else the reason why not.
+        """`MATRIX` for a parameter projected by default; otherwise the reason why it is not.
 
         Args:
-            name: Of the parameter.
-            shape: Of the parameter.
+            name: Name of the parameter.
+            shape: Shape of the parameter.
         """
         parts = components(name)
         words = [_snake(part) for part in parts]
@@ -122,7 +123,7 @@ class Kinds:
             return ROUTER
         block = _first_block(parts, words, stacked=len(shape) > 2)
         as_chosen = any(_NAMED_AS_CHOSEN.search(word) and not _HEAD.search(word) for word in words)
-        # A `text_embedder` around the blocks makes no tables of their matrices.
+        # A `text_embedder` around the blocks does not make their matrices tables.
         start = (-2 if as_chosen else 0) if block is None else block + 1
         if any(_TABLE.search(word) and not _LINEAR.search(word) for word in words[start:]):
             return TABLE
@@ -156,7 +157,7 @@ class Kinds:
 def _first_block(parts: Sequence[str], words: Sequence[str], stacked: bool) -> int | None:
     """The index of the first component that is a numbered block, or blocks stacked in an array.
 
-    A number is a block where what precedes it names blocks (`layers.0.weight`), or where it has
+    A number is a block if the component before it names blocks (`layers.0.weight`), or if it has
     named parts (`net.0.fc.weight`). In `net.0.weight` it may be an embedding or a head.
     """
     for index, part in enumerate(parts):
@@ -176,7 +177,7 @@ def _has_named_parts(parts: Sequence[str], block: int) -> bool:
 
 
 def _is_head(parts: Sequence[str], words: Sequence[str], block: int | None) -> bool:
-    """Whether this is of a head: one outside blocks, one of numbered heads, or one in a block."""
+    """Whether the parameter is of a head: outside blocks, of numbered heads, or in a block."""
     before = words[:block]
     if block is None or not _has_named_parts(parts, block):
         if any(map(_HEAD.search, before)):
@@ -202,23 +203,23 @@ def _kind_of_array(words: Sequence[str], shape: Sequence[int], matrix: str) -> s
 def select_linear(model: torch.nn.Module) -> Select:
     """Selects the weights of a model's linear layers, whatever their names.
 
-    These are the weights of `torch.nn.Linear` and of its subclasses, of transformers' `Conv1D`, and
-    of the projections in `torch.nn.MultiheadAttention`. Left are those that share their parameter
-    with an embedding, output heads (`get_output_embeddings()`, what a model of transformers has
-    outside its `base_model`, and what a head's name says) and routers of experts.
+    It selects the weights of `torch.nn.Linear` and of its subclasses, of transformers' `Conv1D`,
+    and of the projections in `torch.nn.MultiheadAttention`. It excludes weights that are shared
+    with an embedding, output heads (`get_output_embeddings()`, the modules of a transformers model
+    outside its `base_model`, and modules with the name of a head) and routers of experts.
 
-    Parameters are told by identity: the model may be wrapped (`DistributedDataParallel`,
-    `torch.compile`) or sharded (`fully_shard`), before this call or after it.
+    Parameters are identified by identity: the model may be wrapped (`DistributedDataParallel`,
+    `torch.compile`) or sharded (`fully_shard`), before or after this call.
 
     Args:
         model: The model, or a wrapper of it.
 
     Returns:
         (name, parameter) -> whether it is projected, for `make_optimizer(select=...)`. It raises
-        ValueError for what is no parameter of the model.
+        ValueError for a parameter that does not belong to the model.
 
     Raises:
-        ValueError: if `model` is no module.
+        ValueError: `model` is not a module.
 
     Example:
         >>> import torch, osd_torch
@@ -231,21 +232,21 @@ def select_linear(model: torch.nn.Module) -> Select:
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(
-            f"model is a {type(model).__name__}: expected a torch.nn.Module, such as the one "
-            "whose named_parameters() the optimizer gets"
+            f"model is a {type(model).__name__}: expected a torch.nn.Module, the one whose "
+            "named_parameters() the optimizer receives"
         )
     return LinearSelection(model)
 
 
 class LinearSelection:
-    """What `select_linear` returns."""
+    """The selection that `select_linear` returns."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self._find()
 
     def _find(self) -> None:
-        # Holds the parameters, so that no other object takes over their ids.
+        # Keeps references to the parameters, so that no other object reuses their ids.
         self._params = list(self.model.parameters())
         self._known = {id(param) for param in self._params}
         self._chosen = _linear_weights(self.model)
@@ -253,11 +254,11 @@ class LinearSelection:
     def __call__(self, name: str, param: Tensor) -> bool:
         """Whether the parameter is projected."""
         if id(param) not in self._known:
-            self._find()  # `fully_shard` has put other parameters into the modules
+            self._find()  # `fully_shard` has replaced the parameters of the modules
         if id(param) not in self._known:
             raise ValueError(
-                f"parameter '{name}' is none of the model's that select_linear was given: give it "
-                "the model whose named_parameters() the optimizer gets"
+                f"parameter '{name}' does not belong to the model given to select_linear: pass "
+                "the model whose named_parameters() the optimizer receives"
             )
         return id(param) in self._chosen
 
@@ -281,7 +282,7 @@ def _linear_weights(model: torch.nn.Module) -> set[int]:
 
 
 def _weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The matrices by which a module itself multiplies."""
+    """The matrices with which a module itself multiplies."""
     transformers = sys.modules.get("transformers.pytorch_utils")  # not imported: no such module
     linear: tuple[type, ...] = (torch.nn.Linear,)
     linear += (transformers.Conv1D,) if transformers else ()
@@ -299,20 +300,20 @@ def _weights(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _embeddings_and_heads(model: torch.nn.Module) -> set[int]:
-    """The ids of what embeddings and output heads hold, as the modules themselves tell."""
+    """The ids of the parameters of embeddings and output heads, according to the modules."""
     left: set[int] = set()
     for module in model.modules():
         if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
             left.add(id(module.weight))
         for method in ("get_input_embeddings", "get_output_embeddings"):
-            # Some models of transformers raise for what they do not have.
+            # Some models of transformers raise if they do not have one.
             with contextlib.suppress(Exception):
                 left.update(map(id, getattr(module, method)().parameters()))
     return left
 
 
 def _outside_base_models(model: torch.nn.Module) -> set[int]:
-    """The ids of what models of transformers have on top of their `base_model`."""
+    """The ids of the parameters of transformers models outside their `base_model`."""
     on_top: set[int] = set()
     for module in model.modules():
         base = getattr(module, "base_model", None)
@@ -322,7 +323,7 @@ def _outside_base_models(model: torch.nn.Module) -> set[int]:
     return on_top
 
 
-# ----------------------------------------------------------------------------------- in numbers
+# ----------------------------------------------------------------------------------- reporting
 
 
 def say_what_is_projected(
@@ -333,16 +334,16 @@ def say_what_is_projected(
     rank: int,
     chosen_here: bool,
 ) -> None:
-    """Logs how much is projected, and what is left and why; in the first process only.
+    """Logs how much is projected, and what is not and why; only in the first process.
 
-    A warning if linear maps inside the blocks are left and it was this library that chose.
+    It is a warning if the default selection excludes linear maps inside the blocks.
 
     Args:
-        named: All parameters that are trained.
-        projected: The names of those that are projected.
-        kinds: Of all parameters.
-        rank: Of the subspaces.
-        chosen_here: Whether the selection is this module's, and not one of the user's own.
+        named: All trained parameters.
+        projected: Names of the projected parameters.
+        kinds: Kinds of all parameters.
+        rank: Rank of the subspaces.
+        chosen_here: Whether the selection is the default, not one given by the user.
     """
     if not named or not is_first_process():
         return
@@ -354,13 +355,13 @@ def say_what_is_projected(
 def summary(
     shapes: dict[str, tuple[int, ...]], projected: Collection[str], *, kinds: Kinds, rank: int
 ) -> tuple[str, bool]:
-    """What is projected, in numbers, and what is left and why.
+    """A text with the numbers of projected parameters, and what is not projected and why.
 
     Args:
-        shapes: Of all parameters, by name.
-        projected: The names of those that are projected.
-        kinds: Of all parameters.
-        rank: Of the subspaces.
+        shapes: Shapes of all parameters, by name.
+        projected: Names of the projected parameters.
+        kinds: Kinds of all parameters.
+        rank: Rank of the subspaces.
 
     Returns:
         The text, and whether all linear maps inside the blocks are projected.
@@ -395,6 +396,6 @@ def _count(number: int, kind: str) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    """A percentage that reads 100 % or 0 % only where it is all or nothing."""
+    """A percentage that is 100 % or 0 % only if the share is all or nothing."""
     percent = 100 * part / whole if whole else 0.0
     return f"{percent if part in (0, whole) else min(max(percent, 0.1), 99.9):.3g} %"

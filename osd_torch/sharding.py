@@ -1,27 +1,27 @@
-"""Several processes: DDP, FSDP2, reduced sketches, and how the optimizer's state follows a weight.
+"""Several processes: DDP, FSDP2, reduced sketches, and the sharding of the optimizer's state.
 
-Whole weights (DDP). Every process holds all weights and all state. DDP averages the gradients; or
-nothing does, and `optimizer.reduce = mean_over_processes()` averages sketches in their place:
-R first, then A = G R^T with the averaged R, which is exact. The squared norm of an average cannot
-be computed from its parts, and an estimate stands in (`sketch.as_in_subspace`). It scales the
-gradient of P: SGD notices, and a rule that is free of scale only where the estimate is off by
-another factor from one step to the next.
+Replicated weights (DDP). Every process holds all weights and all state. DDP averages the gradients;
+alternatively `optimizer.reduce = mean_over_processes()` averages sketches instead: R first, then
+A = G R^T with the averaged R, which is exact. The squared norm of an average cannot be computed
+from the partial norms; an estimate replaces it (`sketch.as_in_subspace`). It scales the gradient of
+P: SGD is affected, and a scale-invariant rule only if the error factor of the estimate changes from
+step to step.
 
 Sharded weights (FSDP2, `fully_shard`). Weights, gradients and state are DTensors, and each process
-works on its part. With M (p, q) the gradient, its projected axis first:
+computes on its shard. With M (p, q) the gradient, its projected axis first:
 
                                         p is sharded     q is sharded
     P (p, r), and the state of its rule sharded alike    replicated
     R (r, q), and the moments of W      replicated       sharded alike
     summed over the processes           R, P^T A, P^T P  A
 
-`fully_shard` divides the rows, the output side. ||G||_F^2 and Adafactor's means are summed as well.
-A gradient is gathered whole only where P is set from its SVD; each process then keeps its part of
-P as the first one found it. Moments in 8 bits are sharded where their blocks of 256 values fit the
-parts, and are else replicated, so that the numbers and a checkpoint's tensors are the same for any
-number of processes.
+`fully_shard` shards the rows, the output side. ||G||_F^2 and Adafactor's means are summed as well.
+A gradient is all-gathered only when its SVD sets P; each process then keeps its shard of the P of
+the first process. 8-bit moments are sharded if their blocks of 256 values fit the shards, and
+replicated otherwise, so that the numbers and a checkpoint's tensors are the same for any number of
+processes.
 
-The functions below do nothing but arithmetic for plain tensors.
+For plain tensors the functions below only do arithmetic.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def process_count() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the processes; the tensor itself where there is one."""
+    """The sum of a tensor over the processes; the tensor itself with one process."""
     if process_count() == 1:
         return tensor
     total = tensor.clone()
@@ -64,17 +64,17 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes and shows, of several or the only one."""
+    """Whether this process writes and prints: the first of several, or the only one."""
     return process_index() == 0
 
 
 def process_index() -> int:
-    """The number of this process among those that train together, from 0."""
+    """The index of this process among those that train together."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process has, on every process."""
+    """All-gathers an object from each process."""
     if not dist.is_initialized():
         return [value]
     values = [None] * process_count()
@@ -83,17 +83,17 @@ def gathered(value: Any) -> list[Any]:
 
 
 def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
-    """A function that averages a tensor over the processes of a group.
+    """Returns a function that averages a tensor over the processes of a group.
 
     Args:
-        group: None: all processes.
+        group: The process group. None: all processes.
 
     Returns:
-        tensor -> tensor, of the same shape and dtype, equal on every process; it may write into
-        its argument. Every process must call it for the same tensors in the same order.
+        tensor -> tensor, with the same shape and dtype, equal on every process; it may modify its
+        argument. Every process must call it for the same tensors in the same order.
 
     Raises:
-        ValueError: if no process group is initialised.
+        ValueError: No process group is initialized.
 
     Example:
         >>> import torch, osd_torch
@@ -119,21 +119,25 @@ def mean_over_processes(group: dist.ProcessGroup | None = None) -> Reduce:
 
 
 def means_of(values: Sequence[float], reduce: Reduce, device: torch.device) -> list[float]:
-    """The mean over processes of each value, the same list on every one.
+    """The mean over processes of each value, the same list on every process.
 
     Args:
-        values: Of this process, as many on every process; of a flag the mean is the share of the
-            processes on which it is up.
+        values: Values of this process, equally many on every process; the mean of a flag is the
+            fraction of the processes that set it.
         reduce: The mean over processes.
-        device: That `reduce` serves.
+        device: A device that `reduce` supports.
     """
     return reduce(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
 def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
-    """The model in DistributedDataParallel, whose backward pass averages gradients.
+    """Wraps the model in DistributedDataParallel, whose backward pass averages gradients.
 
-    Its parameters lie on the CPU, or all on this process' GPU.
+    Args:
+        model: Its parameters are on the CPU, or all on this process's GPU.
+
+    Returns:
+        The wrapped model.
 
     Example:
         >>> import torch, osd_torch
@@ -148,14 +152,14 @@ def data_parallel(model: torch.nn.Module) -> DistributedDataParallel:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a DTensor, which shares its memory; any other tensor as it is."""
+    """This process's shard of a DTensor, which shares its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor) -> tuple[int, ...]:
-    """Which part of a DTensor this process holds: its place in each mesh dimension that shards it.
+    """Which shard of a DTensor this process holds: its place in each mesh dimension.
 
-    The same on processes that hold the same part; empty for what each process holds whole.
+    Equal on processes that hold the same shard; empty for a replicated tensor.
     """
     if not isinstance(tensor, DTensor):
         return ()
@@ -165,14 +169,14 @@ def part_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered on every process; any other tensor as it is."""
+    """A DTensor gathered on every process; any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def from_parts(
     part: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
 ) -> Tensor:
-    """The DTensor of a global shape whose part on this process is given; partial sums are summed.
+    """The DTensor of a global shape whose shard on this process is given; partial sums are summed.
 
     Args:
         part: Contiguous.
@@ -186,14 +190,14 @@ def from_parts(
 
 
 def parted_like(part: Tensor, like: Tensor) -> Tensor:
-    """The DTensor with the shape and placement of another; if that is none, the part itself."""
+    """The DTensor with the shape and placement of `like`; the shard itself if that is plain."""
     if not isinstance(like, DTensor):
         return part
     return from_parts(part.contiguous(), like.device_mesh, like.placements, like.shape)
 
 
 def settled(tensor: Tensor) -> Tensor:
-    """A DTensor with its partial sums summed over the processes; any other tensor as it is."""
+    """A DTensor with its partial sums summed over the processes; any other tensor unchanged."""
     if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
@@ -201,18 +205,19 @@ def settled(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A DTensor distributed over the processes as another one is; any other tensor as it is."""
+    """A DTensor with the placement of another one; any other tensor unchanged."""
     if not isinstance(tensor, DTensor) or not isinstance(like, DTensor):
         return tensor
     return tensor.redistribute(placements=like.placements)
 
 
 def distributed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor with the placement of another one: a DTensor if that is one, and else whole.
+    """A tensor with the placement of another one: a DTensor if that is one, else a plain one.
 
     Args:
-        tensor: Whole, the same on every process (if not, the first one's counts), or a DTensor.
-        like: Of the same global shape.
+        tensor: Not sharded and equal on every process (if not, the first one's values are used), or
+            a DTensor.
+        like: A tensor with the same global shape.
     """
     if not isinstance(like, DTensor):
         return whole(tensor)
@@ -222,15 +227,15 @@ def distributed_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The matrix product a b, each process multiplying what it holds, summed where it must be.
+    """The matrix product a b of shards on each process, summed where necessary.
 
     Args:
         a: (p, q).
-        b: (q, r), distributed so that no part need be fetched.
+        b: (q, r), sharded such that no shard needs to be fetched.
         multiply: The product of two plain matrices.
 
     Raises:
-        ValueError: for two DTensors of which one would have to be fetched.
+        ValueError: A shard of one of the DTensors would have to be fetched.
     """
     if not isinstance(a, DTensor) or not isinstance(b, DTensor):
         return multiply(a, b)
@@ -250,11 +255,11 @@ def _product_placement(a: Placement, b: Placement) -> Placement:
         return Shard(1)
     if a.is_shard(1) and b.is_shard(0):
         return Partial()
-    raise ValueError(f"matrices placed as {a} and {b} have no product without fetching parts")
+    raise ValueError(f"matrices placed as {a} and {b} cannot be multiplied without fetching shards")
 
 
 def mean(tensor: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """The mean along an axis, or of all values; right for uneven parts, too."""
+    """The mean along an axis, or of all values; also correct for uneven shards."""
     if not isinstance(tensor, DTensor):
         return tensor.mean() if dim is None else tensor.mean(dim=dim, keepdim=keepdim)
     total = tensor.sum() if dim is None else tensor.sum(dim=dim, keepdim=keepdim)
@@ -267,7 +272,7 @@ def squared_norm(tensor: Tensor) -> Tensor:
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """||M||_F^2 of each tensor; the sums over the processes that share some are one reduction."""
+    """||M||_F^2 of each tensor; the sums of tensors that are sharded alike use one reduction."""
     norms = []
     alike: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -288,7 +293,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 def squared_columns(matrix: Tensor) -> Tensor:
     """||M_j||^2 of each column: (p, q) -> (q,), in float32 (float64 for float64).
 
-    A DTensor, distributed as the columns are, where M is one.
+    A DTensor, sharded like the columns, if M is one.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     squares = torch.linalg.vector_norm(local(matrix), dim=0, dtype=wide).square()
@@ -325,7 +330,7 @@ def has_plain_placement(tensor: Tensor) -> bool:
 
 
 def first_axis_parts(tensor: Tensor) -> int | None:
-    """The parts that a tensor's first axis is in; None if another one is sharded, too."""
+    """The shards of a tensor's first axis; None if another axis is sharded too."""
     if not isinstance(tensor, DTensor):
         return 1
     sharded = [i for i, p in enumerate(tensor.placements) if p.is_shard()]
@@ -336,12 +341,12 @@ def first_axis_parts(tensor: Tensor) -> int | None:
 def zeros_along(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype, axes: Sequence[int | None]
 ) -> Tensor:
-    """Zeros with axes distributed over the processes as axes of `like` are.
+    """Zeros whose axes are sharded like axes of `like`.
 
     Args:
         like: A parameter.
         shape: The global shape.
-        dtype: Of the result.
+        dtype: dtype of the result.
         axes: For each axis of the result the axis of `like` that it follows, or None.
     """
     if not isinstance(like, DTensor):
@@ -357,7 +362,7 @@ def zeros_along(
 
 
 def shape_of(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of another dtype to make others like it; a plain one takes no memory."""
+    """A tensor with another dtype, as a template for others; a plain one takes no memory."""
     if isinstance(like, DTensor):
         return like.detach().to(dtype)
     return torch.empty((), dtype=dtype, device=like.device).expand(like.shape)
@@ -366,7 +371,7 @@ def shape_of(like: Tensor, dtype: torch.dtype) -> Tensor:
 def zeros_placed_as(
     like: Tensor, shape: Sequence[int], dtype: torch.dtype, replicate: bool = False
 ) -> Tensor:
-    """Zeros, distributed over the processes as `like` is, or held whole by each."""
+    """Zeros, sharded over the processes like `like`, or replicated."""
     if not isinstance(like, DTensor):
         return torch.zeros(shape, dtype=dtype, device=like.device)
     placements = [Replicate()] * like.device_mesh.ndim if replicate else like.placements
@@ -383,12 +388,12 @@ def on_host(values: Sequence[Tensor]) -> list[Tensor]:
 def all_finite(tensors: Sequence[Tensor], squares: Sequence[Tensor] | None = None) -> bool:
     """Whether every value is finite, on all processes that share a tensor; one device sync.
 
-    Two where the sum of the squares is not finite, which may have overflown: the largest absolute
-    value cannot, but takes 30 times as long on a CPU.
+    A second one if the sum of squares is not finite, because it may have overflowed: the largest
+    absolute value cannot overflow, but takes 30 times as long on a CPU.
 
     Args:
-        tensors: Any.
-        squares: Their squared norms, if they are known.
+        tensors: Any tensors.
+        squares: Their squared norms, if known.
     """
     known = on_host(squared_norms(tensors)) if squares is None else squares
     if not _on_any(not math.isfinite(sum(map(float, known))), tensors):
@@ -399,7 +404,7 @@ def all_finite(tensors: Sequence[Tensor], squares: Sequence[Tensor] | None = Non
 
 
 def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:
-    """Whether a flag is up on any of the processes that share the tensors."""
+    """Whether a flag is set on any of the processes that share the tensors."""
     shared = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
     if shared is None:
         return flag
@@ -409,6 +414,6 @@ def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:
 
 
 def _sum_of_parts(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """The sum of a small tensor over the processes that hold different parts."""
+    """The sum of a small tensor over the processes that hold different shards."""
     summands = [Partial() if p.is_shard() else Replicate() for p in placements]
     return local(from_parts(value, mesh, summands, value.shape))

@@ -1,9 +1,9 @@
-"""What a step reads of a gradient: R = P^T M, and the statistics that a rule names.
+"""The sketch of a gradient: R = P^T M and the statistics that the rules declare.
 
-A `Statistic` is one fact about a gradient: how it is computed, how it scales with the gradient, and
-how it is averaged over processes. So scaling, clipping, micro-batches and reduction are written
-here once, for all of them. `Needs` says which statistics a rule reads, and when it reads the
-gradient itself.
+A `Statistic` defines one quantity of a gradient: how to compute it, how it scales with the gradient
+and how to average it over processes. This module implements scaling, clipping, accumulation and
+reduction once for all statistics. `Needs` declares which statistics a rule reads, and when it reads
+the gradient itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from osd_torch.sharding import Reduce, local, matmul, squared_columns, squared_n
 class TwoSided(NamedTuple):
     """The bases of a matrix that is projected on both sides: (m, r) and (n, r).
 
+    Attributes:
+        output: The basis of the output side.
+        input: The basis of the input side.
+
     Example:
         >>> import torch
         >>> both = TwoSided(output=torch.eye(6, 2), input=torch.eye(8, 2))
@@ -36,16 +40,17 @@ Basis = Tensor | TwoSided
 
 
 class Statistic(NamedTuple):
-    """A fact about a gradient M (p, q) that a rule reads beside R.
+    """A quantity of a gradient M (p, q) that a rule reads in addition to R.
 
     Attributes:
         name: Its key in a sketch.
-        degree: In M: the statistic of c M is c ** degree times that of M.
+        degree: Its degree in M: the statistic of c M is c ** degree times that of M.
         of: (P, M, R) -> the value, float32 (float64 for float64 gradients).
-        estimate: None: the mean over processes of `of(P, M_i, R)`, with the mean R, is exact for
-            the mean of the parts M_i. Else the value cannot be computed from the parts, and
-            `estimate(a, b, c)` stands in: a is the mean of `of(P, M_i, R_i)`, b the mean of
-            `of(P, R_i, R_i)`, c is `of(P, R, R)`. For statistics that read M alone.
+        estimate: None if the mean over processes of `of(P, M_i, R)`, with the mean R, equals the
+            statistic of the mean of the parts M_i. Otherwise the value cannot be computed from the
+            parts, and `estimate(a, b, c)` approximates it, where a is the mean of `of(P, M_i,
+            R_i)`, b the mean of `of(P, R_i, R_i)` and c is `of(P, R, R)`. Only for statistics that
+            read M alone.
 
     Example:
         >>> import torch
@@ -62,15 +67,15 @@ class Statistic(NamedTuple):
 
 
 class Sketch(NamedTuple):
-    """What a step reads of a gradient M (p, q) with P (p, r).
+    """What a step reads of a gradient M (p, q) with basis P (p, r).
+
+    All tensors are float32 (float64 for float64 gradients). While P is fixed, the R of a sum of
+    gradients is the sum of their R's.
 
     Attributes:
         low_rank: R = P^T M, (r, q); two-sided: P_out^T M P_in, (r, r).
-        statistics: By name. Those of no dimension may lie on the CPU.
-        degrees: Of the statistics in M, by name.
-
-    All float32 (float64 for float64 gradients). R of a sum of gradients is the sum of their R's
-    while P is fixed.
+        statistics: The statistics by name. 0-dimensional ones may be on the CPU.
+        degrees: The degree of each statistic in M, by name.
 
     Example:
         >>> import torch
@@ -84,12 +89,12 @@ class Sketch(NamedTuple):
     degrees: dict[str, int]
 
     def scaled(self, factor: float) -> Sketch:
-        """The sketch of `factor` M."""
+        """Returns the sketch of `factor` M."""
         scale = lambda x, degree: x * factor**degree
         return self._each(scale)
 
     def scale_(self, factor: Tensor) -> None:
-        """Makes this the sketch of `factor` M, in place."""
+        """Turns this into the sketch of `factor` M, in place."""
 
         def scale(x: Tensor, degree: int) -> Tensor:
             part = local(x)
@@ -99,10 +104,10 @@ class Sketch(NamedTuple):
         self._each(scale)
 
     def part(self, share: float) -> Sketch:
-        """What this sketch of one part, a `share` of a sum, adds to the sum's sketch.
+        """The contribution of this sketch of one part, a `share` of a sum, to the sum's sketch.
 
-        R's add up to the sum's. Of each statistic, the mean over the parts stands in, where each
-        part is scaled up to a whole gradient by its share.
+        The R's add up to the sum's R. Each statistic is approximated by the mean over the parts,
+        with each part scaled up to a whole gradient by its share.
         """
         return self._each(lambda x, degree: x if share == 1 else _over(x, share, degree))
 
@@ -126,13 +131,13 @@ def _over(x: Tensor, share: float, degree: int) -> Tensor:
 
 
 class Needs(NamedTuple):
-    """What a rule reads of a gradient beside R.
+    """What a rule reads of a gradient in addition to R.
 
     Attributes:
-        statistics: At the steps at which the rule runs.
+        statistics: The statistics that it reads at the steps at which it runs.
         gradient: When it reads the gradient itself.
-        reason: Why it does; it becomes the error where only sketches are kept.
-        remedy: What to use there instead.
+        reason: Why it reads the gradient; the text of the error in modes that keep only sketches.
+        remedy: What to use instead in these modes.
 
     Example:
         >>> needs = Needs((COLUMN_ENERGIES,), "always", "it adds a part of the gradient")
@@ -147,21 +152,22 @@ class Needs(NamedTuple):
 
 
 def reading_gradient(needs: Iterable[Needs]) -> Needs | None:
-    """The needs of the first rule that reads the gradient at every step, if one does."""
+    """The needs of the first rule that reads the gradient at every step; None if there is none."""
     return next((each for each in needs if each.gradient == "always"), None)
 
 
 def merged(*statistics: Iterable[Statistic]) -> tuple[Statistic, ...]:
-    """All of several rules' statistics, each name once.
+    """The statistics of several rules, each name once.
 
     Raises:
-        ValueError: for two statistics of one name.
+        ValueError: Two statistics share a name.
     """
     by_name: dict[str, Statistic] = {}
     for statistic in (one for several in statistics for one in several):
         if by_name.setdefault(statistic.name, statistic) != statistic:
             raise ValueError(
-                f"two statistics have the name {statistic.name!r}: a sketch holds one of a name"
+                f"two different statistics are named {statistic.name!r}: names must be unique; "
+                "rename one"
             )
     return tuple(by_name.values())
 
@@ -173,15 +179,15 @@ def make_sketch(
     reduce: Reduce | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> Sketch:
-    """P and M -> the sketch of M.
+    """Computes the sketch of M with basis P.
 
     Args:
         basis: P.
-        matrix: M, or this process' part of a mean.
-        statistics: To take; each name once.
-        reduce: The mean over processes, if M is only a part. The parts are not reduced themselves:
-            R is reduced first, and each statistic as it says.
-        known: Values that the caller has already, by name; not of a part.
+        matrix: M, or this process's part of a mean.
+        statistics: The statistics to compute; each name once.
+        reduce: The mean over processes, if M is only a part. The parts themselves are not reduced:
+            R is reduced first, then each statistic as it declares.
+        known: Values already known to the caller, by name; not for a part.
     """
     statistics = tuple(statistics)
     degrees = {one.name: one.degree for one in statistics}
@@ -212,10 +218,10 @@ def make_sketch(
 
 
 def as_in_subspace(mean: Tensor, of_low_ranks: Tensor, of_low_rank: Tensor) -> Tensor:
-    """The estimate of a squared norm: the mean is shorter than its parts as R is than the R_i.
+    """Estimates the squared norm of a mean: it shrinks like R compared with the R_i.
 
-    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if the mean is shorter than its parts by as
-    much outside the subspace as inside it.
+    `mean ||M_i||^2 * ||R||^2 / mean ||R_i||^2`, exact if averaging shrinks the norm outside the
+    subspace by the same factor as inside.
     """
     limits = torch.finfo(of_low_ranks.dtype)
     is_normal = (limits.tiny <= of_low_ranks) & (of_low_ranks <= limits.max)
@@ -225,7 +231,7 @@ def as_in_subspace(mean: Tensor, of_low_ranks: Tensor, of_low_rank: Tensor) -> T
 def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
     """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64.
 
-    R lies in memory as M does, in the order of the moments that it meets.
+    R has the memory layout of M, which is that of the moments.
     """
     if isinstance(basis, TwoSided):
         return product(product(basis.output.mT, matrix), basis.input)
@@ -237,8 +243,8 @@ def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of a and b.
 
-    Both inputs are read in the narrower of their dtypes and the products accumulated, and
-    returned, in float32 (float64 for float64). Sharded inputs: see `sharding.matmul`.
+    Both inputs are read in the narrower of their dtypes; the products are accumulated and returned
+    in float32 (float64 for float64). Sharded inputs: see `sharding.matmul`.
     """
     return matmul(a, b, _plain_product)
 
@@ -269,7 +275,7 @@ CORRELATION = Statistic("correlation", 2, _correlation)
 """A = M R^T, (p, r)."""
 
 SQUARED_NORM = Statistic("squared_norm", 2, _squared_norm, as_in_subspace)
-"""||M||_F^2, of no dimension."""
+"""||M||_F^2, 0-dimensional."""
 
 COLUMN_ENERGIES = Statistic("column_energies", 2, _squared_columns, as_in_subspace)
 """c_j = ||M_j||^2 of each column, (q,); for P on one side."""

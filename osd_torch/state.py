@@ -1,4 +1,4 @@
-"""The state of a group's parameters: saved by name, checked, laid out, completed."""
+"""The state of a group's parameters: saving by name, checks, placement, completion."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from osd_torch.sketch import (
 )
 
 Group = dict[str, Any]
-# Of the names, in a parameter's state, of what P's optimizer keeps, and of what the lift keeps.
+# Prefixes of the names in a parameter's state: of P's optimizer and of the lift.
 PREFIX, LIFT_PREFIX = "projector_", "lift_"
-# Options of the rules of W: by these the groups of one optimizer differ from another's.
+# Options of the weight rules, in which the groups of one optimizer class differ from another's.
 RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
     "rule", "momentum",
 )  # fmt: skip
-OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by their names
+OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by name
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
-# State that lies on the CPU, where reading it costs no synchronisation.
+# State kept on the CPU, where reading it needs no synchronization.
 ON_HOST = ("step", "set_at")
 
 
@@ -35,10 +35,10 @@ def step_number(step: int) -> Tensor:
 
 
 def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's saved state with what earlier versions did not save.
+    """A parameter's saved state, completed with what earlier versions did not save.
 
-    They did not save when P was set, and where their first step was skipped they saved a P alone,
-    which the next step sets again.
+    They did not save when P was set; if their first step was skipped they saved only a P, which the
+    next step sets again.
     """
     if "step" not in state:
         return {}
@@ -48,17 +48,17 @@ def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def described(option: str, value: Any) -> Any:
-    """An option of a group as it is saved: a rule by its name, all else as it is."""
+    """An option of a group in its saved form: a rule by its name, all others unchanged."""
     if option not in OBJECTS or value is None or isinstance(value, str):
         return value
     return name_of_rule(value)
 
 
 def with_objects(optimizer: torch.optim.Optimizer, saved: list[Group]) -> list[Group]:
-    """Saved groups with the optimizer's own objects in the place of their names.
+    """Saved groups with the names of objects replaced by the optimizer's own objects.
 
     Raises:
-        ValueError: where a name is another one's.
+        ValueError: The name is that of another object.
     """
     groups = []
     for i, group in enumerate(saved):
@@ -72,32 +72,32 @@ def with_objects(optimizer: torch.optim.Optimizer, saved: list[Group]) -> list[G
 
 
 def check_lift_state(lift: Lift, new: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for a lift whose new state is not of the names and shapes of its first."""
+    """Raises ValueError for a lift whose new state differs from its initial state in structure."""
     for name, value in new.items():
         if name not in own or value.shape != own[name].shape:
             here = tuple(own[name].shape) if name in own else "absent"
             raise ValueError(
                 f"the lift {name_of_rule(lift)} returns state {name!r} of shape "
-                f"{tuple(value.shape)}: expected what its init makes, where it is {here}"
+                f"{tuple(value.shape)}: expected the shape of its init, {here}"
             )
 
 
 def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What a parameter's state keeps under names with a prefix, by the rest of the name."""
+    """The entries of a parameter's state with a prefix, by the rest of the name."""
     named = [(name, x) for name, x in state.items() if name.startswith(prefix)]
     return {name.removeprefix(prefix): x for name, x in named}
 
 
 def refuse_state(optimizer: torch.optim.Optimizer, what: str, there: object, here: object) -> None:
-    """Raises ValueError: a saved state differs from the optimizer that it is loaded into."""
+    """Raises ValueError: a saved state differs from the optimizer into which it is loaded."""
     raise ValueError(
-        f"the state is of another optimizer or model: {what} is {there} there and {here} in "
-        f"this {type(optimizer).__name__}; build it as it was built when the state was saved"
+        f"the state is of another optimizer or model: {what} is {there} there and {here} in this "
+        f"{type(optimizer).__name__}; build the optimizer as it was built when the state was saved"
     )
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel and torch.compile add to it."""
+    """A parameter's name without the prefixes of DistributedDataParallel and torch.compile."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
@@ -109,7 +109,7 @@ def basis_of(state: Mapping[str, Tensor]) -> Basis:
 
 
 def named_bases(basis: Basis) -> dict[str, Tensor]:
-    """P as a parameter's state holds it."""
+    """P as stored in a parameter's state."""
     if isinstance(basis, TwoSided):
         return {"basis_output": basis.output, "basis_input": basis.input}
     return {"basis": basis}
@@ -126,7 +126,7 @@ def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     """A parameter's name in an optimizer; without names, `group.position`.
 
     Raises:
-        ValueError: if the optimizer does not hold it.
+        ValueError: The optimizer does not hold it.
     """
     for i, group in enumerate(optimizer.param_groups):
         for name, other in named_parameters(group, prefix=f"{i}."):
@@ -134,5 +134,5 @@ def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
                 return name
     raise ValueError(
         f"this {type(optimizer).__name__} does not hold the parameter, of shape "
-        f"{tuple(param.shape)}: expected one of those that it was built with"
+        f"{tuple(param.shape)}: expected one of the parameters that it was built with"
     )

@@ -1,22 +1,22 @@
 """The optimizer: gradient -> sketch -> step of W -> step of P.
 
-Online Subspace Descent keeps an optimizer's state in a subspace of each weight matrix. All that
-it asks of a gradient G is a `Sketch` of it, and the work of one step on one parameter is three
-methods of `SubspaceOptimizer`:
+Online Subspace Descent keeps the optimizer state in a subspace of each weight matrix. It reads only
+a `Sketch` of a gradient G, and a step of one parameter consists of three methods of
+`SubspaceOptimizer`:
 
     refresh(group, param)          sets P from G, on the few steps that do so
     project(group, param)          -> Sketch: large in, small out
-    apply(group, param, sketch)    small in, large out: W, P and the moments move in place
+    apply(group, param, sketch)    small in, large out: updates W, P and the moments in place
 
-`step` is one after the other. Between `project` and `apply` no gradient need be alive:
+`step` calls them in this order. Between `project` and `apply` no gradient needs to be alive:
 
-    accumulate(param, share)       refresh, project, add to what is held, drop the gradient
-    clip_(optimizer, max_norm)     scales what is held, and the other gradients
-    step()                         applies what is held
+    accumulate(param, share)       refresh, project, add to the held sketch, drop the gradient
+    clip_(optimizer, max_norm)     scales the held sketches and the other gradients
+    step()                         applies the held sketches
 
-is how micro-batches, reduced sketches and layer-by-layer updates are made of it.
+Micro-batches, reduced sketches and layer-by-layer updates are built from these.
 
-A gradient is laid out as M, of shape (p, q): the axis that P projects, then the other one; for two
+A gradient is laid out as M, of shape (p, q): the axis that P projects, then the other axis; for two
 sides (output, input). P has shape (p, r), and its columns are the basis.
 """
 
@@ -107,45 +107,50 @@ from osd_torch.state import (
     with_objects,
 )
 
-# Options that are younger than some saved states, and what those were trained with: they let a
+# Options newer than some saved states, with the values that those were trained with: they let a
 # state_dict, pickle or checkpoint of an earlier version load.
 LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
     "basis": None, "lift": None, "side": None,
     "second_moment": "full", "first_moment": "full", "use_muon": False,
 }  # fmt: skip
-# Of these, where a state was saved without them, the optimizer's own are kept.
+# For these, if a state was saved without them, the optimizer keeps its own values.
 OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
 log = logging.getLogger("osd_torch")
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
-    """What the optimizer classes share: a rule for W, run in a subspace that a basis rule moves.
+    """Base of the optimizer classes: a weight rule in a subspace that a basis rule moves.
 
-    A parameter group with a `rank` is projected: for a gradient laid out as M, `R = P^T M`, the
-    rule turns R into a direction D, and the lift turns that into an update of W, such as
-    `W <- W - lr * scale * P D` (arXiv 2408.12857, equation 6). A group without one gets the same
-    rule at full rank.
+        R = P^T M,   D = rule(R),   W <- W - lr * scale * P D
 
-    State per parameter, contiguous tensors only: `step`; the moments in the shape of R, float32
-    (float64 for float64 parameters) or 8 bits; `basis`, or `basis_output` and `basis_input`;
-    `set_at`, the step at which P was set; the moments of P's optimizer, named with the prefix
-    `projector_`; and what the lift keeps, with the prefix `lift_`. All of it exists as soon as the
-    optimizer holds the parameter, so that it is the same on every process before the first step.
+    A parameter group with a `rank` is projected: for a gradient laid out as M, the rule turns R
+    into a direction D, and the lift turns D into an update of W, as above for the plain lift. A
+    group without a rank is trained with the same rule at full rank.
 
-    P is set from a gradient that has a direction: its squared norm is neither zero nor infinite.
-    Until the first one P is zero and `set_at` is -1, and the parameter takes steps of zero. A
-    refresh that is due at a gradient without direction takes place at the next one that has one.
+    The state of a parameter consists of contiguous tensors: `step`; the moments in the shape of R,
+    float32 (float64 for float64 parameters) or 8 bits; `basis`, or `basis_output` and
+    `basis_input`; `set_at`, the step at which P was set; the moments of P's optimizer, with the
+    prefix `projector_`; and the state of the lift, with the prefix `lift_`. All of it exists as
+    soon as the optimizer holds the parameter, so it is the same on every process before the first
+    step.
 
-    A step in which any gradient holds a value that is not finite changes nothing and is counted;
-    see `skipped_steps`. Finding out takes one device synchronisation a step. (Where sketches are
-    taken before that is known, P may have been set, and moments that follow it have followed; it is
-    set again at the next update. Where each parameter is stepped inside the backward pass, each is
-    a step: see `osd_torch.layerwise`.)
+    P is set from a nonzero gradient: its squared norm is neither zero nor infinite. Until the first
+    one P is zero and `set_at` is -1, and the parameter takes steps of zero. If the gradient is zero
+    when a refresh is due, the next nonzero one sets P.
+
+    A step with a non-finite value in any gradient changes nothing and is counted; see
+    `skipped_steps`. The check takes one device synchronization per step. (If sketches are computed
+    before this is known, P may have been set and its moments carried over; it is set again at the
+    next update. If each parameter is stepped inside the backward pass, each counts as a step: see
+    `osd_torch.layerwise`.)
 
     Attributes:
         held: The sketches that the next step applies, by parameter. Transient: `state_dict` does
-            not have them, and `zero_grad` drops them.
+            not contain them, and `zero_grad` drops them.
+
+    References:
+        arXiv 2408.12857, equation 6.
 
     Example:
         >>> import torch, osd_torch
@@ -162,7 +167,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     decays_first = False  # whether weight decay comes before the update
     _has_said_uncompiled = False
     _reduce: Reduce | None = None
-    _is_reduced = False  # whether what the next step applies is the same on every process already
+    _is_reduced = False  # whether what the next step applies is already equal on every process
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self.held: dict[Tensor, Sketch] = {}
@@ -170,7 +175,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         forward_reduce()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy, a loaded state or a pickle; nothing is held."""
+        """Restores a copy, a loaded state or a pickle; no sketches are held."""
         super().__setstate__(state)
         self.held = {}
         if "rank" in self.defaults:  # for groups that are added to a pickle
@@ -181,7 +186,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     group.setdefault(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceOptimizer:
-        """A copy that reduces as this one does; a pickle leaves `reduce` to be set again."""
+        """A copy with the same `reduce`; after unpickling, `reduce` must be set again."""
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -190,10 +195,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @property
     def reduce(self) -> Reduce | None:
-        """The mean over processes, where each has gradients of its own; None: they agree.
+        """The mean over processes, if each has its own gradients; None: gradients are equal.
 
-        Sketches are reduced with it in place of projected gradients, and those only where P is set
-        from them; other gradients are reduced whole.
+        It reduces sketches instead of projected gradients, which are reduced only when they set P;
+        other gradients are reduced as a whole.
         """
         return self._reduce
 
@@ -202,8 +207,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if reduce is not None and any(is_distributed(param) for param in params):
             raise ValueError(
-                "reduce is set, and the parameters are DTensors: their gradients are reduced by "
-                "fully_shard already, so leave reduce None"
+                "reduce is set, but the parameters are DTensors, whose gradients fully_shard "
+                "already reduces: leave reduce None"
             )
         self._reduce = reduce
 
@@ -216,7 +221,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def basis_rule(self, group: Group) -> BasisRule:
-        """The rule for this group's P."""
+        """The basis rule of this group."""
         raise NotImplementedError
 
     def lift(self, group: Group) -> Lift:
@@ -224,11 +229,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def projector_lr(self, group: Group) -> float:
-        """P's step size at the group's present learning rate."""
+        """P's step size at the group's current learning rate."""
         raise NotImplementedError
 
     def check_group(self, group: Group) -> None:
-        """Raises ValueError for an option out of range, naming it and the choices."""
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
         check_number("lr", group["lr"])
         check_number("weight_decay", group["weight_decay"])
         for name, param in named_parameters(group):
@@ -251,8 +256,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Adds a group of parameters, projected if it has a `rank`.
 
         Raises:
-            ValueError: for an option out of range, a dtype that is not float32, bfloat16 or
-                float64, or a projected parameter that is not a matrix.
+            ValueError: An option is out of range, a dtype is not float32, bfloat16 or float64, or a
+                projected parameter is not a matrix.
         """
         super().add_param_group(param_group)
         try:
@@ -266,9 +271,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self.state_of(group, param)
 
     def state_of(self, group: Group, param: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter; before its first step, what `init_state` makes.
+        """The state of a parameter; before its first step, the result of `init_state`.
 
-        It is made again where the model has moved to another device or dtype since then, or an
+        It is created again if the model has moved to another device or dtype since then, or an
         option of the group has changed.
         """
         state = self.state[param]
@@ -278,7 +283,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return state
 
     def _fits(self, group: Group, param: Tensor) -> bool:
-        """Whether a parameter's state is of its present device, dtype and options."""
+        """Whether a parameter's state matches its current device, dtype and options."""
         state, kinds = self.state[param], state_kinds(self, group, param)
         is_here = (x.device == param.device for name, x in state.items() if name not in ON_HOST)
         return {name: (x.shape, x.dtype) for name, x in state.items()} == kinds and all(is_here)
@@ -287,7 +292,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """A parameter's state before its first step: zeros, and no P.
 
         Args:
-            group: Of the parameter.
+            group: The parameter's group.
             like: The parameter, or a tensor with its shape, dtype, device and placement.
         """
         rule, wide = self.rule(group), accumulator_dtype(like.dtype)
@@ -304,8 +309,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         names = ("basis_output", "basis_input") if side == "both" else ("basis",)
         bases = {name: basis_along(axis) for name, axis in zip(names, projected, strict=True)}
         moments = self.basis_rule(group).init(basis_of(bases), side)
-        # R as the weight lies, with the rank in place of the projected axes: so the blocks of 8-bit
-        # moments are the release's.
+        # R in the layout of the weight, with the rank in place of the projected axis, so that the
+        # blocks of 8-bit moments are those of the release.
         shape = [rank if axis in projected else n for axis, n in enumerate(like.shape)]
         follows = [None if axis in projected else axis for axis in every_axis]
         low_rank = zeros_along(like, shape, wide, follows)
@@ -322,25 +327,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         }
 
     def observe(self, group: Group) -> None:
-        """Looks at a group's learning rate, before each step."""
+        """Reads a group's learning rate before each step."""
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
         """Takes one step with the held sketches and with the gradients in `grad`.
 
-        Parameters with neither are left alone. Within `torch.autocast` the step computes as it does
-        outside.
+        Parameters with neither stay unchanged. The step is unaffected by `torch.autocast`.
 
         Args:
-            closure: Evaluates the model anew and returns the loss.
+            closure: Reevaluates the model and returns the loss.
 
         Returns:
-            What the closure returned.
+            The result of the closure.
 
         Raises:
-            RuntimeError: for a sparse gradient.
-            ValueError: for a parameter with both a held sketch and a gradient.
+            RuntimeError: A gradient is sparse.
+            ValueError: A parameter has both a held sketch and a gradient.
         """
         loss = None
         if closure is not None:
@@ -356,7 +360,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if is_compiling and not self._has_said_uncompiled:
             self._has_said_uncompiled = True
             log.warning(
-                "torch.compile: steps of %s run uncompiled; compile the model alone",
+                "torch.compile: steps of %s run uncompiled; compile only the model",
                 type(self).__name__,
             )
         for group in self.param_groups:
@@ -367,8 +371,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         held, self.held = self.held, {}
         applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
         check_dense(self, applied)
-        # All that the host has to know of the gradients, in one synchronisation: whether they are
-        # finite, and the norms that scale P's. A held sketch's own is not that of its R.
+        # One synchronization transfers all that the host needs to know of the gradients: whether
+        # they are finite, and the norms that scale P's. The norm of a held sketch is not that of
+        # its R.
         squares = squared_norms(applied)
         numbers = [
             (sketch.statistics, name)
@@ -398,18 +403,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._is_reduced = False
 
     def present(self) -> Iterator[tuple[Group, Tensor]]:
-        """The parameters that the next step moves, each with its group.
+        """The parameters that the next step updates, each with its group.
 
         Raises:
-            ValueError: for one with both a held sketch and a gradient.
+            ValueError: A parameter has both a held sketch and a gradient.
         """
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param in self.held:
                     raise ValueError(
-                        f"parameter '{name_of(self, param)}' has a gradient beside the sketch of "
-                        "earlier ones: call accumulate after each backward pass, or zero_grad() to "
-                        "begin the update anew"
+                        f"parameter '{name_of(self, param)}' has a gradient in addition to the "
+                        "sketch of earlier ones: call accumulate after each backward pass, or "
+                        "zero_grad() to restart the update"
                     )
                 if param.grad is not None or param in self.held:
                     yield group, param
@@ -419,21 +424,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def accumulate(self, param: Tensor, share: float = 1.0) -> None:
         """Turns a projected parameter's gradient into a sketch, adds it to the held one, drops it.
 
-        The gradient is one micro-batch's part of the update's: parts add up, as backward passes
-        add to `grad`. R of their sum is exact. Of each statistic the mean over the parts' own
-        values stands in, each part scaled up to a whole gradient by its share. Where P is due to be
-        set, it is from the first part of the update that has a direction.
+        The gradient is one micro-batch's part of the update's gradient: parts add up, as backward
+        passes add to `grad`. R of their sum is exact. Each statistic is approximated by the mean
+        over the parts' own values, with each part scaled up to a whole gradient by its share. When
+        P is due, the first part of the update with a nonzero gradient sets it.
 
         Args:
-            param: With a `grad`.
-            share: This part's share of the update, such as its share of the tokens; all of them
-                add up to 1. A part with the share 0 adds nothing.
+            param: A parameter with a `grad`.
+            share: This part's share of the update, such as its share of the tokens; the shares sum
+                to 1. A part with share 0 adds nothing.
 
         Raises:
-            ValueError: for a share outside [0, 1], a parameter that is not projected, has no
-                gradient or is not the optimizer's, or if a rule needs the gradient itself when the
-                step is taken, or if with `reduce` set the processes call it for different
-                parameters or shares.
+            ValueError: The share is outside [0, 1]; the parameter is not projected, has no gradient
+                or is not the optimizer's; a rule needs the gradient itself when the step is taken;
+                or with `reduce` set the processes call it for different parameters or shares.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
@@ -441,8 +445,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
         if group["rank"] is None:
             raise ValueError(
-                f"parameter '{name}' is not projected, and has no sketch: leave its gradient where "
-                "it is; backward passes add to it"
+                f"parameter '{name}' is not projected and has no sketch: keep its gradient; "
+                "backward passes add to it"
             )
         check_sketch_suffices(self, group)
         if param.grad is None:
@@ -456,20 +460,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 names = ", ".join(repr(name_of(self, p)) for p in called_for)
                 raise ValueError(
                     f"processes call accumulate for different parameters: {names}; with reduce "
-                    "set, call it for the same ones in the same order on all of them, with a "
-                    "gradient of zeros where a process has none"
+                    "set, call it for the same parameters in the same order on all of them, with "
+                    "a gradient of zeros if a process has none"
                 )
             if abs(mean_share - share) > 1e-9:
                 raise ValueError(
-                    f"share is {share!r} for parameter '{name}' on this process, and {mean_share!r}"
-                    " in the mean of all: give it over all processes, the same on each"
+                    f"share is {share!r} for parameter '{name}' on this process, but "
+                    f"{mean_share!r} in the mean of all: give its share over all processes, the "
+                    "same on each"
                 )
         self.accumulate_agreed(group, param, share)
 
     @torch.no_grad()
     @without_autocast()
     def accumulate_agreed(self, group: Group, param: Tensor, share: float = 1.0) -> None:
-        """`accumulate` of a parameter that all processes have agreed on, and without its checks."""
+        """`accumulate` for a parameter on which all processes have agreed, without its checks."""
         if share:
             if self.is_due(group, param):
                 if self._reduce is not None:
@@ -482,10 +487,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     @without_autocast()
     def reduce_(self) -> None:
-        """Makes what the next step applies the same on every process, if `reduce` is set.
+        """If `reduce` is set, makes what the next step applies equal on every process.
 
         `step` and `clip_` call it. Gradients of projected parameters become held sketches. A
-        parameter that has a gradient on some processes only has one of zeros on the others.
+        parameter with a gradient on only some processes gets a zero gradient on the others.
         """
         if self._reduce is None or self._is_reduced:
             return
@@ -498,10 +503,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._is_reduced = True
 
     def is_due(self, group: Group, param: Tensor) -> bool:
-        """Whether P is to be set from the next gradient that has a direction.
+        """Whether the next nonzero gradient sets P.
 
-        It is at the first part of an update whose step the rule's clock names, and from then on as
-        long as no gradient with a direction has come.
+        True at the first part of an update whose step is a refresh of the rule's clock, and from
+        then on until a nonzero gradient arrives.
         """
         state = self.state_of(group, param)
         event = self.basis_rule(group).clock.event(int(state["step"]))
@@ -511,12 +516,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     @without_autocast()
     def refresh(self, group: Group, param: Tensor, square: Tensor | None = None) -> None:
-        """Sets P from the gradient where it is due, and the gradient has a direction.
+        """Sets P from the gradient if P is due and the gradient is nonzero.
 
         Args:
-            group: Of the parameter.
-            param: With a `grad`.
-            square: The squared norm of that, if it is known.
+            group: The parameter's group.
+            param: A parameter with a `grad`.
+            square: The squared norm of its gradient, if known.
         """
         if not self.is_due(group, param):
             return
@@ -536,11 +541,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         )
         state["set_at"].fill_(step)
         for x in of_prefix(state, PREFIX).values():
-            x.zero_()  # what P's optimizer knew was of the old P
+            x.zero_()  # the state of P's optimizer belongs to the old P
         self._transport(group, param, old)
 
     def moves(self, group: Group, param: Tensor) -> bool:
-        """Whether P moves at the next step: it does not at the one that sets it."""
+        """Whether P moves at the next step; it does not at the step that sets it."""
         state = self.state_of(group, param)
         step, set_at = int(state["step"]), int(state["set_at"])
         event = self.basis_rule(group).clock.event(step)
@@ -549,12 +554,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     @without_autocast()
     def project(self, group: Group, param: Tensor, square: Tensor | None = None) -> Sketch:
-        """The gradient of one projected parameter -> what its rules need of it.
+        """Computes the sketch of one projected parameter's gradient, with what its rules need.
 
         Args:
-            group: Of the parameter.
-            param: With a `grad`.
-            square: The squared norm of that, if it is known.
+            group: The parameter's group.
+            param: A parameter with a `grad`.
+            square: The squared norm of its gradient, if known.
         """
         state = self.state_of(group, param)
         matrix = to_matrix(_gradient(param), self.side(group, param))
@@ -569,7 +574,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
         """One step of W and of P from a sketch, in place.
 
-        The gradient itself is read only where a rule needs it.
+        Reads the gradient itself only if a rule needs it.
         """
         basis_rule, rule, lift = self.basis_rule(group), self.rule(group), self.lift(group)
         state, side = self.state_of(group, param), self.side(group, param)
@@ -603,11 +608,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         t = step // every - int(state["set_at"]) // every
         lr = self.projector_lr(group)
         moved = rule.move_(basis, side, sketch, of_prefix(state, PREFIX), t, lr)
-        if moved and lr:  # with a step size of 0 P stays
+        if moved and lr:  # with a step size of 0 P stays unchanged
             self._transport(group, param, old)
 
     def _transport(self, group: Group, param: Tensor, old: Basis) -> None:
-        """Carries the moments of R over from the old P to the present one, where that is asked."""
+        """Carries the moments of R over from the old P to the current one, if requested."""
         state = self.state[param]
         taken = int(state["step"])
         if group.get("transport_moments") and taken:
@@ -625,18 +630,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         add_(param, direction, *self.coefficients(group, rate), key)
 
     def full_rank_direction(self, group: Group, direction: Tensor) -> Tensor:
-        """What is made of the rule's direction for a parameter that is not projected."""
+        """Transforms the rule's direction for a parameter that is not projected."""
         return direction
 
     def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
-        """What the rule gets of a parameter that is not projected, in float32 or float64."""
+        """The input of the rule for a parameter that is not projected, in float32 or float64."""
         return _gradient(param).to(accumulator_dtype(param.dtype))
 
     def rounding_key(self, group: Group, param: Tensor, step: int) -> str | None:
-        """Names the random bits that round a weight at a step, from 0; None: it rounds to nearest.
+        """Identifies the random bits that round a weight at a step, from 0; None: to nearest.
 
-        So a resumed run repeats the bits, and so does every process that holds the same part of the
-        weight. Parts of a sharded weight have bits of their own.
+        A resumed run repeats the bits, and so does every process that holds the same shard of the
+        weight. Different shards have different bits.
         """
         if not group.get("stochastic_rounding") or param.dtype != torch.bfloat16:
             return None
@@ -649,22 +654,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return (-rate if self.decays_first else -rate * keep), keep
 
     def state_dict(self) -> StateDict:
-        """As in torch; rules that are objects are saved by their names."""
+        """As in torch; rule objects are saved by name."""
         state_dict = super().state_dict()
         groups = [{k: described(k, x) for k, x in g.items()} for g in state_dict["param_groups"]]
         return {**state_dict, "param_groups": groups}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restores what `state_dict` returned, to continue bit for bit.
+        """Restores a `state_dict`, to continue bit for bit.
 
-        Copies the tensors and keeps their dtypes, where `torch.optim.Optimizer` would cast the
-        float32 moments of a bfloat16 parameter to bfloat16. Each gets the placement that its
-        parameter asks for: whole state may be loaded where parameters are sharded. As in torch, the
-        groups' options become the saved ones.
+        It copies the tensors and keeps their dtypes, whereas `torch.optim.Optimizer` would cast the
+        float32 moments of a bfloat16 parameter to bfloat16. Each tensor gets the placement of its
+        parameter: unsharded state can be loaded into sharded parameters. As in torch, the groups'
+        options become the saved ones.
 
         Raises:
-            ValueError: for the state of another optimizer, or of other parameters, by the first
-                difference. Nothing is changed.
+            ValueError: The state belongs to another optimizer or other parameters; the message
+                names the first difference. Nothing is changed.
         """
         saved = state_dict["param_groups"]
         own = [{k: g[k] for k in OWN_OPTIONS if k in g} for g in self.param_groups]
@@ -677,7 +682,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         state_dict = {**state_dict, "state": states}
         check_state(self, state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        forward_reduce()  # accelerate, which may not have been imported before, calls this
+        forward_reduce()  # called by accelerate, which may not have been imported before
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, param in zip(saved["params"], group["params"], strict=True):
                 if state := states.get(index):
@@ -686,7 +691,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     self.state_of(group, param)
 
     def _placed(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the tensors of a parameter's state, contiguous and placed for it."""
+        """Copies of the tensors of a parameter's state, contiguous and with its placement."""
         own = self.init_state(group, param) if is_distributed(param) else {}
 
         def placed(name: str, value: Tensor) -> Tensor:
@@ -700,9 +705,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
 
 def forward_reduce() -> None:
-    """Lets `prepared.reduce = ...` reach the optimizer in `accelerate`'s wrapper.
+    """Forwards `prepared.reduce = ...` to the optimizer in `accelerate`'s wrapper.
 
-    The wrapper passes methods on, but keeps an attribute that is set to itself.
+    The wrapper forwards methods, but keeps an attribute that is set on itself.
     """
     wrapper = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
     if wrapper is not None and not hasattr(wrapper, "reduce"):
@@ -720,10 +725,10 @@ def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def zero_where_others_have_gradients(
     optimizer: torch.optim.Optimizer, reduce: Reduce, held: Container[Tensor] = ()
 ) -> None:
-    """Gives a gradient of zeros to each parameter that has one on other processes only.
+    """Gives a zero gradient to each parameter that has a gradient only on other processes.
 
     Args:
-        optimizer: Of the parameters.
+        optimizer: The optimizer of the parameters.
         reduce: The mean over processes.
         held: Parameters that count as having a gradient.
     """
@@ -745,8 +750,8 @@ def add_lifted_(
 ) -> None:
     """W <- beta W + alpha * then(P D + rest) in place, rounded once.
 
-    The plain lift takes no temporary of W's size. The exceptions are a weight that is rounded
-    stochastically, and one in bfloat16 on a CPU, whose products in bfloat16 are slow.
+    The plain lift needs no temporary of W's size, except for a weight that is rounded
+    stochastically and for a bfloat16 weight on a CPU, where bfloat16 products are slow.
     """
     direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
     is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
@@ -766,7 +771,7 @@ def update_of(basis: Basis, lifted: Lifted) -> Tensor:
     if lifted.low_rank is None:
         if lifted.rest is None:
             raise ValueError("a lift returned neither a direction nor a rest: expected one of them")
-        # `then` may write into its argument, and the rest may be the gradient.
+        # `then` may modify its argument, and the rest may be the gradient.
         update = lifted.rest if lifted.then is None else lifted.rest.clone()
     else:
         update = lift(basis, lifted.low_rank)
@@ -785,13 +790,13 @@ def add_(
         direction: D.
         alpha: Its factor.
         beta: W's factor.
-        rounding_key: Rounds a W in bfloat16 stochastically, from float32, by the bits that this
-            names. None: to nearest.
+        rounding_key: Rounds a bfloat16 W stochastically, from float32, with the bits that this key
+            identifies. None: to nearest.
     """
     weight, direction = local(weight), local(direction)
     if rounding_key is not None:
         direction = direction.to(torch.float32)
-    result = weight.to(direction.dtype)  # W itself where the dtypes agree
+    result = weight.to(direction.dtype)  # W itself if the dtypes are equal
     if beta != 1:
         result.mul_(beta)
     result.add_(direction, alpha=alpha)
@@ -807,7 +812,7 @@ def needs_of(optimizer: SubspaceOptimizer, group: Group) -> list[Needs]:
 
 
 def is_sketched(optimizer: SubspaceOptimizer, group: Group) -> bool:
-    """Whether a step of this group can be taken from sketches alone."""
+    """Whether a step of this group can be computed from sketches alone."""
     return group["rank"] is not None and reading_gradient(needs_of(optimizer, group)) is None
 
 
@@ -816,8 +821,8 @@ def check_sketch_suffices(optimizer: SubspaceOptimizer, group: Group) -> None:
     needs = None if group["rank"] is None else reading_gradient(needs_of(optimizer, group))
     if needs is not None:
         raise ValueError(
-            f"{needs.reason}, and there only its sketch is kept (micro-batches or clipping, layer "
-            f"by layer): use {needs.remedy}, or one micro-batch and no clipping"
+            f"{needs.reason}, but only its sketch is kept here (layer-by-layer updates with "
+            f"micro-batches or clipping): use {needs.remedy}, or one micro-batch and no clipping"
         )
 
 
@@ -842,7 +847,7 @@ def state_kinds(
 
 
 def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
-    """Raises ValueError unless a `state_dict` is of such an optimizer with such parameters."""
+    """Raises ValueError unless a `state_dict` belongs to such an optimizer with such parameters."""
     refuse = functools.partial(refuse_state, optimizer)
     kept, own = state_dict["param_groups"], optimizer.param_groups
     if len(kept) != len(own):
@@ -864,7 +869,7 @@ def check_state(optimizer: SubspaceOptimizer, state_dict: StateDict) -> None:
         optimizer.check_group(merged)
         for index, (name, param) in zip(saved["params"], named, strict=True):
             state = state_dict["state"].get(index, {})
-            if not state:  # it has taken no step
+            if not state:  # it has not taken a step
                 continue
             wanted = {k: shape for k, (shape, _) in state_kinds(optimizer, merged, param).items()}
             for part in sorted({*state, *wanted}):

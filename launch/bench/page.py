@@ -1,4 +1,4 @@
-"""`docs/benchmark.md` and its picture, made from what was measured; `_cuda` of a GPU.
+"""Writes `docs/benchmark.md` and its figure from the measurements; `_cuda` for a GPU.
 
 The page's text stands in `page.md` beside this file, in sections of `string.Template`.
 """
@@ -18,7 +18,7 @@ from launch.trainer.files import write_atomic
 
 MODES = ("optimizer", "train", "memory")
 PRODUCTS = (
-    # what it is, operations and numbers read and written, of M (p, q) and P (p, r)
+    # Product, formula, and (operations, numbers read and written) for M (p, q) and P (p, r).
     ("R = P^T M", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + p * r + q * r)),
     ("W += P D", "2 p q r", lambda p, q, r: (2 * p * q * r, 2 * p * q + p * r + q * r)),
     ("A = M R^T", "2 p q r", lambda p, q, r: (2 * p * q * r, p * q + q * r + p * r)),
@@ -34,17 +34,17 @@ NUMBERS_MOVED = (
 
 
 def floor_of(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Operations of the seven products, and the numbers that they read and write at least."""
+    """Operations of the seven products, and the least count of numbers that they read and write."""
     p, q = sorted(shape)
     each = [count(p, q, rank) for _, _, count in PRODUCTS]
     return sum(ops for ops, _ in each), sum(numbers for _, numbers in each)
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """What was measured, by mode.
+    """The measurements, by mode.
 
     Raises:
-        UsageError: there is nothing, or a file is damaged.
+        UsageError: The folder holds no results, or a file is damaged.
     """
     found = {}
     for mode in MODES:
@@ -62,7 +62,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 
 def write(results: Mapping[str, Any], docs: Path) -> Path:
-    """Writes the page, its numbers and its picture into a folder; returns the page's path."""
+    """Writes the page, its data and its figure into a folder; returns the page's path."""
     docs.mkdir(parents=True, exist_ok=True)
     name = stem(results)
     write_atomic(docs / f"{name}.json", json.dumps(results, indent=1) + "\n")
@@ -73,10 +73,10 @@ def write(results: Mapping[str, Any], docs: Path) -> Path:
 
 
 def stem(results: Mapping[str, Any]) -> str:
-    """The page's name: a GPU has one of its own.
+    """The page's name, separate for a GPU.
 
     Raises:
-        UsageError: the results are of several devices.
+        UsageError: The results are from several devices.
     """
     devices = sorted({found["how"]["device"] for found in results.values()})
     if len(devices) > 1:
@@ -163,8 +163,8 @@ def _floors(records: Sequence[report.Record]) -> str:
 def _in_short(records: Sequence[report.Record]) -> str:
     titles = (
         "matrix", "framework", "step over floor", "published way over step",
-        "published way over floor", "step over GaLore's: what P moved at every step costs",
-        "P moved every 10th over GaLore's", "step over full-rank AdamW's",
+        "published way over floor", "step over GaLore's: the cost of moving P at every step",
+        "P moved every 10 steps over GaLore's", "step over full-rank AdamW's",
         "floor over full-rank AdamW's",
     )  # fmt: skip
     body = []
@@ -194,19 +194,20 @@ def _trained(how: Mapping[str, Any]) -> str:
 
 
 def about(found: Mapping[str, Any]) -> str:
-    """The machine, the date and the versions of a measurement."""
+    """Machine, date and versions of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     device = "" if found["device"] == "cpu" else f", {found['device']}"
     return (
         f"{found['machine']}: {found['cpu']}{device}, {found['threads']} threads, "
         f"{found['system']}, {found['date']}; {found['how']['rounds']} rounds, "
-        f"{found['how']['dtype']}; {versions}. Load average {found['load']}: where it is more than "
-        f"the {found['threads']} threads, other programs ran beside, and widened the quartiles."
+        f"{found['how']['dtype']}; {versions}. Load average {found['load']}: if it exceeds the "
+        f"{found['threads']} threads, other programs ran at the same time and widened the "
+        "quartiles."
     )
 
 
 def command(mode: str, found: Mapping[str, Any]) -> str:
-    """The command line that measured."""
+    """The command line of a measurement."""
     given = {k: v for k, v in found["how"].items() if v is not None}
     flags = " ".join(
         f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,4 +1,4 @@
-"""Tables and plots of what was measured."""
+"""Tables and plots of the measurements."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from launch.trainer.files import atomic
 
 Record = Mapping[str, Any]
-Columns = Mapping[str, Callable[[Record], str]]  # by their titles: a cell of a record
+Columns = Mapping[str, Callable[[Record], str]]  # title -> cell of a record
 COLORS = {"torch": "tab:orange", "jax": "tab:blue"}
 
 
 def title(record: Record) -> str:
-    """What a record's case is, such as `512x1376, rank 128 (60M)`."""
+    """The case of a record, such as `512x1376, rank 128 (60M)`."""
     m, n = record["shape"]
     return f"{m}x{n}, rank {record['rank']} ({record['model']})"
 
@@ -57,7 +57,7 @@ OPTIMIZER_COLUMNS: Columns = {
     "published way over it": lambda r: ratio(r["published_over_this"]),
     "over GaLore": lambda r: ratio(r["over_galore"]),
     "over full-rank AdamW": lambda r: ratio(r["over_full_rank"]),
-    "step and SVD": lambda r: svd_note(r),
+    "breakdown": lambda r: svd_note(r),
 }
 
 
@@ -82,14 +82,14 @@ def megabytes(value: int) -> str:
 
 
 def svd_note(record: Record) -> str:
-    """How an amortised step is made up."""
+    """The parts of an amortized step."""
     if "svd" not in record:
         return ""
     return f"step {milliseconds(record['step_alone'])}, SVD {milliseconds(record['svd'])} / 200"
 
 
 def rates_text(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """What the machine can do at best, in a sentence for each framework."""
+    """The peak rates of the machine, one sentence per framework."""
     return "\n".join(
         f"{framework}: a large product {_with_quartiles(of['product'], 1e-9)} GFLOP/s, a copy "
         f"{_with_quartiles(of['copy'], 1e-9)} GB/s"
@@ -100,7 +100,7 @@ def rates_text(rates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
 def rows(
     records: Iterable[Record], columns: Mapping[str, Callable[[Record], str]]
 ) -> list[list[str]]:
-    """A table's rows; what is missing says so in its second cell."""
+    """A table's rows; a missing record gives the reason in its second cell."""
     return [
         [record["contender"], record["missing"], *[""] * (len(columns) - 2)]
         if "missing" in record
@@ -140,7 +140,7 @@ PARTS_HEADER = ("part, forward and backward", "torch, ms", "jax, ms")
 
 
 def parts_rows(parts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[list[str]]:
-    """A row for each part of the model: its time in either framework."""
+    """One row per part of the model: its time in each framework."""
     return [[part, *(milliseconds(of[name]) for name in COLORS)] for part, of in parts.items()]
 
 
@@ -155,11 +155,11 @@ def memory_text(records: Sequence[Record]) -> str:
 
 
 def plot_all(results: Mapping[str, Sequence[Record]], out: Path) -> None:
-    """Draws what was measured into one picture: each case's steps, train steps and memory.
+    """Draws the measurements into one figure: the steps of each case, train steps and memory.
 
     Args:
         results: Records by mode, any of "optimizer", "train" and "memory".
-        out: The picture.
+        out: Path of the figure.
     """
     from matplotlib.figure import Figure
 

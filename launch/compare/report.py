@@ -1,4 +1,4 @@
-"""What the runs say: the page, its figures and its pictures."""
+"""Summarizes the runs: the page, its numbers and its figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launch.trainer.files import atomic, write_atomic
 
 Run = Mapping[str, Any]
 SEARCHED = (TUNING_SEED, SECOND_SEED)
-# Pairs whose difference the page states: (method, what it is to be better than or near to).
+# Pairs whose difference the page reports: (method, its reference).
 PAIRS = (
     ("osd_muon", "adamw"), ("osd_muon_low", "adamw"), ("osd_muon_small", "adamw"),
     ("osd_muon", "muon"), ("osd_muon_low", "muon"), ("osd_muon", "stateless"),
@@ -28,13 +28,13 @@ RECOMMENDED = "osd_muon_small"
 
 
 class Summary(NamedTuple):
-    """What is known of a method in a setting.
+    """The results of a method in a setting.
 
     Attributes:
-        config: That was confirmed, or is the best so far.
-        losses: Of the seeds that confirm it, by seed; inf: the run failed.
-        trials: The losses of the search, by configuration.
-        curve: Training loss of the first of these seeds.
+        config: The confirmed configuration, or the best so far.
+        losses: Validation loss by confirming seed; inf if the run failed.
+        trials: Validation loss of the search, by configuration.
+        curve: Training loss of the first confirming seed.
     """
 
     config: Config
@@ -44,33 +44,33 @@ class Summary(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Of the seeds, in nats."""
+        """Mean validation loss over the seeds, in nats."""
         return statistics.mean(self.losses.values()) if self.losses else math.inf
 
 
 class Difference(NamedTuple):
-    """A paired difference: its mean and half of its 95 % interval, in nats."""
+    """A paired difference: its mean and half the width of its 95 % interval, in nats."""
 
     mean: float
     half: float
 
     def __str__(self) -> str:
-        """Such as -0.120 ± 0.011."""
+        """For example -0.120 ± 0.011."""
         return f"{self.mean:+.3f} ± {self.half:.3f}"
 
 
 def config_of(run: Run) -> Config:
-    """What was tuned of a run."""
+    """The tuned values of a run."""
     return Config(run["lr"], run["full_lr"], run["own"])
 
 
 def loss_of(run: Run) -> float:
-    """Of validation, in nats; inf: the run failed."""
+    """Validation loss in nats; inf if the run failed."""
     return math.inf if run["loss"] is None else float(run["loss"])
 
 
 def summary(runs: Iterable[Run], setting: str, method: str) -> Summary | None:
-    """What is known of a method in a setting; None: nothing."""
+    """The results of a method in a setting; None if it has no runs."""
     own = [run for run in runs if run["setting"] == setting and run["method"] == method]
     if not own:
         return None
@@ -89,7 +89,7 @@ def summary(runs: Iterable[Run], setting: str, method: str) -> Summary | None:
 
 
 def best_config(runs: Iterable[Run], setting: Setting, method: str) -> Config | None:
-    """The best configuration of a method by the longest shorter runs of the same model."""
+    """The best configuration of a method in the longest of the shorter runs of the same model."""
     runs = list(runs)
     names = {run["setting"] for run in runs}
     shorter = {name for name in names if name.rpartition("-")[0] == setting.family}
@@ -101,7 +101,7 @@ def best_config(runs: Iterable[Run], setting: Setting, method: str) -> Config | 
 
 
 def difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
-    """The mean of paired differences with its interval by Student's t; None: under two pairs."""
+    """Mean paired difference with its Student's t interval; None with fewer than two pairs."""
     from scipy import stats
 
     seeds = sorted(losses.keys() & others.keys())
@@ -113,7 +113,7 @@ def difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Diff
 
 
 def write(runs: Sequence[Run], out: Path) -> None:
-    """Writes OUT/README.md and its pictures from the kept runs."""
+    """Writes OUT/README.md and its figures from the stored runs."""
     settings = sorted({run["setting"] for run in runs})
     parts = [*_head(runs)]
     for setting in settings:
@@ -126,7 +126,7 @@ def write(runs: Sequence[Run], out: Path) -> None:
 
 
 def headline(runs: Sequence[Run], setting: str, names: Iterable[str]) -> list[str]:
-    """The confirmed methods of a setting, those that learn best first, in Markdown."""
+    """The confirmed methods of a setting, lowest loss first, in Markdown."""
     found = {name: one for name in names if (one := summary(runs, setting, name))}
     found = to_draw(found)
     bar = found[BAR]
@@ -147,37 +147,38 @@ def _head(runs: Sequence[Run]) -> list[str]:
     return [
         "# How the methods compare",
         "",
-        "`python -m launch.compare` trains every method with the same tokens, batch, order of the "
-        "data, initial weights and precision, linear warmup over 10 % of the updates and a cosine "
-        "to 10 % of the peak. Embedding, head and norms are trained by Adam at a rate of their own "
-        "in every method but `AdamW, one rate`; that rate was tuned with AdamW, beside its trials, "
-        f"and is shared by all. Each method then has at most {TRIALS} trials with one seed: its "
-        "rate is doubled or halved as long as that is better, for half of the trials at most; then "
-        "three settings of Adam's betas or of the momentum are tried, a fourth beyond them where "
-        f"the best is at the edge. With the best the rate is doubled or halved again, {MORE} times "
-        "at most beyond these trials; a rate that still is the least or the largest that was tried "
-        "with its flags is marked. "
-        "The two best are trained with a second seed, and the better of the two with the seeds "
-        "below, which pair the methods: the same data and, for a seed, the same start. Loss is the "
-        "mean over held-out tokens, in nats, at the end of a whole schedule.",
+        "`python -m launch.compare` trains every method with the same tokens, batch, data order, "
+        "initial weights and precision, with linear warmup over 10 % of the updates and a cosine "
+        "decay to 10 % of the peak. In every method except `AdamW, one rate`, Adam trains "
+        "embedding, head and norms with a separate learning rate; that rate is tuned with AdamW, "
+        "in addition to AdamW's trials, and shared by all methods. Each method then has at most "
+        f"{TRIALS} trials with one seed. First its learning rate is doubled or halved while that "
+        "lowers the loss, for at most half of the trials; then three settings of Adam's betas or "
+        "of the momentum are tried, and a fourth beyond them if the best is at the edge. With "
+        f"the best setting the learning rate is doubled or halved again, with at most {MORE} "
+        "additional trials; a learning rate that is still the smallest or the largest tried with "
+        "its flags is marked. The two best configurations are trained with a second seed, and "
+        "the better of the two with the seeds below, which pair the methods: the same data and, "
+        "for each seed, the same initial weights. The loss is the mean over held-out tokens, in "
+        "nats, at the end of a whole schedule.",
         "",
-        f"{len(runs)} runs, on {', '.join(machines)}; all are in "
-        "[runs.jsonl](runs.jsonl), with their flags. The intervals are not corrected for their "
-        "number; the bars of the pictures are standard deviations over the seeds. Nothing here "
-        "says how methods rank on larger models or more tokens.",
+        f"{len(runs)} runs, on {', '.join(machines)}; [runs.jsonl](runs.jsonl) contains all of "
+        "them, with their flags. The intervals are not corrected for multiple comparisons; the "
+        "error bars of the figures are standard deviations over the seeds. These results do not "
+        "show how the methods rank on larger models or with more tokens.",
     ]
 
 
 def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
-    """The part of a page on one setting."""
+    """The section of the page on one setting."""
     model = setting.partition("-")[0]
     bar = found.get(BAR)
     ranked = sorted(found.items(), key=lambda item: item[1].mean)
     picture = f"![loss against state, and over the run]({setting}.png)"
     lines = [
         "", f"## {setting}", "", *([picture, ""] if to_draw(found) else []),
-        "| method | state, % of AdamW's numbers | bytes | rate | its own | validation loss | "
-        "minus AdamW's, 95 % interval | of each seed |",
+        "| method | state, % of AdamW's numbers | bytes | learning rate | other flags | "
+        "validation loss | minus AdamW's, 95 % interval | each seed |",
         "|---|---:|---:|---:|---|---:|---:|---|",
     ]  # fmt: skip
     for name, one in ranked:
@@ -198,7 +199,7 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
         ]
     lines += [
         "",
-        "Every trial, validation loss with one seed:",
+        "Validation loss of every trial, with one seed:",
         "",
         "| method | trials |",
         "|---|---|",
@@ -209,14 +210,14 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
 
 
 def rate_text(one: Summary) -> str:
-    """The rate, and whether a trial with the same flags is lacking on one side of it."""
+    """The learning rate, marked if it has no trial with the same flags on one side."""
     rates = [x.lr for x in one.trials if x._replace(lr=one.config.lr) == one.config]
     inside = bool(rates) and min(rates) < one.config.lr < max(rates)
-    return f"{one.config.lr:g}" + ("" if inside else ", an edge of its trials")
+    return f"{one.config.lr:g}" + ("" if inside else ", at the edge of its trials")
 
 
 def trials_text(one: Summary) -> str:
-    """The trials of a search, by what was tuned."""
+    """The trials of a search, grouped by the method's own flags."""
     by_own: dict[str, list[str]] = defaultdict(list)
     for config, loss in sorted(one.trials.items()):
         own = _plain(config.own)
@@ -234,17 +235,18 @@ def _text(loss: float) -> str:
 
 
 def state_section() -> list[str]:
-    """The state of all methods at larger sizes."""
+    """The section on the state of all methods at larger model sizes."""
     return [
         "", "## State", "",
-        "All arrays of the optimizer, embedding, head and P's own moments included, in percent of "
-        "AdamW's by count and by bytes.", "",
+        "All arrays of the optimizer, including those of embedding and head and the moments of "
+        "P, in "
+        "percent of AdamW's, by count and by bytes.", "",
         *shares_table(METHODS),
     ]  # fmt: skip
 
 
 def shares_table(names: Iterable[str]) -> list[str]:
-    """The state of some methods at larger sizes, in percent of AdamW's, in Markdown."""
+    """The state of methods at larger model sizes, in percent of AdamW's, in Markdown."""
     lines = [
         "| method | " + " | ".join(f"{size.upper()}, numbers | bytes" for size in SIZES) + " |",
         "|---|" + "---:|---:|" * len(SIZES),
@@ -257,14 +259,14 @@ def shares_table(names: Iterable[str]) -> list[str]:
 
 
 def to_draw(found: Mapping[str, Summary]) -> dict[str, Summary]:
-    """The methods that are confirmed by two seeds or more; none where there are not two of them."""
+    """The methods confirmed by at least two seeds; empty with fewer than two such methods."""
     done = {name: one for name, one in found.items() if len(one.losses) > 1}
     done = {name: one for name, one in done.items() if math.isfinite(one.mean)}
     return done if len(done) > 1 else {}
 
 
 def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
-    """Loss against state, and the training loss of one seed over the run."""
+    """Plots loss against state, and the training loss of one seed over the run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
@@ -279,7 +281,7 @@ def draw(setting: str, found: Mapping[str, Summary], path: Path) -> None:
             bytes_share, one.mean, spread, fmt=marker, color=color, capsize=3,
             markersize=11 if marker == "*" else 7,
         )  # fmt: skip
-        left = bytes_share > 85  # leaves no room to the right of it
+        left = bytes_share > 85  # no space for a label on its right
         by_state.annotate(
             name, (bytes_share, one.mean), xytext=(-6 if left else 6, 5), fontsize=8,
             textcoords="offset points", ha="right" if left else "left",

@@ -1,10 +1,10 @@
-"""Writes `docs/tpu.md`: what the published runs take of TPU slices, according to the compiler.
+"""Writes `docs/tpu.md`: memory and communication of the published runs on TPU slices.
 
     python -m launch.compile_tpu.table
 
-compiles the train step of `launch/recipes/tpu.sh` for every size and slice, by launch.compile_tpu.
-A 7B step takes minutes. What is compiled is kept in `docs/tpu.json`, so an interrupted table goes
-on where it was; delete the file to compile it again.
+compiles the train step of `launch/recipes/tpu.sh` for every size and slice with launch.compile_tpu.
+A 7B step takes minutes. The results are stored in `docs/tpu.json`, so an interrupted table resumes;
+delete the file to compile everything again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SLICES = (
     "v5p:2x2x1", "v5p:4x4x4", "v5p:4x8x8",
 )  # fmt: skip
 
-# 7B on one chip: one forward pass an update, as in the published figure of 22.8 GiB on a GPU.
+# 7B on one chip: one forward pass per update, as in the published figure of 22.8 GiB on a GPU.
 ALONE = "--total_batch_size 16 --grad_clipping 0 --basis_dtype bfloat16"
 
 
 class Row(NamedTuple):
-    """One line of the table: a published size, a slice, what it is called, and further flags."""
+    """One row of the table: a published size, a slice, its label, and additional flags."""
 
     size: str
     topology: str
@@ -45,12 +45,12 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in `docs/tpu.json`."""
+        """Its key in `docs/tpu.json`."""
         return f"{self.topology} {self.size} {self.name}".strip()
 
 
 def rows() -> Iterator[Row]:
-    """All of them, in the order in which they are compiled: the small ones first."""
+    """Yields all rows in the order of compilation, small ones first."""
     for size in SIZES:
         for topology in SLICES:
             if size != "7b" or not topology.endswith(":1x1"):
@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
 
 
 def recipe_flags(row: Row) -> list[str]:
-    """What the recipe hands to launch.train_jax on such a slice."""
+    """The flags that the recipe passes to launch.train_jax on this slice."""
     devices = find_topology(row.topology)
     hosts = len({device.process_index for device in devices})
     slice_of = {"DRY_RUN": "1", "HOSTS": str(hosts), "CHIPS": str(len(devices) // hosts)}
@@ -75,10 +75,10 @@ def recipe_flags(row: Row) -> list[str]:
 
 
 def compiled(row: Row) -> Report:
-    """Has one step compiled, in a process of its own.
+    """Compiles one step in a separate process.
 
     Raises:
-        subprocess.CalledProcessError: it could not be; the reason is on stderr.
+        subprocess.CalledProcessError: The compilation fails; stderr has the reason.
     """
     command = [sys.executable, "-m", "launch.compile_tpu", "--json", "--topology", row.topology]
     done = subprocess.run([*command, *recipe_flags(row)], stdout=subprocess.PIPE, text=True)
@@ -91,15 +91,16 @@ def compiled(row: Row) -> Report:
 def page(found: dict[str, Report]) -> str:
     """The table as a Markdown page."""
     lines = [
-        "# What a TPU slice takes",
+        "# A training step on a TPU slice",
         "",
-        "The train step of each published run (`bash launch/recipes/tpu.sh SIZE`), compiled for a "
-        "named slice by the TPU compiler, with no TPU at hand. Everything is of one chip. *peak* "
-        "is the compiler's figure for the largest number of bytes alive at a time, weights and "
-        "optimizer state among them; *of* is what it grants a program. Products are those of a "
-        "step's matrix products, and *sent* what the chip sends the others in every step; *in "
-        "branches* is what only some steps send: the first, in which P gets its value, those that "
-        "move it, and those that measure it. None of it was run on a TPU.",
+        "The train step of each published run (`bash launch/recipes/tpu.sh SIZE`), compiled for "
+        "a named slice by the TPU compiler, without a TPU. All figures are per chip. *peak* is "
+        "the compiler's figure for the largest number of bytes alive at a time, including "
+        "weights and optimizer state; *of* is the memory available to a program. *products* are "
+        "the operations of the step's matrix products. *sent* is what the chip sends to the "
+        "others in every step; *in branches* is sent only in some steps: the first, which sets "
+        "P, those that move it, and those that measure it. None of these programs was run on a "
+        "TPU.",
         "",
         "| model | slice | chips | mesh | weights, state and batch | peak | of | products | sent "
         "| in branches |",
@@ -122,11 +123,12 @@ def page(found: dict[str, Report]) -> str:
         )
     lines += [
         "",
-        "Rows of 7B on one chip have one forward pass of 16 rows of 256 tokens in an update, no "
-        f"clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` where it says "
-        "layer by layer. All others are the published runs of 512 rows an update.",
+        "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, no "
+        f"clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for layer-by-layer "
+        "updates. All other rows are the published runs, with 512 rows per update.",
         "",
-        "Repeat it, or ask for a step of your own, with `pip install -e '.[jax,train,tpu]'`:",
+        "To reproduce the table, or to compile a step of your own, install `pip install -e "
+        "'.[jax,train,tpu]'` and run:",
         "",
         "    python -m launch.compile_tpu.table",
         "    python -m launch.compile_tpu --topology v6e:4x4 --model_config configs/llama_1b.json "
@@ -136,7 +138,7 @@ def page(found: dict[str, Report]) -> str:
 
 
 def make_table(wanted: Iterable[Row], out: Path) -> str:
-    """Compiles what is not in `out` yet, and writes the page."""
+    """Compiles the rows missing from `out` and writes the page."""
     path = out / "tpu.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found: dict[str, Any] = {key: Report(**report) for key, report in kept.items()}
@@ -154,7 +156,7 @@ def make_table(wanted: Iterable[Row], out: Path) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.compile_tpu.table", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="where the page goes")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="output folder of the page")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     print(make_table(rows(), args.out))

@@ -1,14 +1,14 @@
-# Sourced by the recipes: the published runs on C4, 512 rows an update, by the size of the model.
-# `published SIZE PROCESSES [DEVICES]` sets `flags` for launch.train_jax, in so many processes with so
-# many devices each (1); `run COMMAND...` runs it, or prints it where DRY_RUN is set.
+# Sourced by the recipes: the published runs on C4, 512 rows per update, by model size.
+# `published SIZE PROCESSES [DEVICES]` sets `flags` for launch.train_jax, for the given numbers of
+# processes and of devices per process (1); `run COMMAND...` runs it, or prints it if DRY_RUN is set.
 #
-# C4 has to be prepared once (--data_dir says where); --dataset builtin needs nothing and shows that
-# all works. Flags that follow win over these, as in `gpu.sh 60m --dataset builtin`.
+# C4 must be prepared once (in --data_dir); --dataset builtin needs no preparation and tests the
+# set-up. Later flags override these, as in `gpu.sh 60m --dataset builtin`.
 
 published() {
     local size=$1 processes=$2 devices=${3:-1} rank batch steps warmup rows
     local lr=0.01 gap=200 optimizer=galore_adamw proj_type=continuous more=()
-    case $size in # `batch` is what one device takes in one forward pass
+    case $size in # `batch` is the rows of one device in one forward pass
     60m) rank=128 batch=256 steps=10K warmup=1000 ;;
     130m) rank=256 batch=256 steps=20K warmup=2000 ;;
     350m) rank=256 batch=128 steps=60K warmup=6000 ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A published run on one GPU:  bash launch/recipes/gpu.sh SIZE [more flags for launch.train_jax]
-# SIZE is 60m, 130m, 350m, 1b or 7b. Run it again after an interruption and it goes on where it was.
+# SIZE is 60m, 130m, 350m, 1b or 7b. Rerun it after an interruption to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . launch/_setup.sh

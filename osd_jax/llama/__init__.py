@@ -1,8 +1,8 @@
-"""A LLaMA in Flax NNX and what trains it: model, weights, partition, steps, checkpoints.
+"""A LLaMA in Flax NNX and its training: model, weights, partitioning, train steps, checkpoints.
 
-The names here are those of the model and its weights. `train`, `layerwise`, `checkpoint` and
-`partition` are modules of their own. Nothing else in the library imports Orbax or safetensors, or
-Flax when it is imported: `select_linear` imports Flax where it is called.
+This namespace has the names of the model and its weights. `train`, `layerwise`, `checkpoint` and
+`partition` are separate modules. Nothing else in the library imports Orbax or safetensors, or
+imports Flax at import time: `select_linear` imports Flax when it is called.
 """
 
 from osd_jax.llama.config import LlamaConfig

@@ -1,9 +1,9 @@
-"""Save and restore everything that a run needs to go on as if it had not stopped.
+"""Saves and restores everything that a run needs to continue as if it had not stopped.
 
 Orbax writes each checkpoint into a temporary directory and renames it when it is complete, so a run
-that is killed while saving goes on from the checkpoint before. Of several processes each writes its
-part of the arrays into the same directory, which all have to see; all of them make the same calls.
-A checkpoint can be read by another number of devices or processes than wrote it.
+that is killed while saving resumes from the previous checkpoint. With several processes, each
+writes its part of the arrays into the same directory, which all must see; all of them make the same
+calls. A checkpoint can be read by a different number of devices or processes than wrote it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from osd_jax.trees import path_name
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` gives back: the state, and the JSON that was saved beside it."""
+    """The result of `Checkpoints.restore`: the state, and the JSON that was saved with it."""
 
     state: TrainState
     extra: dict[str, Any]
@@ -41,8 +41,8 @@ class Checkpoints:
     """The checkpoints of a run, in numbered directories.
 
     Args:
-      directory: Where they are; made when the first is saved.
-      keep: How many of the newest to keep. None: only to read, which changes nothing there.
+      directory: The parent directory; created by the first save.
+      keep: Number of newest checkpoints to keep. None: read only, which changes nothing there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int | None = None) -> None:
@@ -66,7 +66,7 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints, newest first. One that was not finished does not count."""
+        """The steps of the complete checkpoints, newest first."""
         exists = self.directory.is_dir()
         return sorted(self._manager.all_steps(), reverse=True) if exists else []
 
@@ -74,12 +74,13 @@ class Checkpoints:
         """Saves in the background; the state's arrays are copied before this returns.
 
         Args:
-          step: Updates done; more than at the newest checkpoint, or nothing is saved.
+          step: Number of updates; nothing is saved unless it exceeds that of the newest checkpoint.
           state: Any pytree of arrays.
-          extra: What JSON holds, such as the place in the data.
+          extra: JSON data, such as the position in the data.
 
         Raises:
-          OSError: if this one, or the one before, cannot be written. Older checkpoints stay.
+          OSError: This checkpoint, or the previous one, cannot be written. Older checkpoints
+            remain.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
@@ -90,19 +91,19 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> Restored:
         """Reads a checkpoint back, bit for bit.
 
-        One from before each matrix knew when its P was set is read as if the first step had set
-        every P, where a step was taken.
+        A checkpoint from before `set_at` existed is read as if the first step had set every P,
+        provided a step was taken.
 
         Args:
-          step: Which.
-          like: A state of the same structure, shapes and dtypes; arrays or
-            `jax.ShapeDtypeStruct`. It is laid out as these are, on the first device where they
-            name no sharding, whatever it was laid out on when it was saved.
+          step: The step of the checkpoint.
+          like: A state with the same structure, shapes and dtypes; arrays or
+            `jax.ShapeDtypeStruct`. The result has its sharding, on the first device if it has none,
+            independent of the sharding when the checkpoint was saved.
 
         Raises:
-          ValueError: if the checkpoint holds another structure, other shapes or dtypes: it is of
+          ValueError: The checkpoint has another structure, other shapes or dtypes: it belongs to
             another model or optimizer.
-          OSError: if it is damaged.
+          OSError: The checkpoint is damaged.
         """
         abstract = jax.tree.map(_with_sharding, like)
         with self._reading(step):
@@ -122,13 +123,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Turns what Orbax and TensorStore raise, of many kinds, into an OSError."""
+        """Converts the various errors of Orbax and TensorStore into an OSError."""
         try:
             yield
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            # Reads that were broken off print pages as they are collected.
+            # Interrupted reads print pages of messages when they are garbage-collected.
             hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
             gc.collect()
             sys.unraisablehook = hook
@@ -154,9 +155,9 @@ class Checkpoints:
                 )
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps to N.set-aside, so that N can be saved anew.
+        """Renames the checkpoints of later steps to N.set-aside, so that step N can be saved again.
 
-        For a run that goes back to an earlier checkpoint, or past one that it could not read, which
+        For a run that restarts from an earlier checkpoint, or past one that it could not read but
         another attempt might.
         """
         if not self.directory.is_dir():
@@ -175,28 +176,29 @@ class Checkpoints:
         """Returns when the last save is complete.
 
         Raises:
-          OSError: if it cannot be written.
+          OSError: It cannot be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what Orbax and TensorStore raise, of many kinds, into an OSError."""
+        """Converts the various errors of Orbax and TensorStore into an OSError."""
         try:
             yield
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise OSError(
-                f"a checkpoint cannot be written to {self.directory}: {reason}; make room there, "
-                "or save elsewhere, and go on from the one before"
+                f"a checkpoint cannot be written to {self.directory}: {reason}; free space there, "
+                "or save elsewhere, and resume from the previous one"
             ) from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        # A save is complete when all processes have written. After an error they may be gone.
+        # A save is complete when all processes have written. After an error they may no longer
+        # exist.
         if kind is None or jax.process_count() == 1:
             self._manager.close()
 
@@ -214,7 +216,7 @@ def _is_subspace(x: Any) -> bool:
 
 
 def _holds_no_set_at(saved: Any, wanted: Any) -> bool:
-    """Whether `wanted` holds arrays of `set_at`, and `saved` none of them."""
+    """Whether `wanted` contains arrays of `set_at` and `saved` contains none."""
     names = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(saved)[0]}
     ours = jax.tree_util.tree_flatten_with_path(wanted, is_leaf=_is_subspace)[0]
     set_at = {
@@ -228,7 +230,7 @@ def _holds_no_set_at(saved: Any, wanted: Any) -> bool:
 
 
 def _without_set_at(state: Any) -> Any:
-    """A state with its projectors' as they were before they held `set_at`."""
+    """A state whose projector states lack `set_at`, as in earlier versions."""
 
     def one(x: Any) -> Any:
         if not _is_subspace(x):
@@ -239,11 +241,11 @@ def _without_set_at(state: Any) -> Any:
 
 
 def _with_set_at(old: Any, like: Any) -> Any:
-    """The inverse: every P was set at step 0, where a step was taken, and else waits.
+    """The inverse: every P was set at step 0 if a step was taken, and otherwise waits.
 
     Args:
-      old: A state as `_without_set_at` leaves it, of arrays.
-      like: The whole state, of shapes with shardings.
+      old: A state of arrays, as from `_without_set_at`.
+      like: The complete state, of shapes with shardings.
     """
 
     def one(x: Any, like: Any) -> Any:
@@ -271,13 +273,13 @@ def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def gathered(tree: Any) -> Any:
-    """Arrays that may be spread over several processes, whole, for the first one to write.
+    """All-gathers arrays that may be sharded over several processes, for the first to write.
 
-    A layer at a time, where an array has an axis of layers: a device then holds no more than one
-    layer whole. All processes call it together.
+    If an array has an axis of layers, one layer at a time: a device then holds at most one full
+    layer. All processes call it together.
 
     Args:
-      tree: A pytree of arrays, each with three axes or more where the first is of layers.
+      tree: A pytree of arrays; in arrays with three or more axes the first is the axis of layers.
 
     Returns:
       The tree of NumPy arrays on the first process, None on the others.

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA, as Hugging Face's configs give it."""
+"""The shape of a LLaMA, in the format of Hugging Face's configs."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from typing import Any, Self
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shape of a LLaMA; the fields are named as in Hugging Face's `LlamaConfig`.
+    """Shape of a LLaMA; the fields have the names of Hugging Face's `LlamaConfig`.
 
-    Frozen and hashable, so that it can be a static argument of a jitted function. `head_dim` and
-    `num_key_value_heads` may be left out and are then filled in.
+    Frozen and hashable, so it can be a static argument of a jitted function. `head_dim` and
+    `num_key_value_heads` may be omitted and are then computed.
 
     Raises:
-        ValueError: a size that is not a positive integer, or sizes that do not divide.
+        ValueError: A size is not a positive integer, or sizes are not divisible.
     """
 
     vocab_size: int
@@ -36,7 +36,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        """Fills in what was left out, and checks the sizes."""
+        """Computes omitted sizes, and checks all sizes."""
         heads = self.num_attention_heads
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", heads)
@@ -65,17 +65,17 @@ class LlamaConfig:
 
     @classmethod
     def from_hf_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Reads a Hugging Face `config.json`, of transformers 5 or older, as a dictionary.
+        """Parses a Hugging Face `config.json`, of transformers 5 or older, given as a dictionary.
 
         Raises:
-            ValueError: not a LLaMA, a size is missing, or an option that this model lacks.
+            ValueError: It is not a LLaMA, a size is missing, or it uses an unsupported option.
         """
         if values.get("model_type") != "llama":
             raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'llama'")
         for key, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if values.get(key, only) != only:
-                raise ValueError(f"{key} is {values[key]!r}: this model has only {only!r}")
-        # transformers 5 writes rope_parameters; older versions rope_theta beside rope_scaling.
+                raise ValueError(f"{key} is {values[key]!r}: this model supports only {only!r}")
+        # transformers 5 writes rope_parameters; older versions write rope_theta and rope_scaling.
         rope = {"rope_theta": values.get("rope_theta") or cls.rope_theta}
         for key in ("rope_scaling", "rope_parameters"):
             given = values.get(key) or {}
@@ -84,8 +84,8 @@ class LlamaConfig:
             rope |= given
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
-            raise ValueError(f"rope_type is {rope_type!r}: this model has only 'default'")
-        # null stands for "work it out" in sizes, and for "none" in token ids.
+            raise ValueError(f"rope_type is {rope_type!r}: this model supports only 'default'")
+        # null means "compute it" for sizes, and "none" for token ids.
         known = {
             field.name: values[field.name]
             for field in dataclasses.fields(cls)
@@ -93,7 +93,7 @@ class LlamaConfig:
             or (field.name in values and field.name.endswith("_token_id"))
         }
         known["rope_theta"] = rope["rope_theta"]
-        # The published LLaMA configs call the longest sequence by another name.
+        # The published LLaMA configs use another name for the maximum sequence length.
         if "max_sequence_length" in values:
             known.setdefault("max_position_embeddings", values["max_sequence_length"])
         if isinstance(known.get("eos_token_id"), list):
@@ -124,8 +124,8 @@ class LlamaConfig:
         """Reads a config file, such as `configs/llama_60m.json`.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not JSON, or not the config of a LLaMA; the message names the file.
+            OSError: The file cannot be read.
+            ValueError: It is not JSON, or not the config of a LLaMA; the message names the file.
         """
         try:
             return cls.from_hf_dict(json.loads(Path(path).read_text(encoding="utf-8")))

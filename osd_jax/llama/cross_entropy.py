@@ -8,15 +8,15 @@ from osd_jax.llama.config import LlamaConfig
 from osd_jax.llama.model import Params, Tokens, head_kernel, logits_of, module_of, rms_norm
 
 LOGITS_BYTES = 64 * 2**20
-"""Float32 logits that `loss` holds at once, in bytes, by default.
+"""Default size in bytes of the float32 logits that `loss` holds at once.
 
-Below this the whole logits fit beside the activations of the same batch, and one slice spares the
-second product with the head that recomputation costs (a quarter of the head's work). Above it
-the logits would be the largest array of the step.
+Below this size the full logits fit next to the activations of the same batch, and a single slice
+avoids the second product with the head that recomputation costs (a quarter of the head's work).
+Above it the logits would be the largest array of the step.
 """
 
 MIN_VOCABULARY_SLICE = 1024
-"""Columns of the head in one slice, at least: narrower products leave the hardware idle."""
+"""Minimum number of columns of the head in one slice: narrower products underuse the hardware."""
 
 
 def loss(
@@ -30,23 +30,23 @@ def loss(
     remat: bool = False,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log likelihood of each token given those before it, summed over the batch.
+    """Negative log likelihood of each token given the preceding ones, summed over the batch.
 
-    A sum and a count, not their quotient, so that parts of a batch can be added exactly.
+    Returns a sum and a count instead of their quotient, so that parts of a batch add up exactly.
 
     Args:
-        params: the weights.
-        config: their shape.
-        tokens: integers (B, S): inputs, and one place to the left the labels.
-        loss_mask: booleans (B, S), False where a token is no label to be learned.
-        mask: padding on the left, as in `forward`.
-        dtype: as in `forward`.
-        remat: as in `forward`.
-        logits_bytes: float32 logits to hold at once. Where all (B, S, V) of them take more, they
-            are made in slices of the vocabulary, and made again in the backward pass.
+        params: The weights.
+        config: Their shape.
+        tokens: Integers (B, S): the inputs, and shifted left by one the labels.
+        loss_mask: Booleans (B, S), False for tokens that are not labels.
+        mask: Padding on the left, as in `forward`.
+        dtype: As in `forward`.
+        remat: As in `forward`.
+        logits_bytes: Float32 logits to hold at once. If all (B, S, V) of them need more, they are
+            computed in slices of the vocabulary, and recomputed in the backward pass.
 
     Returns:
-        The sum, float32, and how many tokens it is over, int32.
+        The sum, float32, and the number of tokens, int32.
     """
     x = module_of(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
     return loss_of_output(params, config, x, tokens, loss_mask, logits_bytes=logits_bytes)
@@ -61,21 +61,21 @@ def loss_of_output(
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """`loss` from the last layer's output on: the final norm, the head and the softmax.
+    """`loss` from the output of the last layer: the final norm, the head and the softmax.
 
     Args:
-        params: the weights; only those of norm and head are read, or of norm and embedding where
-            the embedding is tied.
-        config: their shape.
+        params: The weights; only those of norm and head are read, or of norm and embedding if the
+            embedding is tied.
+        config: Their shape.
         x: (B, S, H).
-        tokens: as in `loss`.
-        loss_mask: as in `loss`.
-        logits_bytes: as in `loss`.
+        tokens: As in `loss`.
+        loss_mask: As in `loss`.
+        logits_bytes: As in `loss`.
     """
     x = rms_norm(x, params["norm"], config.rms_norm_eps)
     head = head_kernel(params, config)
-    # The last position predicts nothing: it keeps its place, with no weight, so that the arrays
-    # keep their even shape.
+    # The last position predicts nothing: it stays, with weight zero, so that the arrays keep their
+    # even shape.
     labels = jnp.roll(tokens, -1, axis=1)
     columns = max(MIN_VOCABULARY_SLICE, logits_bytes // (4 * tokens.size))
     losses = _token_losses(
@@ -94,7 +94,7 @@ def num_predicted(tokens: Tokens, loss_mask: Tokens | None = None) -> jax.Array:
 
 
 def _is_predicted(tokens: Tokens, loss_mask: Tokens | None) -> jax.Array:
-    """Booleans (..., B, S): whether the next token's loss at a position counts."""
+    """Booleans (..., B, S): whether the loss of a position's next token counts."""
     weights = jnp.ones_like(tokens, bool) if loss_mask is None else loss_mask.astype(bool)
     return jnp.roll(weights, -1, axis=-1).at[..., -1].set(False)
 
@@ -102,9 +102,9 @@ def _is_predicted(tokens: Tokens, loss_mask: Tokens | None) -> jax.Array:
 def _token_losses(x: jax.Array, head: jax.Array, labels: jax.Array, slices: int) -> jax.Array:
     """-log softmax(x @ head)[label], float32 (T,), for x (T, H), head (H, V), labels (T,).
 
-    The head is cut into `slices` of equal width. Each gives the log of its sum of exponentials
-    and, where the label lies in it, the label's logit, so that the backward pass needs of it
-    only two numbers a token.
+    The head is split into `slices` of equal width. Each slice yields the log of its sum of
+    exponentials and, if it contains the label, the label's logit, so that the backward pass needs
+    only two numbers per token from it.
     """
     hidden, vocab = head.shape
     width = -(-vocab // slices)

@@ -1,16 +1,16 @@
-"""Updates layer by layer: a layer's gradient lives only until its own weights have moved.
+"""Layer-by-layer updates: a layer's gradient lives only until its own weights have been updated.
 
-The train step runs the layers forward and keeps each layer's input. Then it walks them backward:
-it runs a layer again from its input, takes that layer's gradient, gives it to the optimizer with
-that layer's slice of the optimizer's state, and writes weights and state back in place. So the
-gradients of one layer are alive where a plain step holds those of all.
+The train step runs the layers forward and stores the input of each layer. Then it iterates over
+them in reverse: it recomputes a layer from its input, computes that layer's gradient, passes it to
+the optimizer with that layer's slice of the optimizer's state, and writes weights and state back in
+place. Only the gradients of one layer are alive, where a plain step holds those of all layers.
 
-With micro-batches or clipping a step has to wait for the whole update: a layer's gradient becomes a
-sketch, which is held (`osd_jax.accumulation`), and a second walk takes the steps.
+With micro-batches or clipping a step must wait for the whole update: a layer's gradient becomes a
+sketch, which is held (`osd_jax.accumulation`), and a second pass takes the steps.
 
-An optimizer can be taken layer by layer if it does with each layer what it would do with all: no
-norm over all parameters inside it. The state is that of the plain step, so that a checkpoint of one
-goes on with the other.
+An optimizer can be applied layer by layer if it treats each layer independently: without a norm
+over all parameters inside it. The state is that of the plain step, so a checkpoint of either
+resumes with the other.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ Visit = Callable[["_Layers", jax.Array, dict[Key, jax.Array]], tuple["_Layers", 
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """The leaves of an optimizer's state by their places in it, which end in the parameter's."""
+    """The leaves of an optimizer's state by their paths, which end in the parameter's path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def _state_shapes(tx: optax.GradientTransformation, params: optax.Params) -> Any:
     with warnings.catch_warnings(), of_a_part():
-        # That none of these parameters is projected says nothing of the whole.
+        # Whether these parameters are projected does not describe the whole model.
         warnings.simplefilter("ignore")
         return jax.eval_shape(tx.init, params)
 
@@ -73,32 +73,32 @@ def _state_shapes(tx: optax.GradientTransformation, params: optax.Params) -> Any
 def state_of_part(
     tx: optax.GradientTransformation, part: optax.Params, state: optax.OptState
 ) -> optax.OptState:
-    """The optimizer's state for some of the parameters, out of its state for all.
+    """The part of the optimizer's state that belongs to some of the parameters.
 
     Args:
       tx: The optimizer.
       part: A subtree of the parameters: the same nested dict with fewer keys.
-      state: For all parameters.
+      state: The state for all parameters.
 
     Raises:
-      ValueError: if the state is not kept parameter by parameter.
+      ValueError: The state is not organized by parameter.
     """
     whole, like = _named(state), _state_shapes(tx, part)
     for name, shape in _named(like).items():
         if name not in whole or whole[name].ndim != shape.ndim:
             raise ValueError(
-                f"the optimizer's state has {name} for a part of the parameters and not for all of "
-                "them: it cannot be updated layer by layer"
+                f"the optimizer's state has {name} for a part of the parameters but not for all "
+                "of them: it cannot be updated layer by layer"
             )
     leaves = [whole[name] for name in _named(like)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _combined(values: list[jax.Array]) -> jax.Array:
-    """What several parts leave of a number that they share, such as a count of steps.
+    """Combines the values of a number that several parts share, such as a count of steps.
 
-    Each has counted the same step, or skipped it. A step counts if any part took it, a skipped one
-    if any part skipped it, and a boolean says that all went well.
+    Each part has counted the same step, or skipped it. A step counts if any part took it, a skipped
+    one if any part skipped it, and a boolean says that all succeeded.
     """
     first = values[0]
     if jnp.issubdtype(first.dtype, jax.dtypes.extended):  # a random key: the same for all
@@ -107,7 +107,7 @@ def _combined(values: list[jax.Array]) -> jax.Array:
 
 
 def _neutral(x: jax.Array) -> jax.Array:
-    """What `_combined` passes over."""
+    """The identity element of `_combined`."""
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
     if x.dtype == bool:
@@ -117,7 +117,7 @@ def _neutral(x: jax.Array) -> jax.Array:
 
 
 def state_of_parts(state: optax.OptState, parts: Sequence[dict[str, Any]]) -> optax.OptState:
-    """The optimizer's state for all parameters, out of the new leaves of all parts, by name."""
+    """The optimizer's state for all parameters, from the new leaves of all parts, by name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: (
             _combined([part[name] for part in parts if name in part])
@@ -134,8 +134,8 @@ class _Layers(NamedTuple):
     Attributes:
       weights: By key; stacked.
       stacked: The leaves of their state that have an axis of layers, by name.
-      shared: The other leaves, such as counts, as the layers updated so far have left them.
-      held: The layers' sketches by key, stacked, where the step waits.
+      shared: The other leaves, such as counts, after the updates of the layers so far.
+      held: The layers' sketches by key, stacked, if the step waits.
     """
 
     weights: dict[Key, jax.Array]
@@ -145,7 +145,7 @@ class _Layers(NamedTuple):
 
 
 def _take(tree: Any, index: jax.typing.ArrayLike) -> Any:
-    """Layer `index`, its axis kept with length 1, so that it is laid out as all of them are."""
+    """Layer `index`, with its axis kept at length 1, so that it is sharded like the whole."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), tree)
 
 
@@ -162,13 +162,13 @@ def _by_key(tree: Any) -> dict[Key, Any]:
 
 
 def _moved(layers: _Layers, index: jax.typing.ArrayLike, part: optax.Params) -> _Layers:
-    """`layers` with new weights of one layer, an axis of length 1 kept."""
+    """`layers` with new weights for one layer, whose axis has length 1."""
     new = {key: _put(layers.weights[key], x, index) for key, x in flatten_dict(part).items()}
     return layers._replace(weights=layers.weights | new)
 
 
 class _LayerOptimizer:
-    """One update of an optimizer, taken a parameter of a layer at a time.
+    """One update of an optimizer, applied one parameter of one layer at a time.
 
     Args:
       tx: The optimizer.
@@ -176,7 +176,7 @@ class _LayerOptimizer:
       state: The optimizer's state before the update.
 
     Attributes:
-      start: What the first layer finds.
+      start: The initial `_Layers`, before the first layer.
     """
 
     def __init__(
@@ -192,7 +192,8 @@ class _LayerOptimizer:
                 jax.ShapeDtypeStruct((layers, *array.shape[1:]), array.dtype) for layers in (1, 2)
             )
             self._like[key] = _state_shapes(tx, unflatten_dict({key: of_one}))
-            # What has an axis of layers shows in the shapes for two, also where there is one layer.
+            # The shapes for two layers reveal which arrays have an axis of layers, also if there is
+            # one layer.
             two_layers = _named(_state_shapes(tx, unflatten_dict({key: of_two})))
             for name, shape in _named(self._like[key]).items():
                 leaf, two = leaves[name], two_layers[name]
@@ -203,13 +204,13 @@ class _LayerOptimizer:
                 else:
                     raise ValueError(
                         f"the optimizer's state has {name} of shape {leaf.shape} for all layers "
-                        f"and {shape.shape} for one: it cannot be updated layer by layer"
+                        f"but {shape.shape} for one: it cannot be updated layer by layer"
                     )
         shared = {name: _neutral(x) for name, x in self._before.items()}
         self.start = _Layers(weights, stacked, shared, {})
 
     def state(self, layers: _Layers, index: jax.typing.ArrayLike, key: Key) -> optax.OptState:
-        """Of one parameter of a layer: its slices, and what is shared as before the update."""
+        """The state of one parameter of a layer: its slices, and the shared part before the update."""
         like = self._like[key]
         leaves = [
             _take(layers.stacked[name], index) if name in layers.stacked else self._before[name]
@@ -220,7 +221,7 @@ class _LayerOptimizer:
     def store(
         self, layers: _Layers, index: jax.typing.ArrayLike, old: optax.OptState, new: optax.OptState
     ) -> _Layers:
-        """Puts a new state in its place; what is as it was in `old` is not written."""
+        """Stores a new state; leaves unchanged from `old` are not written."""
         before = _named(old)
         changed = {name: x for name, x in _named(new).items() if x is not before[name]}
         stacked = {
@@ -241,28 +242,30 @@ def make_layerwise_train_step(
     *,
     grad_clipping: float = 0.0,
 ) -> TrainStep:
-    """Builds a jitted train step that updates layer by layer; see this module's description.
+    """Builds a jitted train step that updates layer by layer; see the description of this module.
 
-    Same losses and weights as `osd_jax.llama.train.make_train_step` with `remat`: to rounding with
-    one micro-batch, clipped or not; with several, as that step with `accumulate="sketches"`.
+    Its losses and weights equal those of `osd_jax.llama.train.make_train_step` with `remat`: up to
+    rounding with one micro-batch, clipped or not; with several, those of that step with
+    `accumulate="sketches"`.
 
-    The optimizer gets the layer's index as the extra argument `layer`, by which stochastic rounding
-    draws the bits of the plain step.
+    The optimizer receives the layer's index as the extra argument `layer`, with which stochastic
+    rounding draws the bits of the plain step.
 
-    Where the step does not wait, a gradient that is not finite skips its own parameter of a layer,
-    as those of earlier layers mostly will be too, while later layers have moved. Where it waits,
-    or where the loss is not finite, all are skipped. Either way it is one skipped step.
+    If the step does not wait, a non-finite gradient skips only its own parameter of a layer; those
+    of earlier layers are mostly non-finite too, but later layers have already been updated. If it
+    waits, or if the loss is not finite, everything is skipped. Either way it counts as one skipped
+    step.
 
     Args:
       config: The model's shape.
-      tx: From `make_optimizer`, with `llama.dimension_numbers`; or any that treats each layer on
-        its own.
-      grad_clipping: Largest norm; 0 does not clip. Of the whole gradient with one micro-batch, of
-        what is applied with several (`osd_jax.accumulation.squared_norm_held`).
+      tx: From `make_optimizer`, with `llama.dimension_numbers`; or any optimizer that treats each
+        layer independently.
+      grad_clipping: Maximum norm; 0 does not clip. With one micro-batch the norm of the whole
+        gradient, with several that of what is applied (`osd_jax.accumulation.squared_norm_held`).
 
     Returns:
       As `make_train_step`: a function (state, batch, measure) -> (state, metrics). Its first call
-      raises ValueError where the optimizer cannot be taken layer by layer.
+      raises ValueError if the optimizer cannot be applied layer by layer.
 
     Example:
       >>> import jax, osd_jax
@@ -301,10 +304,11 @@ def make_layerwise_train_step(
         return Forward(loss, inputs, *pullback(factor.astype(loss.dtype)))
 
     def backward(layers: _Layers, run: Forward, tokens: jax.Array, visit: Visit) -> Any:
-        """Gives each layer's gradients to `visit`.
+        """Passes each layer's gradients to `visit`.
 
         Returns:
-          What `visit` made of `layers`, the gradients of all other parameters, what it found.
+          The `layers` after all visits, the gradients of all other parameters, and what `visit`
+          found.
         """
         place = llama.positions(config, tokens.shape[1])
 
@@ -329,7 +333,7 @@ def make_layerwise_train_step(
         return layers, run.after_layers | {"embedding": embedding}, found
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
-        """One micro-batch, not clipped: each layer moves within the backward pass."""
+        """One micro-batch without clipping: updates each layer within the backward pass."""
         optimizer = _LayerOptimizer(tx, state.params, state.opt_state)
         update = optax.with_extra_args_support(tx).update
 
@@ -360,7 +364,8 @@ def make_layerwise_train_step(
 
         run = forward(state.params, micro)
         outer = [moved(name, g) for name, g in run.after_layers.items() if name != "embedding"]
-        # The walk waits for these, or the head's gradient would be alive in all of it.
+        # The backward pass waits for these; otherwise the head's gradient would be alive throughout
+        # it.
         gradient, outer = jax.lax.optimization_barrier((run.gradient, outer))
         layers, outer_grads, (layer_squares, found) = backward(
             optimizer.start, run._replace(gradient=gradient), micro["tokens"], visit
@@ -374,7 +379,7 @@ def make_layerwise_train_step(
         return params, opt_state, loss, norm, found
 
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-        """Micro-batches or clipping: sketches are held, and the layers move when all is known."""
+        """Micro-batches or clipping: holds sketches, and updates the layers at the end."""
         check_sketch_suffices(parts)
         optimizer = _LayerOptimizer(parts, state.params, state.opt_state)
         outer = {name: x for name, x in state.params.items() if name != "layers"}
@@ -457,14 +462,14 @@ def make_layerwise_train_step(
 
 
 class Forward(NamedTuple):
-    """What a forward pass leaves for the walk back.
+    """The results of a forward pass that the backward pass needs.
 
     Attributes:
       loss: The sum of the tokens' losses.
-      inputs: Of each layer, (L, B, S, H).
-      after_layers: The gradients of the parameters that follow the layers: of the final norm, and
-        of the head or the embedding that is tied to it.
-      gradient: Of the last layer's output, (B, S, H).
+      inputs: The input of each layer, (L, B, S, H).
+      after_layers: The gradients of the parameters after the layers: of the final norm, and of the
+        head or the embedding that is tied to it.
+      gradient: The gradient of the last layer's output, (B, S, H).
     """
 
     loss: jax.Array

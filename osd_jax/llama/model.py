@@ -50,7 +50,7 @@ def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, 
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns (B, S, heads, D) by its positions' angles; entry i is paired with entry i + D / 2."""
+    """Rotates (B, S, heads, D) by its positions' angles; entry i is paired with entry i + D / 2."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -59,10 +59,10 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def wide_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays with a float32 result, for a softmax to follow.
+    """`jnp.einsum` of two arrays with a float32 result, as input of a softmax.
 
     Its gradient is rounded to the inputs' dtype before it is multiplied: JAX's own rule would
-    multiply it as float32 with a bfloat16 array, at float32's speed.
+    multiply it in float32 with a bfloat16 array, at float32's speed.
     """
     return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
 
@@ -84,16 +84,17 @@ wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
 
 
 def causal_bias(length: int, mask: Tokens | None = None) -> jax.Array:
-    """What to add to attention's scores, so that no query sees later keys or padding.
+    """The bias for attention scores that masks later keys and padding.
 
-    Finite, so that a query that may see nothing, on left padding, gives no NaN.
+    It is finite, so that a query that sees nothing, on left padding, gives no NaN.
 
     Args:
-        length: S, of the sequence.
-        mask: booleans (B, S), False where a key is padding.
+        length: S, the length of the sequence.
+        mask: Booleans (B, S), False for padding keys.
 
     Returns:
-        Float32, (S, S) or (B, 1, 1, S, S): last the query's position, then the key's.
+        Float32, (S, S) or (B, 1, 1, S, S): the last two axes are the query's and the key's
+        position.
     """
     seen = jnp.tril(jnp.ones((length, length), bool))
     if mask is not None:
@@ -104,15 +105,15 @@ def causal_bias(length: int, mask: Tokens | None = None) -> jax.Array:
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
     """Softmax attention; each of the K key heads serves N / K neighbouring query heads.
 
-    Written out, with heads moved before positions first: on a CPU a training step of the
-    quickstart's shape took a tenth longer with `jax.nn.dot_product_attention`, and more with
-    products that leave the heads where they are.
+    Written explicitly, with the heads axis moved before the positions: on a CPU a training step of
+    the quickstart's shape took a tenth longer with `jax.nn.dot_product_attention`, and even longer
+    with products that keep the order of the axes.
 
     Args:
         query: (B, S, N, D).
         key: (B, S, K, D).
         value: (B, S, K, D).
-        bias: see `causal_bias`.
+        bias: See `causal_bias`.
 
     Returns:
         (B, S, N * D) in the dtype of `value`.
@@ -168,10 +169,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each on the normed input and added to it."""
+    """One layer: attention and MLP, each applied to the normalized input and added to it."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        """Draws the kernels; norms start at one."""
+        """Draws the kernels; norms are initialized to one."""
         self.eps = config.rms_norm_eps
         self.attention_norm = nnx.Param(jnp.ones(config.hidden_size))
         self.attention = Attention(config, rngs)
@@ -189,8 +190,8 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """The whole network. Its layers are one `Block` whose arrays have a leading layer axis.
 
-    Weights start as in Hugging Face's `LlamaForCausalLM`: kernels and embedding normal with
-    standard deviation `initializer_range`, norms one.
+    Weights are initialized as in Hugging Face's `LlamaForCausalLM`: kernels and embedding normal
+    with standard deviation `initializer_range`, norms one.
     """
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
@@ -220,17 +221,17 @@ class Llama(nnx.Module):
         def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, weights)(x, angles, bias), None
 
-        # What the backward pass finds ready: the outputs of the linear layers, or nothing. Scores
-        # and all that is elementwise are cheaper to make again than to store, also on a CPU.
-        # A scan's body needs no barrier against common subexpressions.
+        # What the forward pass saves for the backward pass: the outputs of the linear layers, or
+        # nothing. Scores and elementwise results are cheaper to recompute than to store, also on a
+        # CPU. A scan's body needs no barrier against common subexpression elimination.
         kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = jax.checkpoint(layer, prevent_cse=False, policy=kept)
         return jax.lax.scan(body, x, stacked)[0]
 
 
 def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
-    # As a matrix: the kernel's gradient sums over one axis then. Over two, XLA for CPUs transposes
-    # the output's gradient first, which takes as long as the product.
+    # As a matrix, so that the kernel's gradient sums over one axis. Over two axes, XLA for CPUs
+    # first transposes the output's gradient, which takes as long as the product.
     rows = x.reshape(-1, x.shape[-1])
     return (rows @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
@@ -243,25 +244,25 @@ def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------- pure functions
 @functools.cache
 def abstract(config: LlamaConfig) -> tuple[nnx.GraphDef[Llama], Params]:
-    """Structure of the module, and `params` as shapes."""
+    """The structure of the module, and `params` as shapes."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 
 @functools.cache
 def _abstract_layer(config: LlamaConfig) -> nnx.GraphDef[Block]:
-    """Structure of one layer."""
+    """The structure of one layer."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
 
 
 def module_of(params: Params, config: LlamaConfig) -> Llama:
-    """The module that holds these weights."""
+    """The module with these weights."""
     return nnx.merge(abstract(config)[0], params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: LlamaConfig, seed: int | jax.Array) -> Params:
-    """Fresh weights, float32, drawn from an integer seed; see `Llama`."""
+    """New float32 weights, drawn from an integer seed; see `Llama`."""
     return nnx.to_pure_dict(nnx.state(Llama(config, nnx.Rngs(jax.random.key(seed)))))
 
 
@@ -277,14 +278,15 @@ def forward(
     """Logits of the next token at every position.
 
     Args:
-        params: the weights, as `init` or `load_hf` give them.
-        config: their shape.
-        tokens: integers (B, S), each below `vocab_size`.
-        mask: booleans (B, S), False where a token is padding and must not be attended to. Padding
-            on the right needs none, since attention is causal.
-        dtype: of activations and matrix products, such as bfloat16; None: that of the embedding.
-        remat: keep only each layer's input for the backward pass and compute the rest again;
-            otherwise the outputs of its seven linear layers are kept too.
+        params: The weights, from `init` or `load_hf`.
+        config: Their shape.
+        tokens: Integers (B, S), each below `vocab_size`.
+        mask: Booleans (B, S), False for padding tokens, which must not be attended to. Padding on
+            the right needs no mask, because attention is causal.
+        dtype: Dtype of activations and matrix products, such as bfloat16; None: that of the
+            embedding.
+        remat: Whether to save only each layer's input for the backward pass and recompute the rest;
+            otherwise the outputs of its seven linear layers are saved too.
 
     Returns:
         Float32 (B, S, V).
@@ -306,7 +308,7 @@ def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) 
 def positions(
     config: LlamaConfig, length: int, mask: Tokens | None = None
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """What every layer knows of the positions: `rotary_angles` and `causal_bias`."""
+    """The position-dependent inputs of every layer: `rotary_angles` and `causal_bias`."""
     angles = rotary_angles(length, config.head_dim, config.rope_theta)
     return angles, causal_bias(length, mask)
 
@@ -321,11 +323,11 @@ def layer(
     """One layer: (B, S, H) -> (B, S, H).
 
     Args:
-        weights: its part of `params["layers"]`, without the axis of the layers.
-        config: the model's shape.
-        x: the layer's input.
-        angles: from `positions`.
-        bias: from `positions`.
+        weights: Its part of `params["layers"]`, without the axis of the layers.
+        config: The model's shape.
+        x: The layer's input.
+        angles: From `positions`.
+        bias: From `positions`.
     """
     return nnx.merge(_abstract_layer(config), weights)(x, angles, bias)
 
@@ -339,16 +341,16 @@ def is_projected(path: str, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether a parameter is projected by default: the kernels of attention and MLP.
 
     Args:
-        path: keys from the root of `params`, joined by slashes: "layers/attention/query".
-        array: the parameter, or its shape; a norm's vector is not a kernel.
+        path: Keys from the root of `params`, joined by slashes: "layers/attention/query".
+        array: The parameter, or its shape; the vector of a norm is not a kernel.
     """
     return array.ndim >= 2 and not {"attention", "mlp"}.isdisjoint(path.split("/"))
 
 
 def dimension_numbers(params: Params) -> Params:
-    """For each parameter, which axes are a kernel's input and output, in the tree of `params`.
+    """The input and output axes of each parameter's kernel, in a tree like `params`.
 
-    Other axes, the layers', are batch axes; a norm has no reduction axis.
+    Other axes, those of the layers, are batch axes; a norm has no reduction axis.
     """
 
     def numbers(path: tuple[Any, ...], array: jax.Array) -> SubspaceDimensionNumbers:

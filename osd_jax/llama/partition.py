@@ -1,4 +1,4 @@
-"""How LLaMA's weights and batches are split over a mesh."""
+"""Sharding of LLaMA's weights and batches over a mesh."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from osd_jax.trees import path_name
 logger = logging.getLogger(__name__)
 
 
-# The mesh axes of a kernel's (input, output). A product whose input axis is split over `tensor`
-# follows one whose output axis is, so that between the two nothing is exchanged.
+# The mesh axes of a kernel's (input, output). A product whose input axis is sharded over `tensor`
+# follows one whose output axis is, so nothing is communicated between the two.
 _COLUMN = ("fsdp", "tensor")
 _ROW = ("tensor", "fsdp")
 _KERNELS = {
@@ -37,18 +37,18 @@ _KERNELS = {
 
 
 def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
-    """How the weights of `osd_jax.llama` are split over a mesh from `make_mesh`.
+    """The sharding of the weights of `osd_jax.llama` over a mesh from `make_mesh`.
 
     Args:
       params: The weights, or their shapes.
       mesh: Their mesh.
 
     Returns:
-      A tree of `PartitionSpec`, one entry for each axis of an array. Norms are whole everywhere. So
-      is an axis whose size the mesh axis does not divide, which is logged as a warning.
+      A tree of `PartitionSpec`, one entry for each axis of an array. Norms are replicated. An axis
+      whose size is not divisible by the mesh axis is replicated too, with a logged warning.
 
     Raises:
-      ValueError: for a matrix that is not one of LLaMA's: give `state_sharding` your own specs.
+      ValueError: A matrix is not one of LLaMA's: give `state_sharding` your own specs.
     """
 
     def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
@@ -58,8 +58,8 @@ def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
             wanted = wanted[:-2] + _KERNELS[name]
         elif not name.endswith("norm"):
             raise ValueError(
-                f"parameter '{name}' is none of osd_jax.llama's: write the PartitionSpecs of your "
-                "own model, and give them to state_sharding"
+                f"parameter '{name}' does not belong to osd_jax.llama: write the PartitionSpecs "
+                "of your own model, and pass them to state_sharding"
             )
         return _where_divisible(name, array.shape, wanted, mesh)
 
@@ -69,14 +69,14 @@ def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
 def _where_divisible(
     name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh
 ) -> PartitionSpec:
-    """The spec without the mesh axes that do not divide an array's axis, saying so."""
+    """The spec without the mesh axes that do not divide an array's axis, with a warning."""
     spec = []
     for size, axes in zip(shape, wanted, strict=True):
         shards = shard_count(mesh, axes)
         if size % shards:
             _warn_once(
-                f"{name} {tuple(shape)}: {size} does not divide by {axes}={shards}, so each of "
-                "them holds that axis whole"
+                f"{name} {tuple(shape)}: {size} is not divisible by {axes}={shards}, so that axis "
+                "is replicated"
             )
         spec.append(None if size % shards else axes)
     return PartitionSpec(*spec)
@@ -88,39 +88,38 @@ def _warn_once(message: str) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How (K, B, S) micro-batches are split: B over `data` and `fsdp`."""
+    """The sharding of (K, B, S) micro-batches: B over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, `split_batch` in a function that is being traced knows its mesh."""
+    """Inside this context, `split_batch` in a traced function knows its mesh."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
 
 
 def split_batch(array: jax.Array) -> jax.Array:
-    """Splits the first axis over `data` and `fsdp`, under a mesh that has these.
+    """Shards the first axis over `data` and `fsdp`, under a mesh that has these.
 
-    The mesh is that of `on`, or of `jax.set_mesh`.
-    Without one, or where the axis does not divide, nothing is done. The compiler, left to itself,
-    may split the hidden axis of activations over `fsdp`, as the embedding's is, and exchange
-    activations in every layer.
+    The mesh is that of `on`, or of `jax.set_mesh`. Without one, or if the axis is not divisible, it
+    does nothing. Without this constraint the compiler may shard the hidden axis of activations over
+    `fsdp`, like the embedding's, and communicate activations in every layer.
     """
     return _split(array, BATCH_AXES)
 
 
 def look_up(table: jax.Array, tokens: jax.typing.ArrayLike) -> jax.Array:
-    """`table[tokens]` as `split_batch` lays it out, (V, H), (B, S) -> (B, S, H).
+    """`table[tokens]` sharded like `split_batch`, (V, H), (B, S) -> (B, S, H).
 
-    The table is split (tensor, fsdp), so B is split over `data` alone and H over `fsdp`, and then
-    exchanged. Left to find the way itself, the compiler may gather the whole batch's rows on each
-    device.
+    The table is sharded (tensor, fsdp), so B is sharded over `data` alone and H over `fsdp`, and
+    the result is then resharded. Without these constraints the compiler may gather the rows of the
+    whole batch on each device.
     """
     rows = table[_split(jnp.asarray(tokens), "data")]
     return split_batch(_split(rows, "data", None, "fsdp"))
 
 
 def _split(array: jax.Array, *spec: Any) -> jax.Array:
-    """Constrains leading axes, to the part of each entry that the mesh has and that divides."""
+    """Constrains leading axes to the mesh axes of each entry that exist and divide the axis."""
     mesh = jax.sharding.get_abstract_mesh()
     auto = {
         name

@@ -1,6 +1,6 @@
-"""The train step, the eval step, the learning rate's schedule, and a sample of text.
+"""The train step, the eval step, the learning rate schedule, and text sampling.
 
-Each is one jitted function that compiles once a run: what changes between steps (the step number,
+Each is one jitted function that compiles once per run: what changes between steps (the step number,
 whether to measure the subspace) is data.
 """
 
@@ -37,13 +37,13 @@ ACCUMULATE = ("gradients", "sketches")
 
 
 class TrainState(NamedTuple):
-    """All that a train step changes.
+    """Everything that a train step changes.
 
     Attributes:
-      step: int32 scalar, updates tried; one whose gradient was not finite counts here, though it
-        changed nothing.
-      params: As `llama.init` gives them.
-      opt_state: Of the optimizer.
+      step: int32 scalar, number of attempted updates, including those with a non-finite gradient,
+        which changed nothing.
+      params: As from `llama.init`.
+      opt_state: State of the optimizer.
     """
 
     step: jax.Array
@@ -65,22 +65,22 @@ def learning_rate_schedule(
     cycle_length: int | None = None,
     restart_warmup_steps: int = 0,
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """The learning rate as a part of its peak: (step, from 0) -> factor in [0, 1].
+    """The learning rate as a fraction of its peak: (step, from 0) -> factor in [0, 1].
 
-    All rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
+    All schedules rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
     `min_lr_ratio` and "linear" at 0.
 
     Args:
-      scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, dropped to 0 every
-        `cycle_length` steps and led back to it linearly over `restart_warmup_steps`.
-      num_training_steps: Steps of the run.
-      warmup_steps: Steps of the first warmup.
-      min_lr_ratio: The last factor of a cosine.
-      cycle_length: Steps between restarts; read for "cosine_restarts" only.
-      restart_warmup_steps: Steps of warmup after a restart.
+      scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, reset to 0 every
+        `cycle_length` steps, from which it rises linearly over `restart_warmup_steps`.
+      num_training_steps: Number of steps of the run.
+      warmup_steps: Number of steps of the first warmup.
+      min_lr_ratio: The final factor of a cosine.
+      cycle_length: Number of steps between restarts; only read for "cosine_restarts".
+      restart_warmup_steps: Number of warmup steps after a restart.
 
     Raises:
-      ValueError: for an unknown scheduler, or restarts without a cycle length.
+      ValueError: The scheduler is unknown, or restarts have no cycle length.
 
     Example:
       >>> schedule = learning_rate_schedule("cosine", num_training_steps=100, warmup_steps=10)
@@ -116,12 +116,13 @@ def learning_rate_schedule(
 def init_state(
     params: optax.Params, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
-    """The state before the first step, with the optimizer's arrays made by one compiled call.
+    """The state before the first step; one compiled call creates the optimizer's arrays.
 
     Args:
       params: The weights.
       tx: The optimizer.
-      mesh: Where to lay all of it out, as `train_state_sharding` says; None: where the weights are.
+      mesh: The mesh over which to shard all of it, as in `train_state_sharding`; None: on the
+        devices of the weights.
     """
     layout = None if mesh is None else train_state_sharding(tx, params, mesh)
     if layout is not None:
@@ -144,44 +145,45 @@ def make_train_step(
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
 ) -> TrainStep:
-    """Builds the jitted train step. It takes its state's memory over for the new state.
+    """Builds the jitted train step. The state is donated.
 
     Args:
       config: The model's shape.
       tx: From `make_optimizer`, with `llama.dimension_numbers`.
-      grad_clipping: Largest norm of the whole gradient; 0 does not clip.
-      remat: Keep only each layer's input for the backward pass.
-      accumulate: What micro-batches add up to: "gradients", exactly, or "sketches" of those that
-        are projected, which take (p + q) r numbers a matrix in place of p q; see
-        `osd_jax.accumulation`. Where there are several, what is clipped is then what is applied.
-      mesh: From `make_mesh`, for a state laid out by `train_state_sharding`, which the new state is
-        too, and batches by `batch_sharding`.
-      compress_gradients: Gradients of projected weights stay on the members of the mesh's `data`
-        axis, and their sketches are reduced over it: R, then A, exactly. `||G||^2` is estimated
-        (`reduced_sketch`), which P's step size reads, and whole gradients are reduced only on the
-        steps that set P from them, or measure it. The norm that is clipped, "gradient_norm", is
-        that of what is reduced: R of a projected weight, the gradient of any other. Without effect
-        where the `data` axis has one member.
+      grad_clipping: Maximum norm of the whole gradient; 0 does not clip.
+      remat: Whether to save only each layer's input for the backward pass.
+      accumulate: What is accumulated over micro-batches: "gradients", exactly, or "sketches" of the
+        projected ones, which need (p + q) r numbers per matrix instead of p q; see
+        `osd_jax.accumulation`. With several micro-batches of sketches, the clipped norm is that of
+        what is applied.
+      mesh: From `make_mesh`, for a state sharded by `train_state_sharding`, like the new state, and
+        batches sharded by `batch_sharding`.
+      compress_gradients: Whether gradients of projected weights stay on the devices of the mesh's
+        `data` axis and their sketches are reduced over it: R, then A, exactly. `||G||^2`, which P's
+        step size reads, is estimated (`reduced_sketch`), and full gradients are reduced only on the
+        steps that set P from them or measure it. The clipped norm, "gradient_norm", is that of what
+        is reduced: R of a projected weight, the gradient of any other. No effect if the `data` axis
+        has size one.
 
     Raises:
-      ValueError: for an unknown `accumulate`, an optimizer whose sketches do not suffice, or
-        `compress_gradients` without a mesh or with accumulated sketches.
+      ValueError: `accumulate` is unknown, sketches do not suffice for the optimizer, or
+        `compress_gradients` is given without a mesh or with accumulated sketches.
 
     Returns:
       A function (state, batch, measure) -> (state, metrics).
 
-      `batch` has "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False where a token is
-      padding. The K micro-batches go through the model one by one; the gradient is that of the mean
-      loss over all their tokens.
+      `batch` has "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False for padding tokens.
+      The model processes the K micro-batches one by one; the gradient is that of the mean loss over
+      all their tokens.
 
       `measure` is a bool: whether to measure the subspace, which costs one more product of each
       gradient.
 
-      `metrics` holds float32 scalars: "loss" (mean over predicted tokens, nats, before the update),
-      "gradient_norm" (before clipping), "skipped" and "skipped_in_a_row" (int32, updates whose
-      gradient was not finite) and, of measured steps (else NaN), "energy/KIND", the part of the
-      gradient's squared norm that P captures, and "orthonormality/KIND",
-      `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind such as "attention/query".
+      `metrics` contains float32 scalars: "loss" (mean over predicted tokens, nats, before the
+      update), "gradient_norm" (before clipping), "skipped" and "skipped_in_a_row" (int32, updates
+      with a non-finite gradient) and, for measured steps (otherwise NaN), "energy/KIND", the
+      fraction of the gradient's squared norm that P captures, and "orthonormality/KIND", `||P^T P -
+      I||_F / sqrt(r)`, each a mean over the layers of a kind such as "attention/query".
     """
     if accumulate not in ACCUMULATE:
         raise ValueError(f"accumulate is {accumulate!r}: expected one of {', '.join(ACCUMULATE)}")
@@ -190,8 +192,8 @@ def make_train_step(
         check_sketch_suffices(parts)
     if compress_gradients and (mesh is None or accumulate == "sketches"):
         raise ValueError(
-            "compress_gradients reduces sketches over a mesh's data axis, of whole gradients: give "
-            "mesh, and accumulate='gradients'"
+            "compress_gradients reduces the sketches of whole gradients over a mesh's data axis: "
+            "give mesh, and accumulate='gradients'"
         )
 
     def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
@@ -227,8 +229,8 @@ def make_train_step(
         mean = functools.partial(jax.lax.pmean, axis_name="data")
 
         def member(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-            """What one member of the `data` axis does, and, reduced, what all did."""
-            # Else the gradient of weights that all members share would be reduced on its own.
+            """The computation of one member of the `data` axis, and its reduced results."""
+            # Otherwise the gradients of weights that all members share would be reduced separately.
             own = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), state.params)
             total, count, grads = accumulated(own, batch)
             total, count = jax.lax.psum((total, count), "data")
@@ -309,15 +311,15 @@ def skipped_metrics(opt_state: optax.OptState) -> Metrics:
 
 
 def mean_factor(loss: jax.Array, count: jax.Array) -> jax.Array:
-    """1 / count, and not finite where the loss is not, so that the optimizer skips the step.
+    """1 / count, and non-finite if the loss is, so that the optimizer skips the step.
 
-    A part with no tokens has a loss of 0, a gradient of 0, and a factor of 1.
+    A part without tokens has a loss of 0, a gradient of 0, and a factor of 1.
     """
     return jnp.where(jnp.isfinite(loss), 1 / jnp.maximum(count, 1), jnp.nan)
 
 
 def clipping_factor(norm: jax.Array, max_norm: float) -> jax.Array:
-    """What to multiply a gradient by so that its norm is at most `max_norm`; 0 does not clip."""
+    """The factor that scales a gradient to a norm of at most `max_norm`; 0 does not clip."""
     if not max_norm:
         return jnp.ones_like(norm)
     return jnp.minimum(1, max_norm / jnp.maximum(norm, 1e-30))
@@ -356,7 +358,7 @@ def make_eval_step(config: llama.LlamaConfig) -> EvalStep:
 
     Returns:
       A function (params, batch) -> (sum of the tokens' losses in nats, float32; their number,
-      int32), of a batch with "tokens" and "mask", both (B, S).
+      int32), for a batch with "tokens" and "mask", both (B, S).
     """
 
     @jax.jit
@@ -383,12 +385,12 @@ def sample(
       params: The weights.
       config: Their shape.
       prompt: Token ids, at least one.
-      length: Tokens in all, the prompt included.
-      seed: Of the draws.
+      length: Total number of tokens, including the prompt.
+      seed: Seed of the draws.
       temperature: Divides the logits.
 
     Returns:
-      int32 (length,), or shorter where the end-of-text token was drawn.
+      int32 (length,), or shorter if the end-of-text token is drawn.
     """
     prompt = np.asarray(prompt, np.int32)[:length]
 
@@ -409,7 +411,7 @@ def sample(
 
 
 def train_state_sharding(tx: optax.GradientTransformation, params: optax.Params, mesh: Mesh) -> Any:
-    """How a LLaMA's `TrainState` is split over a mesh from `make_mesh`.
+    """The sharding of a LLaMA's `TrainState` over a mesh from `make_mesh`.
 
     Args:
       tx: The optimizer.
@@ -417,7 +419,7 @@ def train_state_sharding(tx: optax.GradientTransformation, params: optax.Params,
       mesh: Their mesh.
 
     Returns:
-      A `TrainState` of `NamedSharding`. What does not divide is logged; see `partition_specs`.
+      A `TrainState` of `NamedSharding`. Axes that do not divide are logged; see `partition_specs`.
     """
     specs = partition_specs(params, mesh)
     step: Any = NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""LLaMA's weights in Hugging Face's format: found, read and written."""
+"""Finds, reads and writes LLaMA's weights in Hugging Face's format."""
 
 import contextlib
 import json
@@ -33,20 +33,20 @@ WEIGHTS = (
     "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
     "*.gguf",
 )  # fmt: skip
-"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
+"""File names of weights, in formats that `weight_files` supports and in those that it does not."""
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
 
-    Reads their headers only, so that a run can refuse a folder before it does any work.
+    It only reads their headers, so that a run can reject a folder before it does any work.
 
     Args:
-        directory: of the model.
+        directory: Folder of the model.
 
     Raises:
-        OSError: there is none, or a shard is missing; the message names what is there instead.
-        ValueError: the index or a file is damaged.
+        OSError: There is none, or a shard is missing; the message names the files found instead.
+        ValueError: The index or a file is damaged.
     """
     folder = Path(directory)
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -57,9 +57,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     else:
         there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
         raise FileNotFoundError(
-            f"{folder} has neither {whole.name} nor {index.name}"
-            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
-            "transformers and write it by save_pretrained, which writes safetensors"
+            f"{folder} has neither {whole.name} nor "
+            f"{index.name}{', only ' + ', '.join(there[:3]) if there else ''}: load the model "
+            "with transformers and save it with save_pretrained, which writes safetensors"
         )
     for path in files:
         try:
@@ -77,8 +77,8 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names.
 
     Raises:
-        OSError: one is missing.
-        ValueError: it is no index of safetensors files.
+        OSError: A file is missing.
+        ValueError: It is not an index of safetensors files.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -91,7 +91,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     if lost := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
+            f"{index} names {len(files)} shards, of which {len(lost)} are missing, {lost[0]} "
             "first: fetch them, or save the model again"
         )
     return files
@@ -105,19 +105,19 @@ def _is_pointer(path: Path) -> bool:
 def load_hf(
     directory: str | os.PathLike[str], shardings: Params | None = None
 ) -> tuple[LlamaConfig, Params]:
-    """Reads a LLaMA that transformers saved: `config.json` and safetensors, whole or in shards.
+    """Reads a LLaMA saved by transformers: `config.json` and safetensors, in one file or in shards.
 
     Weights keep the dtype of the file.
 
     Args:
-        directory: of the model.
-        shardings: for each parameter the `jax.sharding.Sharding` to lay it out by: each device is
-            then given its own part only. None: all on the default device.
+        directory: Folder of the model.
+        shardings: The `jax.sharding.Sharding` of each parameter: each device then receives only its
+            own part. None: everything on the default device.
 
     Raises:
-        OSError: a file is missing or cannot be read.
-        ValueError: the config is not a LLaMA's, or the tensors are not those it asks for; the
-            message names the tensor.
+        OSError: A file is missing or cannot be read.
+        ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
+            the tensor.
     """
     folder = Path(directory)
     config = LlamaConfig.load(folder / "config.json")
@@ -128,13 +128,13 @@ def load_hf(
         for path in weight_files(folder):
             file = stack.enter_context(safe_open(path, "numpy"))
             files |= dict.fromkeys(file.keys(), file)
-        # Old files carry the rotary frequencies, and sometimes a tied head a second time.
+        # Old files contain the rotary frequencies, and sometimes a tied head a second time.
         ignored = {name for name in files if name.endswith("rotary_emb.inv_freq")}
         if config.tie_word_embeddings:
             ignored.add("lm_head.weight")
         for problem, names in (
             ("lacks", expected - files.keys()),
-            ("has, and a LLaMA of this config has not,", files.keys() - expected - ignored),
+            ("has, but a LLaMA of this config does not have,", files.keys() - expected - ignored),
         ):
             if names:
                 raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
@@ -143,7 +143,7 @@ def load_hf(
             tensor = files[name].get_tensor(name)
             if tensor.shape != shape:
                 raise ValueError(
-                    f"{folder}: {name} has shape {tensor.shape}, the config asks for {shape}"
+                    f"{folder}: {name} has shape {tensor.shape}, but the config expects {shape}"
                 )
             return tensor
 
@@ -171,10 +171,10 @@ def load_hf(
 def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:
     """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
 
-    The weights keep their dtype. Each file appears whole or not at all, the config last.
+    The weights keep their dtype. Each file is written atomically, the config last.
 
     Raises:
-        OSError: the directory cannot be made or written.
+        OSError: The directory cannot be created or written.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,13 +189,13 @@ def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Para
             )
     dtype = str(params["embedding"].dtype)
     text = json.dumps({**config.to_hf_dict(), "dtype": dtype, "torch_dtype": dtype}, indent=2)
-    # transformers refuses a file that does not say which framework's layout it has.
+    # transformers rejects a file that does not name its framework's layout.
     _replace(folder / "model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
     _replace(folder / "config.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `path`, then puts the finished file in its place."""
+    """Writes a temporary file next to `path`, then renames it to `path`."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         written = Path(scratch) / path.name
         write(written)
@@ -212,7 +212,7 @@ def _named_leaves(params: Params) -> Iterator[tuple[str, Any]]:
 
 
 def _hf_names(path: str, leaf: Any) -> list[str]:
-    """Hugging Face's names for one parameter, one for each layer if it is stacked."""
+    """Hugging Face's names for one parameter, one per layer if it is stacked."""
     if path.startswith("layers/"):
         suffix = _LAYER_NAMES[path.removeprefix("layers/")]
         return [f"model.layers.{layer}.{suffix}.weight" for layer in range(leaf.shape[0])]
@@ -220,5 +220,5 @@ def _hf_names(path: str, leaf: Any) -> list[str]:
 
 
 def _is_transposed(path: str, ndim: int) -> bool:
-    """PyTorch's linear weights are (output, input); its embedding is laid out as ours."""
+    """PyTorch's linear weights are (output, input); its embedding has the same layout as ours."""
     return ndim == 2 and path != "embedding"

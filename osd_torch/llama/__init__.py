@@ -1,7 +1,7 @@
-"""Hugging Face's LLaMA and what trains it: model, weights, partition, train step, checkpoints.
+"""Hugging Face's LLaMA and its training: model, weights, partitioning, train step, checkpoints.
 
-The names here are those of the model and its weights; `train` and `checkpoint` are modules of their
-own. This package alone imports transformers and safetensors.
+This namespace has the names of the model and its weights; `train` and `checkpoint` are separate
+modules. Only this package imports transformers and safetensors.
 """
 
 from osd_torch.llama.model import (

@@ -1,17 +1,17 @@
-"""Save and restore everything that a run needs to go on as if it had not stopped.
+"""Saves and restores everything that a run needs to continue as if it had not stopped.
 
 A checkpoint is a directory named by its step:
 
     model/          config.json and model.safetensors, as transformers reads them
     optimizer.pt    the optimizer's state by parameter name; `torch.load(weights_only=True)`
-    sharded/        in place of these two where weights are sharded: `torch.distributed.checkpoint`
-    random.pt       PyTorch's random state, of each process
-    state.json      what the caller keeps, such as the place in the data
+    sharded/        instead of these two if weights are sharded: `torch.distributed.checkpoint`
+    random.pt       PyTorch's random state of each process
+    state.json      the caller's data, such as the position in the data
     manifest.json   size and checksum of every other file
 
-It is written under another name, flushed to the disk and renamed when it is complete, so a run that
-is killed while saving goes on from the checkpoint before. Where `torch.distributed` is initialised,
-all processes call `save` and `restore` together, and see the same directory.
+It is written under another name, flushed to disk and renamed when it is complete, so a run that is
+killed while saving resumes from the previous checkpoint. If `torch.distributed` is initialized, all
+processes call `save` and `restore` together, and see the same directory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Checkpoints:
     """The checkpoints of a run, in numbered directories.
 
     Args:
-        directory: Where they are; made when the first is saved.
-        keep: How many of the newest to keep. None: only to read, which changes nothing there.
+        directory: The parent directory; created by the first save.
+        keep: Number of newest checkpoints to keep. None: read only, which changes nothing there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Checkpoints:
         self._keep = keep
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints, newest first. One that was not finished does not count."""
+        """The steps of the complete checkpoints, newest first."""
         if not self.directory.is_dir():
             return []
         names = (path.name for path in self.directory.iterdir() if path.is_dir())
@@ -66,16 +66,16 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         extra: dict[str, Any],
     ) -> None:
-        """Saves; when this returns the checkpoint is complete and on the disk.
+        """Saves; when this returns the checkpoint is complete and on disk.
 
         Args:
-            step: Updates done; if there is a checkpoint of it, nothing is saved.
-            model: The LLaMA, whole or sharded.
-            optimizer: Over its parameters, between two updates.
-            extra: What JSON holds; the first process's is saved.
+            step: Number of updates; nothing is saved if a checkpoint of it exists.
+            model: The LLaMA, sharded or not.
+            optimizer: The optimizer of its parameters, between two updates.
+            extra: JSON data; that of the first process is saved.
 
         Raises:
-            OSError: it cannot be written. What was written is removed; older checkpoints stay.
+            OSError: It cannot be written. Partial files are removed; older checkpoints remain.
         """
         if gathered(step in self.steps())[0]:
             return
@@ -136,31 +136,31 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"the checkpoint of step {step}, about {size:,.0f} MiB, cannot be written to "
-                f"{self.directory}: {error}; make room there, or save elsewhere"
+                f"{self.directory}: {error}; free space there, or save elsewhere"
             ) from error
 
     def restore(
         self, step: int, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        """Reads a checkpoint back into a model and its optimizer, bit for bit, and random state.
+        """Restores a model, its optimizer and the random state from a checkpoint, bit for bit.
 
-        The optimizer's state is restored; its options, such as the weight decay, stay those that it
-        was made with.
+        It restores the optimizer's state; the optimizer's options, such as the weight decay, remain
+        those that it was built with.
 
         Args:
-            step: Which.
-            model: A model of the same shape and dtype, sharded or not as the one saved was; what
-                was saved sharded goes into a whole model, too.
-            optimizer: Made alike, over its parameters.
+            step: The step of the checkpoint.
+            model: A model of the same shape and dtype, sharded or not as the saved one; a sharded
+                checkpoint can also be loaded into an unsharded model.
+            optimizer: An optimizer of its parameters, built alike.
 
         Returns:
-            The `extra` that was saved.
+            The saved `extra`.
 
         Raises:
-            ValueError: if the checkpoint is of another model or optimizer. Nothing is changed.
-            OSError: if it is damaged, or a process cannot read it: all of them raise, so that all
-                can go on from another one. Nothing is changed, but by a read of sharded weights
-                that fails midway.
+            ValueError: The checkpoint belongs to another model or optimizer. Nothing is changed.
+            OSError: It is damaged, or a process cannot read it: all processes raise, so that all
+                can resume from another one. Nothing is changed, unless a read of sharded weights
+                fails midway.
         """
         directory = self.directory / str(step)
         _on_first(lambda: _verify(directory))
@@ -176,8 +176,8 @@ class Checkpoints:
             _together(lambda: _load_sharded(directory, model, optimizer))
         elif isinstance(model, FSDPModule):
             raise ValueError(
-                f"{directory} holds whole weights, and this run shards them: go on without --fsdp, "
-                f"or start from the weights in {directory / 'model'}"
+                f"{directory} holds unsharded weights, but this run shards them: resume without "
+                f"--fsdp, or start from the weights in {directory / 'model'}"
             )
         else:
             weights = _together(lambda: read(load_file, "model/model.safetensors"))
@@ -190,9 +190,9 @@ class Checkpoints:
         return saved["extra"]
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps to N.set-aside, so that N can be saved anew.
+        """Renames the checkpoints of later steps to N.set-aside, so that step N can be saved again.
 
-        For a run that goes back to an earlier checkpoint, or past one that it could not read, which
+        For a run that restarts from an earlier checkpoint, or past one that it could not read but
         another attempt might.
         """
         if not self.directory.is_dir() or not is_first_process():
@@ -227,7 +227,7 @@ def optimizer_state(
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, state: dict[str, dict[str, Any]]
 ) -> None:
-    """Gives an optimizer the state that `optimizer_state` returned; its options stay."""
+    """Loads a state from `optimizer_state` into an optimizer; its options remain."""
     by_index = {i: state[name] for i, name in enumerate(_names(model, optimizer)) if name in state}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": by_index, "param_groups": groups})
@@ -235,13 +235,13 @@ def load_optimizer_state(
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors, by the names of a model's parameters, into these."""
+    """Copies tensors, by the names of a model's parameters, into these."""
     for name, param in model.named_parameters():
         param.copy_(tensors[name])
 
 
 def made_with(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """What fixes the shapes of weights and state, by name, in words."""
+    """What determines the shapes of weights and state, by name, in words."""
     found = {"the optimizer": type(optimizer).__name__}
     for name, param in model.named_parameters():
         found[name] = f"{str(param.dtype).removeprefix('torch.')}{list(param.shape)}"
@@ -282,7 +282,7 @@ def _save_sharded(directory: Path, parts: dict[str, Any]) -> None:
 
     try:
         dcp.save(parts, checkpoint_id=directory)
-    except CheckpointException as error:  # of any process, and known to all
+    except CheckpointException as error:  # of any process; all receive it
         raise OSError(_cause(error)) from error
 
 
@@ -297,11 +297,11 @@ def _load_sharded(
     parts = _sharded_state(model, optimizer)
     try:
         saved = dcp.FileSystemReader(directory / "sharded").read_metadata().state_dict_metadata
-        if not any(key.endswith(".set_at") for key in saved):  # of an earlier version
+        if not any(key.endswith(".set_at") for key in saved):  # from an earlier version
             states = parts["optimizer"]["state"]
             for name, state in states.items():  # load_state_dict completes them
                 states[name] = {key: x for key, x in state.items() if key != "set_at"}
-        # Groups are this run's own.
+        # Groups are those of this run.
         wanted = {"model": parts["model"], "optimizer": {"state": parts["optimizer"]["state"]}}
         dcp.load(wanted, checkpoint_id=directory / "sharded")
     except CheckpointException as error:
@@ -332,7 +332,7 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 
 
 def size_in_bytes(of: torch.nn.Module | torch.optim.Optimizer) -> int:
-    """Bytes of the weights, or of the optimizer's state."""
+    """Size in bytes of the weights, or of the optimizer's state."""
     if isinstance(of, torch.nn.Module):
         return sum(param.nbytes for param in of.parameters())
     states = (state.values() for state in of.state.values())
@@ -343,14 +343,15 @@ def size_in_bytes(of: torch.nn.Module | torch.optim.Optimizer) -> int:
 
 
 def _together(work: Callable[[], T]) -> T:
-    """Does a piece of work on every process; fails on all where one fails.
+    """Runs a piece of work on every process; fails on all if it fails on one.
 
     Returns:
-        What the work returned on this process.
+        The result on this process.
 
     Raises:
-        OSError: one could not write or read, or failed of a fault, which is raised there.
-        ValueError: the work raised it.
+        OSError: A process could not write or read, or failed with another error, which is raised
+            there.
+        ValueError: The work raised it.
     """
     failure: tuple[type[Exception], str] | None = None
     fault = None
@@ -374,13 +375,13 @@ def _together(work: Callable[[], T]) -> T:
 
 
 def _on_first(work: Callable[[], object]) -> None:
-    """`_together`, of a piece of work that the first process does."""
+    """`_together` for work that only the first process does."""
     _together(work if is_first_process() else lambda: None)
 
 
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """Turns what the readers of the files raise, of many kinds, into an OSError."""
+    """Converts the various errors of the file readers into an OSError."""
     try:
         yield
     except MemoryError:
@@ -408,7 +409,7 @@ def _read_tensors(path: Path) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """Returns when a file or directory is on the disk."""
+    """Returns when a file or directory is on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -425,7 +426,7 @@ def _checksum(path: Path) -> int:
 
 
 def _verify(directory: Path) -> None:
-    """Raises OSError unless every file is there and as it was written."""
+    """Raises OSError unless every file exists and matches the manifest."""
     damaged = f"{directory} {DAMAGED}"
     try:
         manifest = _read_json(directory / "manifest.json")

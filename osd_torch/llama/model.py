@@ -1,8 +1,8 @@
 """Hugging Face's LLaMA: built from a config, and its loss.
 
 The model is transformers' own `LlamaForCausalLM` with PyTorch's scaled dot product attention, so
-that all that works with one works with this. Only the loss is ours: a sum and a count, in float32,
-which never holds all logits at once.
+everything that works with one works with this. Only the loss is ours: a sum and a count, in
+float32, which never holds all logits at once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LOGITS_BYTES = 256 * 2**20
-"""Float32 logits that `loss` holds at once, in bytes, by default.
+"""Default size in bytes of the float32 logits that `loss` holds at once.
 
-Where a batch has more, they are made in slices of the tokens, and made again in the backward pass,
-which costs a third product with the head. Few slices, since the gradient of the head is summed over
-them in its own dtype.
+If a batch has more, they are computed in slices of the tokens, and recomputed in the backward pass,
+which costs a third product with the head. Few slices are better, because the gradient of the head
+is summed over them in its own dtype.
 """
 
 REQUIRED = (
@@ -44,17 +44,18 @@ KINDS = {
 
 # ---------------------------------------------------------------------------- configuration
 def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
-    """Reads a Hugging Face `config.json`, of transformers 5 or older, as a dictionary.
+    """Parses a Hugging Face `config.json`, of transformers 5 or older, given as a dictionary.
 
     Raises:
-        ValueError: not a LLaMA, a size is missing or no positive integer, or sizes do not divide.
+        ValueError: It is not a LLaMA, a size is missing or not a positive integer, or sizes are not
+            divisible.
     """
     if values.get("model_type") != "llama":
         raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'llama'")
     if missing := [name for name in REQUIRED if values.get(name) is None]:
         raise ValueError(f"the LLaMA config lacks {', '.join(missing)}")
     known = dict(values)
-    # The published LLaMA configs call the longest sequence by another name.
+    # The published LLaMA configs use another name for the maximum sequence length.
     longest = known.pop("max_sequence_length", None)
     if longest is not None:
         known.setdefault("max_position_embeddings", longest)
@@ -69,13 +70,13 @@ def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
                 f"{name} {known[name]} is not a multiple of "
                 f"{'num_attention_heads' if divisor is heads else 'num_key_value_heads'} {divisor}"
             )
-    # The published ones have -1 for none, which transformers takes for an index.
+    # The published configs use -1 for none, which transformers interprets as an index.
     pad = known.get("pad_token_id")
     if pad is not None and not 0 <= pad < known["vocab_size"]:
         known["pad_token_id"] = None
     try:
         config = LlamaConfig(**known)
-    except Exception as error:  # huggingface_hub's own kinds, for a field of another type
+    except Exception as error:  # huggingface_hub's own types, for a field of another type
         raise ValueError(f"the LLaMA config cannot be read: {' '.join(str(error).split())}") from (
             error
         )
@@ -88,8 +89,8 @@ def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
     """Reads a config file, such as `configs/llama_60m.json`.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not JSON, or not the config of a LLaMA; the message names the file.
+        OSError: The file cannot be read.
+        ValueError: It is not JSON, or not the config of a LLaMA; the message names the file.
     """
     try:
         return config_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -98,7 +99,7 @@ def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def compared(config: LlamaConfig) -> dict[str, Any]:
-    """What makes a config's model what it is, by field, to compare it with another's."""
+    """The fields of a config that determine its model, for comparison with another's."""
     names = (
         *SIZES, "rms_norm_eps", "initializer_range", "rope_parameters", "tie_word_embeddings",
         "hidden_act", "attention_bias", "mlp_bias",
@@ -118,16 +119,16 @@ def build(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
-    """A model with fresh weights, drawn as transformers draws them.
+    """A model with new weights, drawn as in transformers.
 
     Kernels and embedding are normal with standard deviation `initializer_range`, norms one.
 
     Args:
         config: Its shape.
-        seed: Of the draws, which are those of the device and dtype. The caller's random state is
-            left as it is.
-        dtype: Of the weights.
-        device: Where they are made.
+        seed: Seed of the draws, which depend on the device and dtype. The caller's random state is
+            unchanged.
+        dtype: Dtype of the weights.
+        device: Device on which they are created.
     """
     device = torch.device(device)
     padding, config.pad_token_id = config.pad_token_id, None  # see `finished`
@@ -156,23 +157,23 @@ def loss(
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood of each token given those before it, summed over the batch.
+    """Negative log likelihood of each token given the preceding ones, summed over the batch.
 
-    A sum and a count, not their quotient, so that parts of a batch can be added exactly.
+    Returns a sum and a count instead of their quotient, so that parts of a batch add up exactly.
 
     Args:
         model: The LLaMA.
-        tokens: Integers (B, S): inputs, and one place to the left the labels.
-        mask: Booleans (B, S), False where a token is no label to be learned. Padding on the right
-            needs no other mask, since attention is causal.
+        tokens: Integers (B, S): the inputs, and shifted left by one the labels.
+        mask: Booleans (B, S), False for tokens that are not labels. Padding on the right needs no
+            other mask, because attention is causal.
         logits_bytes: Float32 logits to hold at once.
 
     Returns:
-        The sum, float32, and how many tokens it is over, an integer; both 0-dimensional.
+        The sum, float32, and the number of tokens, an integer; both 0-dimensional.
     """
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    # The last position predicts nothing: it keeps its place, with no weight, so that the arrays
-    # keep their even shape.
+    # The last position predicts nothing: it stays, with weight zero, so that the arrays keep their
+    # even shape.
     labels = torch.roll(tokens, -1, dims=1)
     weights = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     weights = torch.roll(weights, -1, dims=1)
@@ -192,7 +193,7 @@ def loss(
 def _token_losses(head: torch.nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum of -log softmax(head(hidden))[label] where `weights`, float32."""
     losses = functional.cross_entropy(head(hidden).float(), labels.long(), reduction="none")
-    # A product, so that a factor on the loss that is not a number reaches every gradient.
+    # A product, so that a non-finite factor on the loss reaches every gradient.
     return (losses * weights).sum()
 
 
@@ -201,21 +202,21 @@ def is_projected(name: str, param: Tensor) -> bool:
 
     Args:
         name: From `named_parameters()`: "model.layers.0.self_attn.q_proj.weight".
-        param: The parameter; a norm's vector or a bias is not a kernel.
+        param: The parameter; the vector of a norm or a bias is not a kernel.
     """
     return param.ndim == 2 and kind(name) is not None
 
 
 def kind(name: str) -> str | None:
-    """What a kernel is, whatever its layer, as "attention/query"; None for other parameters."""
+    """The kind of a kernel, in any layer, such as "attention/query"; None for other parameters."""
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
 
 
 def finished(model: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
-    """Ready to train, without a cache of keys.
+    """Prepares a model for training, without a key cache.
 
-    And without `padding_idx`, which zeroes the gradient of an embedding: the padding token is often
-    the end-of-text token too, which has much to learn. What is padding says the mask.
+    It also removes `padding_idx`, which zeroes the gradient of an embedding: the padding token is
+    often the end-of-text token too, which must be trained. The mask determines what is padding.
     """
     model.config.pad_token_id = config.pad_token_id
     model.config.use_cache = False
@@ -226,12 +227,12 @@ def finished(model: LlamaForCausalLM, config: LlamaConfig) -> LlamaForCausalLM:
 def prepare(
     model: LlamaForCausalLM, *, activation_checkpointing: bool = False, compile_layers: bool = False
 ) -> None:
-    """Sets how a model computes; call it before it is sharded.
+    """Sets how a model computes; call it before the model is sharded.
 
     Args:
-        model: Changed in place.
-        activation_checkpointing: Keep only each layer's input for the backward pass.
-        compile_layers: Compile each layer; they share what is compiled.
+        model: Modified in place.
+        activation_checkpointing: Whether to save only each layer's input for the backward pass.
+        compile_layers: Whether to compile each layer; all share the compiled code.
     """
     if activation_checkpointing:
         # transformers renames it.

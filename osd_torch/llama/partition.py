@@ -1,4 +1,4 @@
-"""How a LLaMA is sharded over processes."""
+"""Sharding of a LLaMA over processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fully_shard_llama(model: Model, mesh: DeviceMesh | None = None) -> Model:
 
     Args:
         model: A `LlamaForCausalLM`, or any model with its decoder layers in `model.model.layers`.
-        mesh: One-dimensional; None: all processes.
+        mesh: A one-dimensional mesh; None: all processes.
 
     Returns:
         The model.

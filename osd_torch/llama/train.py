@@ -1,7 +1,7 @@
-"""The train step, the eval step, the learning rate's schedule, and a sample of text.
+"""The train step, the eval step, the learning rate schedule, and text sampling.
 
-In one process or several: where `torch.distributed` is initialised, every function here is called
-by all processes, and what it returns is over all of them.
+For one process or several: if `torch.distributed` is initialized, all processes call every function
+here, and the results are over all of them.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ def learning_rate_schedule(
     cycle_length: int | None = None,
     restart_warmup_steps: int = 0,
 ) -> Callable[[int], float]:
-    """The learning rate as a part of its peak: (step, from 0) -> factor in [0, 1].
+    """The learning rate as a fraction of its peak: (step, from 0) -> factor in [0, 1].
 
-    All rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
+    All schedules rise linearly from 0 over `warmup_steps`. As in the release, the cosines end at
     `min_lr_ratio` and "linear" at 0.
 
     Args:
-        scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, dropped to 0 every
-            `cycle_length` steps and led back to it linearly over `restart_warmup_steps`.
-        num_training_steps: Steps of the run.
-        warmup_steps: Steps of the first warmup.
-        min_lr_ratio: The last factor of a cosine.
-        cycle_length: Steps between restarts; read for "cosine_restarts" only.
-        restart_warmup_steps: Steps of warmup after a restart.
+        scheduler: "linear" or "cosine" decay; "cosine_restarts" is the cosine, reset to 0 every
+            `cycle_length` steps, from which it rises linearly over `restart_warmup_steps`.
+        num_training_steps: Number of steps of the run.
+        warmup_steps: Number of steps of the first warmup.
+        min_lr_ratio: The final factor of a cosine.
+        cycle_length: Number of steps between restarts; only read for "cosine_restarts".
+        restart_warmup_steps: Number of warmup steps after a restart.
 
     Raises:
-        ValueError: for an unknown scheduler, or restarts without a cycle length.
+        ValueError: The scheduler is unknown, or restarts have no cycle length.
 
     Example:
         >>> schedule = learning_rate_schedule("cosine", num_training_steps=100, warmup_steps=10)
@@ -106,42 +106,42 @@ def make_train_step(
     per_layer: bool = False,
     compress_gradients: bool = False,
 ) -> TrainStep:
-    """Builds the train step, for one process or all that `torch.distributed` has.
+    """Builds the train step, for one process or all of `torch.distributed`.
 
     Args:
-        model: The LLaMA, whole or sharded by `fully_shard_llama`.
-        optimizer: From `make_optimizer`, over the model's parameters. The peak learning rate of
+        model: The LLaMA, unsharded or sharded by `fully_shard_llama`.
+        optimizer: From `make_optimizer`, with the model's parameters. The peak learning rate of
             each group is its `lr` when this is called.
-        schedule: Its factor at each step that counts, from 0; sets `lr` in the optimizer's groups.
-        micro_batches: K, how many share an update.
-        grad_clipping: Largest norm; 0 does not clip. See "gradient_norm" for what norm.
-        per_layer: Update each layer inside the backward pass; see `LayerwiseUpdates`.
-        compress_gradients: Average sketches over the processes in place of gradients.
+        schedule: Its factor at each counted step, from 0; sets `lr` in the optimizer's groups.
+        micro_batches: K, the number of micro-batches per update.
+        grad_clipping: Maximum norm; 0 does not clip. "gradient_norm" below says which norm.
+        per_layer: Whether to update each layer inside the backward pass; see `LayerwiseUpdates`.
+        compress_gradients: Whether to average sketches over the processes instead of gradients.
 
     Returns:
         A function (step, batch, measure) -> metrics, which all processes call alike.
 
-        `step` counts the updates tried before this one, those that were skipped included.
+        `step` counts the attempted updates before this one, including skipped ones.
 
         `batch` is this process's, with "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False
-        where a token is padding. The K micro-batches go through the model one by one; the gradient
-        is that of the mean loss over all their tokens on all processes. It is summed over
+        for padding tokens. The model processes the K micro-batches one by one; the gradient is that
+        of the mean loss over all their tokens on all processes. Gradients are summed over
         micro-batches in the weights' dtype, as PyTorch does, and sketches in float32.
 
         `measure` says whether to measure the subspace, which costs one more product of each
         gradient.
 
         Metrics are "loss" (mean over predicted tokens, nats, before the update), "gradient_norm"
-        (before clipping, of the whole gradient; of what is applied, `R = P^T G` for a projected
-        weight, with `per_layer` or `compress_gradients`, where nobody sees the whole), "skipped"
-        and "skipped_in_a_row" (updates whose gradient was not finite) and, of measured steps,
-        "energy/KIND", the part of the gradient's squared norm that P captures, and
+        (before clipping, of the whole gradient; with `per_layer` or `compress_gradients`, where no
+        process holds the whole gradient, of what is applied, `R = P^T G` for a projected weight),
+        "skipped" and "skipped_in_a_row" (updates with a non-finite gradient) and, for measured
+        steps, "energy/KIND", the fraction of the gradient's squared norm that P captures, and
         "orthonormality/KIND", `||P^T P - I||_F / sqrt(r)`, each a mean over the layers of a kind
         such as "attention/query". With `per_layer` the energy is that of the micro-batches'
         gradients, and with several processes it is then the mean of theirs.
 
     Raises:
-        ValueError: for what does not go together, such as sharded weights and `per_layer`.
+        ValueError: Options are incompatible, such as sharded weights and `per_layer`.
     """
     processes = process_count()
     device = next(model.parameters()).device
@@ -150,12 +150,12 @@ def make_train_step(
     if processes > 1 and local_gradients:
         reduce = mean_over_processes()
     elif compress_gradients:
-        reduce = lambda tensor: tensor  # the mean over one: what is clipped, say, stays the same
+        reduce = lambda tensor: tensor  # the mean over one process, for clipping
     whole_model = not isinstance(model, FSDPModule)
     forward: torch.nn.Module = TokenLoss(model)
     if processes > 1 and whole_model and not reduce:
         forward = data_parallel(forward)
-    diagnostics = Diagnostics(optimizer, in_backward=per_layer)  # its hooks come before those below
+    diagnostics = Diagnostics(optimizer, in_backward=per_layer)  # its hooks run before those below
     updates = None
     if per_layer:
         updates = LayerwiseUpdates(
@@ -168,7 +168,7 @@ def make_train_step(
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     if isinstance(optimizer, SubspaceOptimizer):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["peak_lr"] = peak  # known here, and not to be guessed
+            group["peak_lr"] = peak  # known here, so not estimated
 
     def train_step(step: int, batch: Batch, measure: bool) -> Metrics:
         factor = schedule(step - skipped_steps(optimizer)[0])
@@ -186,7 +186,7 @@ def make_train_step(
                 updates.share = int(counts[k]) / max(count, 1)
             with _synchronised(forward, k == micro_batches - 1):
                 loss, _ = forward(tokens[k].to(device), mask[k].to(device))
-                # Not finite where the loss is not, so that the optimizer skips the step.
+                # Non-finite if the loss is, so that the optimizer skips the step.
                 (loss * torch.where(loss.isfinite(), scale, math.nan)).backward()
             total += loss.detach()
         if updates:
@@ -211,14 +211,14 @@ def make_train_step(
 
 
 class TokenLoss(torch.nn.Module):
-    """`llama.loss` as a module's forward pass, which is what DDP and FSDP act on."""
+    """`llama.loss` as a module's forward pass, on which DDP and FSDP act."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
         self.is_sharded = isinstance(model, FSDPModule)
         if self.is_sharded:
-            # FSDP gathers weights when a forward method is called, so the loss has to be one.
+            # FSDP gathers weights when a forward method is called, so the loss must be one.
             model.token_loss = types.MethodType(llama.loss, model)  # type: ignore[assignment]
             register_fsdp_forward_method(model, "token_loss")
 
@@ -231,24 +231,24 @@ class TokenLoss(torch.nn.Module):
 
 @contextlib.contextmanager
 def _synchronised(forward: torch.nn.Module, is_last: bool) -> Iterator[None]:
-    """DDP averages gradients once an update, after the last micro-batch."""
+    """Makes DDP average gradients once per update, after the last micro-batch."""
     waits = isinstance(forward, torch.nn.parallel.DistributedDataParallel) and not is_last
     with forward.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
         yield
 
 
 class Diagnostics:
-    """Measures P against the gradients that it is about to project, by kind of kernel.
+    """Compares P with the gradients that it is about to project, by kind of kernel.
 
     Args:
-        optimizer: Whose P.
-        in_backward: Whether gradients are gone after the backward pass, and to be measured in it.
+        optimizer: The optimizer with P.
+        in_backward: Whether gradients are freed after the backward pass and must be measured in it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, in_backward: bool) -> None:
         self._optimizer = optimizer = inner_optimizer(optimizer)
         self._active = False
-        self._sums: dict[str, list[Tensor]] = {}  # by kernel: captured, squared norm, off
+        self._sums: dict[str, list[Tensor]] = {}  # by kernel: captured, squared norm, deviation
         self._kernels: dict[Tensor, tuple[dict[str, Any], str]] = {}
         if isinstance(optimizer, SubspaceOptimizer):
             for group in optimizer.param_groups:
@@ -264,7 +264,7 @@ class Diagnostics:
         self._sums = {}
 
     def of_gradients(self) -> None:
-        """Measures all gradients as they are."""
+        """Measures all current gradients."""
         for param in self._kernels:
             self._add(param)
 
@@ -298,7 +298,7 @@ class Diagnostics:
         self._sums[name] = found
 
     def results(self, mean: bool) -> Metrics:
-        """What was measured in this update, as numbers; nothing if it was not to be.
+        """The measurements of this update, as numbers; empty if it was not measured.
 
         Args:
             mean: Whether to average over the processes, whose gradients differ.
@@ -321,8 +321,8 @@ def make_eval_step(model: LlamaForCausalLM) -> EvalStep:
     """Builds the eval step.
 
     Returns:
-        A function of a batch with "tokens" and "mask", both (B, S) -> (sum of the tokens' losses
-        in nats, their number), over all processes.
+        A function of a batch with "tokens" and "mask", both (B, S) -> (sum of the tokens' losses in
+        nats, their number), over all processes.
     """
     forward = TokenLoss(model)
     device = next(model.parameters()).device
@@ -353,12 +353,12 @@ def sample(
     Args:
         model: The LLaMA. If it is sharded, all processes call this.
         prompt: Token ids, at least one.
-        length: Tokens in all, the prompt included.
-        seed: Of the draws.
+        length: Total number of tokens, including the prompt.
+        seed: Seed of the draws.
         temperature: Divides the logits.
 
     Returns:
-        int32 (length,), or shorter where the end-of-text token was drawn.
+        int32 (length,), or shorter if the end-of-text token is drawn.
     """
     model.eval()
     device = next(model.parameters()).device

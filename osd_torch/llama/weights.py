@@ -1,4 +1,4 @@
-"""LLaMA's weights in Hugging Face's format: found, read and written."""
+"""Finds, reads and writes LLaMA's weights in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ WEIGHTS = (
     "*.safetensors", "pytorch_model*", "*.pth", "*.pt", "model.ckpt*", "tf_model*", "flax_model*",
     "*.gguf",
 )  # fmt: skip
-"""What weights are called, in forms that `weight_files` reads and in those that it does not."""
+"""File names of weights, in formats that `weight_files` supports and in those that it does not."""
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files of a model: `model.safetensors`, or the shards that its index names.
 
-    Reads their headers only, so that a run can refuse a folder before it does any work.
+    It only reads their headers, so that a run can reject a folder before it does any work.
 
     Args:
-        directory: of the model.
+        directory: Folder of the model.
 
     Raises:
-        OSError: there is none, or a shard is missing; the message names what is there instead.
-        ValueError: the index or a file is damaged.
+        OSError: There is none, or a shard is missing; the message names the files found instead.
+        ValueError: The index or a file is damaged.
     """
     folder = Path(directory)
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -46,9 +46,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     else:
         there = [path.name for kind in WEIGHTS for path in sorted(folder.glob(kind))]
         raise FileNotFoundError(
-            f"{folder} has neither {whole.name} nor {index.name}"
-            f"{', only ' + ', '.join(there[:3]) if there else ''}: load the model with "
-            "transformers and write it by save_pretrained, which writes safetensors"
+            f"{folder} has neither {whole.name} nor "
+            f"{index.name}{', only ' + ', '.join(there[:3]) if there else ''}: load the model "
+            "with transformers and save it with save_pretrained, which writes safetensors"
         )
     for path in files:
         try:
@@ -66,8 +66,8 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names.
 
     Raises:
-        OSError: one is missing.
-        ValueError: it is no index of safetensors files.
+        OSError: A file is missing.
+        ValueError: It is not an index of safetensors files.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -80,7 +80,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     if lost := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are not there, {lost[0]} "
+            f"{index} names {len(files)} shards, of which {len(lost)} are missing, {lost[0]} "
             "first: fetch them, or save the model again"
         )
     return files
@@ -98,19 +98,19 @@ def load_hf(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LlamaForCausalLM:
-    """Reads a LLaMA that transformers saved: `config.json` and safetensors, whole or in shards.
+    """Reads a LLaMA saved by transformers: `config.json` and safetensors, in one file or in shards.
 
     Args:
-        directory: Where they are.
-        config: In place of the one in the directory, from which it differs only in token ids and
-            the like.
-        dtype: Of the weights; None: as in the file.
-        device: Where they go.
+        directory: Folder of the model.
+        config: Replaces the config in the directory, from which it may differ only in fields such
+            as token ids.
+        dtype: Dtype of the weights; None: that of the file.
+        device: Device of the weights.
 
     Raises:
-        OSError: a file is missing or cannot be read.
-        ValueError: the config is not a LLaMA's, or the tensors are not those it asks for; the
-            message names the tensor.
+        OSError: A file is missing or cannot be read.
+        ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
+            the tensor.
     """
     folder = Path(directory)
     config = config or load_config(folder / "config.json")
@@ -124,19 +124,19 @@ def load_hf(
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, with the others
+        ignore_mismatched_sizes=True,  # reported below, with the others
     )
     config.pad_token_id = padding
     model, found = loaded
     for problem, names in (
         ("lacks", found["missing_keys"]),
-        ("has, and a LLaMA of this config has not,", found["unexpected_keys"]),
+        ("has, but a LLaMA of this config does not have,", found["unexpected_keys"]),
     ):
         if names:
             raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
     for name, there, here in sorted(found["mismatched_keys"]):
         raise ValueError(
-            f"{folder}: {name} has shape {tuple(there)}, the config asks for {tuple(here)}"
+            f"{folder}: {name} has shape {tuple(there)}, but the config expects {tuple(here)}"
         )
     return finished(model.to(device=device), config)
 
@@ -144,11 +144,11 @@ def load_hf(
 def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
     """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
 
-    The weights keep their dtype. Each file appears whole or not at all, the config last. Sharded
-    weights are gathered one by one; every process has to call this, and the first one writes.
+    The weights keep their dtype. Each file is written atomically, the config last. Sharded weights
+    are gathered one by one; every process must call this, and the first one writes.
 
     Raises:
-        OSError: the directory cannot be made or written.
+        OSError: The directory cannot be created or written.
     """
     writes = is_first_process()
     tensors = hf_tensors(model, keep=writes)
@@ -162,14 +162,14 @@ def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
 
 
 def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
-    """The weights by their Hugging Face names, on the CPU and whole; a tied head is left out.
+    """The weights by their Hugging Face names, on the CPU and unsharded; a tied head is omitted.
 
     Args:
         model: Sharded or not.
         keep: Whether to keep them; a process that only helps to gather them does not.
     """
     tensors = {}
-    for name, param in model.named_parameters():  # names a tied weight once
+    for name, param in model.named_parameters():  # yields a tied weight once
         gathered = whole(param.detach())
         if keep:
             tensors[name] = gathered.cpu().contiguous()
@@ -180,17 +180,17 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors to a new file.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: It cannot be written.
     """
     try:
-        # transformers refuses a file that does not say which framework's layout it has.
+        # transformers rejects a file that does not name its framework's layout.
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `path`, then puts the finished file in its place."""
+    """Writes a temporary file next to `path`, then renames it to `path`."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         written = Path(scratch) / path.name
         write(written)

@@ -62,7 +62,7 @@ def test_a_rate_at_an_edge_of_its_trials_is_marked() -> None:
     one = report.Summary(Config(0.02, 0.03, "b"), {}, trials, [])
     assert report.rate_text(one) == "0.02"
     del trials[Config(0.04, 0.03, "b")]
-    assert report.rate_text(one) == "0.02, an edge of its trials"
+    assert report.rate_text(one) == "0.02, at the edge of its trials"
 
 
 def test_a_rate_that_fails_is_not_chosen() -> None:
