@@ -57,7 +57,7 @@ OPTIMIZER_COLUMNS: Columns = {
     "published way over it": lambda r: ratio(r["published_over_this"]),
     "over GaLore": lambda r: ratio(r["over_galore"]),
     "over full-rank AdamW": lambda r: ratio(r["over_full_rank"]),
-    "step and SVD": lambda r: svd_note(r),
+    "breakdown": lambda r: svd_note(r),
 }
 
 
