@@ -44,6 +44,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     Args:
         directory: Folder of the model.
 
+    Returns:
+        The paths of the files.
+
     Raises:
         OSError: There is none, or a shard is missing; the message names the files found instead.
         ValueError: The index or a file is damaged.
@@ -114,6 +117,9 @@ def load_hf(
         shardings: The `jax.sharding.Sharding` of each parameter: each device then receives only its
             own part. None: everything on the default device.
 
+    Returns:
+        (config, weights).
+
     Raises:
         OSError: A file is missing or cannot be read.
         ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
@@ -175,6 +181,11 @@ def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Para
     """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
 
     The weights keep their dtype. Each file is written atomically, the config last.
+
+    Args:
+        directory: Folder of the model; created if it does not exist.
+        config: The model's shape.
+        params: The weights.
 
     Raises:
         OSError: The directory cannot be created or written.

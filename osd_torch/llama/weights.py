@@ -33,6 +33,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     Args:
         directory: Folder of the model.
 
+    Returns:
+        The paths of the files.
+
     Raises:
         OSError: There is none, or a shard is missing; the message names the files found instead.
         ValueError: The index or a file is damaged.
@@ -107,6 +110,9 @@ def load_hf(
         dtype: Dtype of the weights; None: that of the file.
         device: Device of the weights.
 
+    Returns:
+        The model, ready for training.
+
     Raises:
         OSError: A file is missing or cannot be read.
         ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
@@ -147,6 +153,10 @@ def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
     The weights keep their dtype. Each file is written atomically, the config last. Sharded weights
     are gathered one by one; every process must call this, and the first one writes.
 
+    Args:
+        directory: Folder of the model; created if it does not exist.
+        model: The LLaMA, sharded or not.
+
     Raises:
         OSError: The directory cannot be created or written.
     """
@@ -167,6 +177,9 @@ def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
     Args:
         model: Sharded or not.
         keep: Whether to keep them; a process that only helps to gather them does not.
+
+    Returns:
+        The weights by name; empty without `keep`.
     """
     tensors = {}
     for name, param in model.named_parameters():  # yields a tied weight once
@@ -178,6 +191,10 @@ def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors to a new file.
+
+    Args:
+        path: Path of the file.
+        tensors: The tensors by name.
 
     Raises:
         OSError: It cannot be written.
