@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = (".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".txt", ".cff")
+SUFFIXES = (".py", ".md", ".ipynb", ".sh", ".toml", ".yml", ".yaml", ".txt", ".cff")
 EXEMPT = ("parity_tests/golden/", "parity_tests/house/test_english.py")
 _UNITS = (
     "updates?|steps?|second|matrix|matrices|row|run|device|process|token|parameter|weight|layer"
