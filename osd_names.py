@@ -23,8 +23,7 @@ class Optimizer(NamedTuple):
     Attributes:
         rule: The weight rule: "adam", "adamw", "lion", "adafactor", "adam8bit", "sgd" or "muon".
         is_projected: Whether it trains the selected matrices in a subspace; all other parameters
-            are
-            trained at full rank.
+            are trained at full rank.
     """
 
     rule: str
@@ -54,8 +53,7 @@ class Projection(NamedTuple):
         side: The side of a weight (output, input) that P projects; "shorter" is input if both are
             equal.
         basis: The basis rule: "svd", "random" or "gaussian", which set P every `update_proj_gap`
-            steps,
-            or "online_pca" or "oja", which move P.
+            steps, or "online_pca" or "oja", which move P.
         rule: The optimizer of P, if P moves.
         weight_decay: The weight decay of P in the release.
     """

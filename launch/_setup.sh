@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh, in the project's root. `set_up EXTRA...` installs these extras
+# Sourced by the scripts of launch/, in the project's root. `set_up EXTRA...` installs these extras
 # of pyproject.toml into .venv, in the versions of constraints.txt, unless they are installed already.
 # OSD_CONSTRAINTS names another constraints file; /dev/null selects the newest versions.
 

@@ -51,9 +51,8 @@ def online_pca(
         P <- P + optimizer(dL/dP)
 
     `online_pca_gradient` has the closed form of dL/dP. The first nonzero gradient sets P, which
-    does
-    not move at that step; afterwards `optimizer` takes one step per update, or one every `every`
-    updates. P stays unchanged if a gradient is zero or its squared norm overflows.
+    does not move at that step; afterwards `optimizer` takes one step per update, or one every
+    `every` updates. P stays unchanged if a gradient is zero or its squared norm overflows.
 
     Args:
       optimizer: Any Optax optimizer, including its learning rate; it may read P as its parameters
@@ -126,15 +125,12 @@ def oja(
     """Moves P by Oja's rule: `P <- QR(P + eta A / ||G||_F^2)`, `A = G G^T P`.
 
     The columns stay orthonormal and keep their order and signs. With a large step size, a step is
-    one
-    of subspace iteration. Each move costs a QR of (p, r) per matrix and two of the five products
-    that
-    `online_pca` computes for P.
+    one of subspace iteration. Each move costs a QR of (p, r) per matrix and two of the five
+    products that `online_pca` computes for P.
 
     Args:
       optimizer: The optimizer of P, which receives `-A / ||G||_F^2`; for `optax.sgd(1.0)` the
-        learning
-        rate is eta.
+        learning rate is eta.
       init: See `online_pca`.
       order: See `online_pca`.
       every: See `online_pca`.
@@ -240,8 +236,7 @@ def random(every: int) -> BasisRule:
     """Sets P to the singular vectors of a Gaussian matrix at steps 0, `every`, 2 `every`, ...
 
     A matrix whose gradient is zero at such a step keeps its P; its next nonzero gradient draws a
-    new
-    one.
+    new one.
 
     Args:
       every: The number of steps between refreshes.
@@ -277,10 +272,8 @@ def gaussian(every: int) -> BasisRule:
     """Draws the entries of P from N(0, 1 / r) at steps 0, `every`, 2 `every`, ... (APOLLO).
 
     The columns are not orthonormal; `P P^T` is the identity in expectation, so R has the norms of M
-    in
-    expectation. Use it with lifts that read norms, such as `gradient_only`. A matrix whose gradient
-    is
-    zero at such a step keeps its P; its next nonzero gradient draws a new one.
+    in expectation. Use it with lifts that read norms, such as `gradient_only`. A matrix whose
+    gradient is zero at such a step keeps its P; its next nonzero gradient draws a new one.
 
     Args:
       every: The number of steps between refreshes.
@@ -320,13 +313,11 @@ def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -
     Under a mesh this gathers one matrix at a time, not the stack. On a CPU it also avoids a
     deadlock:
     LAPACK's batched routines wait for threads of the pool that runs the devices, and 8 virtual
-    devices
-    can wait for each other forever.
+    devices can wait for each other forever.
 
     Args:
       wanted: bool (batch...), True for at least one matrix. Where it is False, `function` does not
-        run
-        and the result is zero.
+        run and the result is zero.
       function: (arrays of one matrix) -> arrays, such as its P.
       *arrays: Trees of arrays (batch..., ...), such as M and P.
 
@@ -377,13 +368,11 @@ def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Singular vectors U (..., m, k) and V (..., n, k) of G (..., m, n), k = min(m, n).
 
     The sign of a singular vector is arbitrary, but it matters: moments are kept when P is
-    refreshed, so
-    W depends on the sign of each new column relative to the old one. The release has the signs of
-    PyTorch's LAPACK on a CPU, which starts with a QR for tall matrices with an aspect ratio of at
-    least
-    3/2, and never for wide ones. JAX's LAPACK uses another threshold, 11/6 for both; rows of zeros
-    keep
-    a wide matrix below it. On other devices the signs are those of the device.
+    refreshed, so W depends on the sign of each new column relative to the old one. The release has
+    the signs of PyTorch's LAPACK on a CPU, which starts with a QR for tall matrices with an aspect
+    ratio of at least 3/2, and never for wide ones. JAX's LAPACK uses another threshold, 11/6 for
+    both; rows of zeros keep a wide matrix below it. On other devices the signs are those of the
+    device.
     """
     m, n = matrix.shape[-2:]
     if 2 * m >= 3 * n:

@@ -58,13 +58,11 @@ class BasisRule(NamedTuple):
 
     Attributes:
       clock: When P is set, and when it moves. A matrix whose gradient is zero when P is due waits
-        for
-        its next nonzero gradient.
+        for its next nonzero gradient.
       fresh: (M (..., p, q), old P, the side of p, key, each) -> P, with the shape and dtype of the
-        old
-        one. `key` is a random key for this parameter and step. `each(function, *arrays)` applies a
-        function of one matrix's arrays to each matrix that is to be set, one at a time, and accepts
-        stacks (..., a, b). The other matrices keep the old P, whatever this returns.
+        old one. `key` is a random key for this parameter and step. `each(function, *arrays)`
+        applies a function of one matrix's arrays to each matrix that is to be set, one at a time,
+        and accepts stacks (..., a, b). The other matrices keep the old P, whatever this returns.
       needs: The statistics that `gradient` reads, and when the rule reads the gradient itself.
       gradient: (P, Sketch) -> the gradient of P's loss, (..., p, r). None: P does not move.
       optimizer: The optimizer of P, including its learning rate; it may read P as its parameters

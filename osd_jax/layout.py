@@ -33,8 +33,7 @@ class SubspaceDimensionNumbers(NamedTuple):
 
     Attributes:
       reduction_axis: The input side, the axes over which a layer sums. An empty tuple declares that
-        the
-        parameter holds vectors, which are not projected.
+        the parameter holds vectors, which are not projected.
       output_axis: The output side.
 
     Example:
@@ -144,10 +143,8 @@ def dimension_numbers_by_path(
     """Looks up the matrix axes of a parameter by its path.
 
     The lookup uses paths, not the tree structure, so that a full tree of dimension numbers works
-    for
-    parameters of which `optax.masked` or `optax.partition` has hidden some. A tree of other
-    containers
-    works too if its paths have the same text as those of the parameters and the text is
+    for parameters that `optax.masked` or `optax.partition` has partly hidden. A tree of other
+    containers works too if its paths have the same text as those of the parameters and the text is
     unambiguous.
     """
     params = unboxed(params)

@@ -92,14 +92,12 @@ class Lift(NamedTuple):
       apply: (direction (..., r, q), Seen) -> Lifted. The direction is the output of `inner`.
       needs: The statistics that it reads at every step, and whether it reads the gradient.
       init: (an array like M, one like R) -> its state before the first step, by name; each array
-        has
-        the leading batch axes of M.
+        has the leading batch axes of M.
       name: A name for messages.
       two_sided: Whether it supports a P on both sides.
       linear: Whether its update is linear in the direction, so that the learning rate can be
-        applied
-        before or after it. The optimizers of `osd_jax.aliases` apply the learning rate after a lift
-        that is not linear.
+        applied before or after it. The optimizers of `osd_jax.aliases` apply the learning rate
+        after a lift that is not linear.
 
     Example:
       >>> import jax.numpy as jnp, optax, osd_jax

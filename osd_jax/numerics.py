@@ -31,11 +31,9 @@ def round_stochastically(x: jax.Array, bits: jax.Array) -> jax.Array:
     """Rounds float32 to bfloat16, up or down, so that the expectation over the bits is x.
 
     A bfloat16 is the upper half of a float32. Adding the bits to the lower half carries into the
-    upper
-    half with a probability equal to the lower half's fraction of its range. Numbers that bfloat16
-    represents exactly stay unchanged, including subnormal ones. Infinities and NaN stay unchanged,
-    and
-    a finite number beyond the largest bfloat16 rounds to that one.
+    upper half with a probability equal to the lower half's fraction of its range. Numbers that
+    bfloat16 represents exactly stay unchanged, including subnormal ones. Infinities and NaN stay
+    unchanged, and a finite number beyond the largest bfloat16 rounds to that one.
 
     Args:
       x: float32.
@@ -91,8 +89,7 @@ def bias_correction(count: jax.Array, b: jax.typing.ArrayLike) -> jax.Array:
     """`1 - b^t`, the bias correction of a moving average after t = `count` steps.
 
     In float32, b2 and b2^t round in steps of 6e-8, compared with 1 - b2 = 1e-3. The result is
-    therefore
-    `-expm1(t log b)`, with the logarithm of a plain number computed in double precision.
+    therefore `-expm1(t log b)`, with the logarithm of a plain number computed in double precision.
     """
     if isinstance(b, jax.Array):
         return -jnp.expm1(count * jnp.log(b))
@@ -113,10 +110,8 @@ def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Matrix product, such as "pr,pq->rq", over any leading batch axes.
 
     Both inputs are read in the narrower of their dtypes; the products are accumulated and returned
-    in
-    float32 (float64 for float64). Under a mesh with Explicit axes, an output axis is sharded like
-    the
-    input axis of the same letter, which resolves the ambiguity for JAX.
+    in float32 (float64 for float64). Under a mesh with Explicit axes, an output axis is sharded
+    like the input axis of the same letter, which resolves the ambiguity for JAX.
     """
     inputs, output = spec.split("->")
     a_axes, b_axes = inputs.split(",")
@@ -135,11 +130,9 @@ def written_transpose(array: jax.Array) -> jax.Array:
     """Transposes (..., p, r) or (..., r, p); on a CPU it materializes the result.
 
     A matrix M may be a transposed view of its array. XLA's products on CPUs take 2 to 4 times as
-    long
-    if both factors are read against their layout, and elementwise loops even longer; XLA fuses a
-    transposition into both. This function transposes a factor that is small compared with M and
-    thereby
-    avoids a transposition of M. Other devices read any layout equally fast.
+    long if both factors are read against their layout, and elementwise loops even longer; XLA fuses
+    a transposition into both. This function transposes a factor that is small compared with M and
+    thereby avoids a transposition of M. Other devices read any layout equally fast.
     """
 
     def write(array: jax.Array) -> jax.Array:

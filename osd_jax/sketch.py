@@ -61,10 +61,9 @@ class Statistic(NamedTuple):
       degree: Its degree in M: the statistic of c M is c ** degree times that of M.
       of: (P, M, R) -> the value, (batch..., ...), float32 (float64 for float64 gradients).
       estimate: None if the mean over devices of `of(P, M_i, R)`, with the mean R, equals the
-        statistic
-        of the mean of the parts M_i. Otherwise the value cannot be computed from the parts, and
-        `estimate(a, b, c)` approximates it, where a is the mean of `of(P, M_i, R_i)`, b the mean of
-        `of(P, R_i, R_i)` and c is `of(P, R, R)`. Only for statistics that read M alone.
+        statistic of the mean of the parts M_i. Otherwise the value cannot be computed from the
+        parts, and `estimate(a, b, c)` approximates it, where a is the mean of `of(P, M_i, R_i)`, b
+        the mean of `of(P, R_i, R_i)` and c is `of(P, R, R)`. Only for statistics that read M alone.
 
     Example:
       >>> import jax.numpy as jnp
@@ -271,9 +270,8 @@ class SketchLeaf:
     """A sketch that replaces its gradient in an Optax tree: a leaf, not a node.
 
     It passes through `optax.chain`, `optax.masked` and `optax.partition` to `scale_by_subspace`. On
-    its
-    way it may be multiplied by a number, which scales R and each statistic by its degree. Any other
-    operation raises, because the gradient no longer exists.
+    its way it may be multiplied by a number, which scales R and each statistic by its degree. Any
+    other operation raises, because the gradient no longer exists.
 
     Args:
       sketch: The sketch of the gradient.
@@ -346,7 +344,7 @@ def sketches_of(
     )
 
 
-# Any operation on a gradient of which only the sketch is kept.
+# Any operation on a gradient if only its sketch is kept.
 ONLY_SKETCHES = (
     "only the sketches of projected gradients are kept here (accumulated or reduced sketches, or "
     "layer-by-layer updates with micro-batches or clipping). A transformation before "

@@ -22,8 +22,7 @@ class ProjectorState(NamedTuple):
       basis: P, a tree like the parameters; zeros until it is set for the first time.
       optimizer: State of the optimizer that moves P.
       set_at: A tree like the parameters of int32 (batch...), one number per matrix: the count of
-        the
-        step at which its P was set, or `NOT_SET` while it waits for a nonzero gradient.
+        the step at which its P was set, or `NOT_SET` while it waits for a nonzero gradient.
     """
 
     basis: Any

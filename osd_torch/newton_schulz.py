@@ -48,7 +48,8 @@ def orthogonalized(
         Jordan et al. (2024), Muon; the "adamw" scale: Moonlight, arXiv 2502.16982.
 
     Example:
-        >>> orthogonalized(add_gradient()).name
+        >>> import osd_torch
+        >>> osd_torch.orthogonalized(osd_torch.add_gradient()).name
         'orthogonalized(add_gradient(), steps=5, scale=adamw)'
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:

@@ -126,7 +126,8 @@ def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     )
 
 
-# Options newer than some saved states, with the values that those were trained with.
+# Options newer than some saved states, with the values that those were trained with: they let
+# state_dicts, pickles and checkpoints of earlier versions load.
 LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
     "basis": None, "lift": None, "side": None,

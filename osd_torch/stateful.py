@@ -174,7 +174,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         names = ("basis_output", "basis_input") if side == "both" else ("basis",)
         bases = {name: basis_along(axis) for name, axis in zip(names, projected, strict=True)}
         moments = first_moments(self.basis_rule(group), basis_of(bases), side)
-        # R in the layout of the weight, with the rank in place of the projected axis, so that the
+        # R in the layout of the weight, the rank replacing the projected axis, so that the
         # blocks of 8-bit moments are those of the release.
         shape = [rank if axis in projected else n for axis, n in enumerate(like.shape)]
         follows = [None if axis in projected else axis for axis in every_axis]

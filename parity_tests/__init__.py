@@ -1,1 +1,1 @@
-"""The suite that holds both libraries and both trainers to the same numbers."""
+"""The test suite, which checks that both libraries and both trainers give the same numbers."""

@@ -1,4 +1,4 @@
-"""What every test shares. It runs before JAX or PyTorch is imported."""
+"""Set-up and fixtures shared by all tests. It runs before JAX or PyTorch is imported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     )
     os.environ.setdefault("PJRT_NPROC", "16")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    # With it, devices begin independent collectives in another order each: some wait for the others
-    # in a permutation, those for them in a gathering, and all of them for ever.
+    # With it, devices start independent collectives in different orders: some wait for the others
+    # in a permutation, those for them in an all-gather, and all of them forever.
     os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take minutes
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
@@ -37,15 +37,42 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-@pytest.fixture(scope="module")
-def compile_fast() -> Iterator[None]:
-    """For modules in which compiling takes nearly all of the time, and running next to none."""
+QUICK_COMPILER = " --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--optimized",
+        action="store_true",
+        help="compile with XLA's defaults on a CPU too, which takes three times as long",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses how XLA compiles, before JAX is imported, here and in processes that tests start.
+
+    On a CPU, compiling takes most of the suite's time. What the tests claim of a program holds for
+    every compiler that keeps its meaning, so they take the quickest: without most optimizations
+    and with the older of two code generators. `--optimized` takes XLA's defaults. So does
+    `jax/test_optimized.py` in every run; the fixture `optimized` brings the optimizations back.
+    """
+    if os.environ["JAX_PLATFORMS"] == "cpu" and not config.getoption("optimized"):
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        if QUICK_COMPILER not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += QUICK_COMPILER
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """With XLA's optimizations: for what a program sends, keeps alive or recomputes."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 MOST_MAPS = 20_000  # that a module may leave

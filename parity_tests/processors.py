@@ -1,11 +1,11 @@
-"""Runs the tests that compare numbers as other processors would, and prints a table.
+"""Runs the tests that compare numbers as on other processors, and prints a table.
 
     python -m parity_tests.processors [--settings NAME ...] [--jobs 2] [arguments for pytest]
 
-The libraries below PyTorch and JAX choose their instructions by the processor, and sum in another
-order or round otherwise on another. Each setting makes one of them choose as on an older one. A
-setting that the processor at hand cannot follow is skipped, and one that does not arrive, as the
-library itself reports, is an error.
+The libraries below PyTorch and JAX select instructions by processor, and therefore sum or round
+differently on another one. Each setting makes one of them select as on an older processor. A
+setting that this processor does not support is skipped; one that has no effect, according to the
+library itself, is an error.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ BOTH = ("algorithm/test_oracle", "algorithm/test_jax_torch", "jax/test_blockwise
 
 @dataclass(frozen=True)
 class Setting:
-    """A choice of instructions.
+    """A selection of instructions.
 
     Attributes:
-        environment: Variables, of which `XLA_FLAGS` is added to what is set.
-        needs: Instructions that the processor must have, as Linux calls them; one of them where
-            they are separated by `|`.
-        arrives: What a child's report must hold (see `REPORT`), a regular expression.
-        modules: The files of tests that it can reach, within this folder.
+        environment: Variables; `XLA_FLAGS` is appended to the existing value.
+        needs: Instructions that the processor must have, with Linux's names; one of those separated
+            by `|`.
+        arrives: What a child's report must contain (see `REPORT`), a regular expression.
+        modules: The test files that it can affect, within this folder.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -83,8 +83,8 @@ SETTINGS = {
     ),
 }
 
-# Makes each library say what it uses: by itself, in what follows from the variables of `ASK`, or in
-# the options that XLA writes to the folder given.
+# Makes each library report what it uses: automatically, through the variables of `ASK`, or in the
+# options that XLA writes to the given folder.
 REPORT = """
 import sys, pathlib, torch
 print("ATen:", torch.backends.cpu.get_cpu_capability())
@@ -160,7 +160,7 @@ def report(setting: Setting) -> str:
 
 
 def run(name: str, arguments: list[str], jobs: int) -> Outcome:
-    """The tests under a setting; where `arguments` name files, those in place of the setting's."""
+    """Runs the tests under a setting; files in `arguments` replace those of the setting."""
     setting = SETTINGS[name]
     if reason := reason_to_skip(setting):
         return Outcome(name, 0, [], 0, reason)

@@ -1,4 +1,4 @@
-"""The README's tables, made from what the suite checks: `python -m parity_tests.readme_tables`."""
+"""Writes the README's tables from the suite's facts: `python -m parity_tests.readme_tables`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def combinations() -> str:
 
 
 def updated(readme: str) -> str:
-    """The README with its tables made anew, between their markers."""
+    """The README with the tables between their markers replaced."""
     names = ("muon", "osd_muon", "osd_muon_low", "osd_muon_small", "osd", "galore", "adamw_8bit")
     learned = ("adamw", "muon", "osd_muon", "osd_muon_fixed", "osd_muon_small", "stateless")
     runs = Runs(ROOT / "docs/comparison/runs.jsonl").read()

@@ -1,5 +1,6 @@
 """Benchmarks of time and memory: `python -m launch.bench {optimizer,train,memory,docs}`.
 
-`timing.py` measures; `optimizer.py`, `train.py` with `parts.py`, and `memory.py` define what is
-measured; `report.py` makes tables and plots, and `page.py` the page.
+`timing` measures; `optimizer` times one step of each `contender`, which `in_torch` and `in_jax`
+build; `train` with `parts` times the whole train step, and `memory` counts bytes. `report` makes
+tables and plots, and `page` a page, whose text is `page.md`.
 """

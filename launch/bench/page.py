@@ -1,10 +1,15 @@
-"""Writes `docs/benchmark.md` and its figure from the measurements; `_cuda` for a GPU."""
+"""Writes `docs/benchmark.md` and its figure from the measurements; `_cuda` for a GPU.
+
+The text of the page is in `page.md` next to this file, in sections of `string.Template`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from launch.bench import report
@@ -63,7 +68,7 @@ def write(results: Mapping[str, Any], docs: Path) -> Path:
     write_atomic(docs / f"{name}.json", json.dumps(results, indent=1) + "\n")
     report.plot_all({mode: found["records"] for mode, found in results.items()},
                     docs / f"{name}.png")  # fmt: skip
-    write_atomic(docs / f"{name}.md", "\n".join(lines(results)) + "\n")
+    write_atomic(docs / f"{name}.md", text(results))
     return docs / f"{name}.md"
 
 
@@ -79,128 +84,83 @@ def stem(results: Mapping[str, Any]) -> str:
     return "benchmark" if devices == ["cpu"] else f"benchmark_{devices[0]}"
 
 
-def lines(results: Mapping[str, Any]) -> Iterator[str]:
+def text(results: Mapping[str, Any]) -> str:
     """The page."""
+    return "\n\n".join(_blocks(results)) + "\n"
+
+
+def _blocks(results: Mapping[str, Any]) -> Iterator[str]:
+    """The sections of the measured modes, in order."""
     name = stem(results)
-    on = "" if name == "benchmark" else ", on a GPU"
-    yield from (
-        f"# How fast a step is, and how large{on}",
-        "",
-        "The time of one step relative to its lower bound (the floor), to the published "
-        "implementation (the *published way* in the tables), and to other optimizers. In every "
-        "round each contender runs once in the same process; a ratio divides two times of the "
-        "same round. All figures are medians, with quartiles in brackets.",
-        "",
-        f"![Times and sizes]({name}.png)",
-        "",
-        *_floor(results),
-    )
-    if "optimizer" in results:
-        yield from _optimizer(results["optimizer"])
-    if "train" in results:
-        yield from _train(results["train"])
-    if "memory" in results:
-        yield from _memory(results["memory"])
-    yield from (
-        "## How to repeat it",
-        "",
-        "```",
-        *(command(mode, found) for mode, found in results.items()),
-        "python -m launch.bench docs       # writes this page from runs/bench",
-        "```",
-        "",
-        "`--device cuda` runs the same on a GPU, including the matrices of 7B; `--out` then "
-        "names another folder, for `docs` as well. Measure on an otherwise idle machine: ratios "
-        "within a round tolerate other programs, but a thread pool waiting for one of its "
-        "threads is affected.",
-    )
+    on_gpu = name != "benchmark"
+    yield _section("head", picture=f"{name}.png", on=", on a GPU" * on_gpu, products=_products())
+    if optimizer := results.get("optimizer"):
+        records = optimizer["records"]
+        yield _section(
+            "rates",
+            floors=_floors(records),
+            rates="\n".join(
+                f"- {line}" for line in report.rates_text(optimizer["rates"]).split("\n")
+            ),
+            whose=_section("products, on a GPU" if on_gpu else "products, on a CPU"),
+        )
+        yield _section("optimizer", about=about(optimizer), in_short=_in_short(records))
+        if on_gpu:
+            yield _section("optimizer, on a GPU")
+        tables = (
+            f"### {case}\n\n{_table(of_case, report.OPTIMIZER_COLUMNS)}"
+            for case, of_case in report.by_case(records)
+        )
+        yield _section("optimizer, case by case", tables="\n\n".join(tables))
+    if train := results.get("train"):
+        yield _section(
+            "train",
+            about=about(train),
+            setting=_trained(train["how"]),
+            steps=_table(train["records"], report.TRAIN_COLUMNS),
+            parts=report.markdown_table(report.PARTS_HEADER, report.parts_rows(train["parts"])),
+        )
+    if memory := results.get("memory"):
+        yield _section(
+            "memory",
+            setting=_trained(memory["how"]),
+            dtype=memory["how"]["dtype"],
+            sizes=_table(memory["records"], report.MEMORY_COLUMNS),
+        )
+    commands = (command(mode, found) for mode, found in results.items())
+    yield _section("repeat", commands="\n".join(commands))
 
 
-def _floor(results: Mapping[str, Any]) -> Iterator[str]:
-    yield from (
-        "## The floor",
-        "",
-        "A step of Online Subspace Descent computes three things from a gradient M (p, q), where "
-        "p is the projected axis: its projection R = P^T M, the correlation A = M R^T, and "
-        "||M||. The gradient of P is then `(2 / ||M||^2) (P (P^T A) + A (P^T P) - 2 A)`: it "
-        "needs no autograd, no SVD and no other matrix of M's size. A step therefore consists of "
-        "seven matrix products, with P (p, r) and the direction D (r, q) that the optimizer "
-        "computes from R. The floor is the time of these seven products alone, in the same "
-        "framework, written into preallocated memory:",
-        "",
-        report.markdown_table(
-            ("product", "operations", "numbers read and written, at least"),
-            [
-                (f"`{name}`", ops, moved)
-                for (name, ops, _), moved in zip(PRODUCTS, NUMBERS_MOVED, strict=True)
-            ],
-        ),
-        "",
-        "All other operations read or write each number a few times: ||M||, which also tells "
-        "whether M is finite (p q), the moments of R (q r numbers each) and those of P (p r "
-        "each). They account for the ratios above 1 in the tables below. GaLore's step has two "
-        "of the seven products, R and W, and an SVD every update_proj_gap steps. The published "
-        "implementation has 3.25 times the floor's operations for a square matrix of rank p / 4: "
-        "its time over the floor's, below, is the largest speedup over it that any step could "
-        "reach.",
-        "",
-        "`osd_muon` adds Muon's orthogonalization to the seven products: 5 Newton-Schulz steps "
-        "of three products each, 5 (4 s^2 l + 2 s^3) operations for a matrix with sides s and l "
-        ">= s. For a square matrix of rank p / 4 this is 15 times the floor, as for Muon itself. "
-        "Relative to the forward and backward passes, 6 p q operations per token, it is 5 p / "
-        "tokens of an update: 2 % for p = 512 and 131,072 tokens, 31 % for the quickstart's p = "
-        "128 and 2,048.",
-        "",
-    )
-    if "optimizer" not in results:
-        return
-    found_rates = results["optimizer"]["rates"]
+def _section(name: str, **values: str) -> str:
+    """A section of `page.md` with its values filled in."""
+    template = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name} -->\n(.*?)(?=\n<!--|\Z)", template, re.DOTALL)
+    assert found, name
+    return Template(found[1].strip()).substitute(values)
+
+
+def _products() -> str:
+    rows = [
+        (f"`{name}`", operations, moved)
+        for (name, operations, _), moved in zip(PRODUCTS, NUMBERS_MOVED, strict=True)
+    ]
+    header = ("product", "operations", "numbers read and written, at least")
+    return report.markdown_table(header, rows)
+
+
+def _floors(records: Sequence[report.Record]) -> str:
+    """Operations, bytes and speed of each case's floor."""
     rows = []
-    for name, records in report.by_case(results["optimizer"]["records"]):
-        ops, numbers = floor_of(records[0]["shape"], records[0]["rank"])
-        floors = [r["seconds"]["median"] for r in records if r["contender"].startswith("floor")]
+    for name, of_case in report.by_case(records):
+        ops, numbers = floor_of(of_case[0]["shape"], of_case[0]["rank"])
+        floors = [r["seconds"]["median"] for r in of_case if r["contender"].startswith("floor")]
         rates = (f"{ops / seconds / 1e9:,.0f}" for seconds in floors)
         rows.append((name, f"{ops / 1e6:,.0f}", f"{numbers * 4 / 1e6:,.1f}", *rates))
     header = ("matrix", "10^6 operations", "MB in float32", "GFLOP/s, torch", "GFLOP/s, jax")
-    yield report.markdown_table(header, rows)
-    yield from ("", "Peak rates of the machine:", "")
-    yield from (f"- {line}" for line in report.rates_text(found_rates).splitlines())
-    whose = "PyTorch's float32 products call MKL, JAX's use XLA's own kernels."
-    if stem(results) != "benchmark":
-        whose = "both call cuBLAS, XLA also its own kernels, and float32 is TF32 in both."
-    yield from ("", "Where the two frameworks' floors differ, their products differ: " + whose, "")
+    return report.markdown_table(header, rows)
 
 
-def _optimizer(found: Mapping[str, Any]) -> Iterator[str]:
-    yield from ("## One optimizer step", "", about(found), "")
-    yield from (*_in_short(found["records"]), "")
-    if found["device"] != "cpu":
-        yield from (
-            "If a step takes the same time for a small matrix as for a large one, it is limited "
-            "by the host, which launches about twenty kernels one by one; XLA launches fewer. "
-            "Full-rank AdamW reads and writes each number a few times and computes no matrix "
-            "products: if the floor is slower than it, no step with these seven products can be "
-            "as fast. With bfloat16 weights its moments are bfloat16; the moments in a subspace, "
-            "and P, are float32, and the P of the published implementation is bfloat16.",
-            "",
-        )
-    yield (
-        "GaLore's step includes its SVD, measured alone and amortized over 200 steps; "
-        "optax.contrib.galore projects the longer side, the others the shorter. If P moves every "
-        "k steps, the time is the mean over k steps. The published implementation steps P by "
-        "autograd through `||P P^T G - G||^2`, for which it forms P P^T."
-    )
-    for name, records in report.by_case(found["records"]):
-        yield from ("", f"### {name}", "", _table(records, report.OPTIMIZER_COLUMNS))
-    yield ""
-
-
-def _in_short(records: Sequence[report.Record]) -> Iterator[str]:
-    yield from (
-        "Summary for P by online PCA with AdamW; the [comparison](comparison/README.md) shows "
-        "how moving P only every 10 steps affects the loss:",
-        "",
-    )
+def _in_short(records: Sequence[report.Record]) -> str:
     titles = (
         "matrix", "framework", "step over floor", "published way over step",
         "published way over floor", "step over GaLore's: the cost of moving P at every step",
@@ -222,7 +182,7 @@ def _in_short(records: Sequence[report.Record]) -> Iterator[str]:
                 floor["over_full_rank"],
             )  # fmt: skip
             body.append([name, framework, *map(report.ratio, cells)])
-    yield report.markdown_table(titles, body)
+    return report.markdown_table(titles, body)
 
 
 def _table(records: Sequence[report.Record], columns: report.Columns) -> str:
@@ -230,44 +190,7 @@ def _table(records: Sequence[report.Record], columns: report.Columns) -> str:
 
 
 def _trained(how: Mapping[str, Any]) -> str:
-    return f"`{how['model_config']}`, {how['tokens']:,} tokens a step, rank {how['rank']}, "
-
-
-def _train(found: Mapping[str, Any]) -> Iterator[str]:
-    yield from (
-        "## The whole train step",
-        "",
-        about(found),
-        "",
-        _trained(found["how"]) + "with the train steps of `launch.train_torch` and "
-        "`launch.train_jax`. GaLore without its SVDs.",
-        "",
-        _table(found["records"], report.TRAIN_COLUMNS),
-        "",
-        "Where the two frameworks differ, full-rank AdamW differs too. The next table times the "
-        "same parts of the model alone. PyTorch has one kernel for attention, which skips what "
-        "the mask hides; XLA computes products and separate passes. For the head JAX computes "
-        "four products where PyTorch computes three: it computes the logits of many tokens in "
-        "slices, recomputes them in the backward pass, and never stores all of them.",
-        "",
-        report.markdown_table(report.PARTS_HEADER, report.parts_rows(found["parts"])),
-        "",
-    )
-
-
-def _memory(found: Mapping[str, Any]) -> Iterator[str]:
-    yield from (
-        "## Memory",
-        "",
-        _trained(found["how"])
-        + f"{found['how']['dtype']}. The state is counted on the arrays. The peak covers all "
-        "memory alive within a train step: in JAX as planned by the compiler; in PyTorch as "
-        "handed out by the allocator, on a CPU as recorded by the profiler, in addition to weights "
-        "and state.",
-        "",
-        _table(found["records"], report.MEMORY_COLUMNS),
-        "",
-    )
+    return f"`{how['model_config']}`, {how['tokens']:,} tokens per step, rank {how['rank']}"
 
 
 def about(found: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """Parts of the model alone, forward and backward: where the two frameworks' train steps differ.
 
 The attention and the MLP of one layer, without the products of attention's four kernels, and the
-head with its loss, of which there is one. Inputs are random, with the shapes of the train step.
-JAX's head computes its logits in slices, and recomputes them in the backward pass, if all of them
-would exceed `osd_jax.llama.LOGITS_BYTES`.
+single head with its loss. Inputs are random, with the shapes of the train step. JAX's head computes
+its logits in slices, and recomputes them in the backward pass, if all of them would exceed
+`osd_jax.llama.LOGITS_BYTES`.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def number(value: float) -> str:
 
 OPTIMIZER_COLUMNS: Columns = {
     "contender": lambda r: r["contender"],
-    "ms a step": lambda r: milliseconds(r["seconds"]),
+    "ms per step": lambda r: milliseconds(r["seconds"]),
     "over its floor": lambda r: ratio(r["over_floor"]),
     "over the better floor": lambda r: ratio(r["over_best_floor"]),
     "published way over it": lambda r: ratio(r["published_over_this"]),
@@ -63,7 +63,7 @@ OPTIMIZER_COLUMNS: Columns = {
 
 TRAIN_COLUMNS: Columns = {
     "contender": lambda r: r["contender"],
-    "tokens a second": lambda r: _with_quartiles(r["tokens_per_second"], 1),
+    "tokens per second": lambda r: _with_quartiles(r["tokens_per_second"], 1),
     "of AdamW's": lambda r: ratio(r["of_full_rank"]),
     "of plain AdamW's": lambda r: ratio(r["of_plain_full_rank"]),
     "of the other framework's": lambda r: ratio(r["of_other_framework"]),
@@ -197,7 +197,7 @@ def _draw_case(name: str, group: Sequence[Record], ax: Any) -> None:
 def _draw_train(records: Sequence[Record], ax: Any) -> None:
     values = [r["tokens_per_second"] for r in records]
     _bars(ax, records, values, "whole train step", "{:,.0f}")
-    ax.set_xlabel("tokens a second", fontsize=8)
+    ax.set_xlabel("tokens per second", fontsize=8)
 
 
 def _draw_memory(records: Sequence[Record], ax: Any) -> None:

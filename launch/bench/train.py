@@ -10,12 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from launch.bench.optimizer import (
-    GAP,
-    jax_after_first_step,
-    scale_of,
-    torch_after_first_step,
-)
+from launch.bench import in_jax, in_torch
+from launch.bench.contender import GAP, scale_of
 from launch.bench.timing import Step, Times, ratios, spread, time_in_rounds
 from osd_names import SUBSPACE_OPTIMIZERS
 
@@ -88,7 +84,7 @@ CONTENDERS = tuple(
 
 
 def optimizer_options(method: str, rank: int) -> dict[str, Any]:
-    """The arguments of both libraries' `make_optimizer`; GaLore's P is not refreshed again."""
+    """The arguments of both libraries' `make_optimizer`; GaLore's P is set once."""
     optimizer, proj_type = METHODS[method]
     if optimizer not in SUBSPACE_OPTIMIZERS:
         return {}
@@ -121,7 +117,7 @@ class TorchRun:
         )  # fmt: skip
         if isinstance(self.optimizer, osd_torch.SubspaceOptimizer):
             eye = functools.partial(torch.eye, device=setting.device)
-            torch_after_first_step(self.optimizer, eye)
+            in_torch.after_first_step(self.optimizer, eye)
         self._step = make_train_step(
             self.model, self.optimizer, schedule=lambda step: 1.0, per_layer=layerwise
         )
@@ -163,7 +159,7 @@ class JaxRun:
         def start(seed: Any) -> Any:
             params = jax.tree.map(lambda x: x.astype(setting.dtype), llama.init(config, seed))
             state = init_state(params, tx)
-            return state._replace(opt_state=jax_after_first_step(state.opt_state, eye))
+            return state._replace(opt_state=in_jax.after_first_step(state.opt_state, eye))
 
         self.state = jax.eval_shape(start, 0) if shapes_only else jax.jit(start)(0)
         self.batch = setting.tokens()

@@ -7,11 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-FULL_RATES = (
-    0.003,
-    0.01,
-    0.03,
-)  # of unprojected parameters: tuned with the baseline, shared
+FULL_RATES = (0.003, 0.01, 0.03)  # of unprojected parameters: tuned with the baseline, shared
 BAR = "adamw"
 
 

@@ -94,8 +94,8 @@ def collectives(text: str) -> list[Collective]:
                 continue
             op, rest = match["op"], match["rest"]
             if op.removesuffix("-start") in OPS:
-                # On a TPU the start, the middle and the end of one operation are fusions, each of
-                # which names it, and a reduce-scatter is a fusion around an all-reduce.
+                # On a TPU the start, the middle and the end of one operation are fusions that
+                # all name it, and a reduce-scatter is a fusion around an all-reduce.
                 if name != scope and (channel := re.search(r"channel_id=\d+", rest)):
                     if (scope, channel[0]) in in_parts:
                         continue

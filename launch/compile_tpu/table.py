@@ -123,9 +123,9 @@ def page(found: dict[str, Report]) -> str:
         )
     lines += [
         "",
-        "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, no "
-        f"clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for layer-by-layer "
-        "updates. All other rows are the published runs, with 512 rows per update.",
+        "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
+        f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
+        "layer-by-layer updates. All other rows are the published runs, with 512 rows per update.",
         "",
         "To reproduce the table, or to compile a step of your own, install `pip install -e "
         "'.[jax,train,tpu]'` and run:",

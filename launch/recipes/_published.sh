@@ -24,7 +24,7 @@ published() {
         ;;
     esac
     if [ $((512 % (processes * devices))) -ne 0 ]; then
-        echo "error: 512 rows an update do not divide by $processes processes x $devices devices;" \
+        echo "error: 512 rows per update are not divisible by $processes processes x $devices devices;" \
             "use 1, 2, 4, 8, ... of them" >&2
         return 2
     fi

@@ -14,7 +14,7 @@ def keep_memory() -> None:
     """Makes glibc keep freed memory for the next step instead of returning it to the system.
 
     By default glibc maps large arrays again each time, and the system must clear their pages: a
-    third of the time of a step of `llama_9m` in PyTorch, of which this saves two thirds. XLA's
+    third of the time of a step of `llama_9m` in PyTorch; this saves two thirds of that. XLA's
     arrays use it too. It needs no more memory than the largest step. Other C libraries have no such
     switch; this function then does nothing.
     """

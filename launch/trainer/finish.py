@@ -88,7 +88,7 @@ def writing_model(options: Options, directory: Path) -> Iterator[None]:
 
 
 def sample_of_text(options: Options, tokenizer: Tokenizer, sample: Sample) -> str | None:
-    """The prompt as continued by the model; None if there is no prompt."""
+    """The prompt and the model's continuation; None if there is no prompt to continue."""
     from launch.data.tokenizer import NoTokenizer
 
     if not options.run.sample_tokens or isinstance(tokenizer, NoTokenizer):

@@ -219,9 +219,10 @@ def _check_coordinator(address: str, is_here: bool) -> None:
 class _AtAbort:
     """The message and exit code of this process if JAX ends it by abort().
 
-    JAX has no other response to processes that do not connect, or that are lost: a page of
-    addresses in C++, and SIGABRT; the Python callback that it offers ends in std::bad_cast, in
-    0.10. A Python signal handler would run too late.
+    It saves users of several machines from a page of C++ addresses, a core dump and exit code 134
+    when processes do not connect or one is lost: the last line says what happened and what to do.
+    JAX 0.10 offers no other way: its Python callback ends in std::bad_cast, and a handler of
+    Python's `signal` module would run too late.
     """
 
     def __init__(self) -> None:

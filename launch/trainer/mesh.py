@@ -55,7 +55,7 @@ def make_mesh(
     if any(len(of) > 1 for of in readers.values()) or shards % processes:
         raise UsageError(
             f"--mesh: tensor={mesh.shape['tensor']} splits a row of the batch over several of the "
-            f"{processes} processes, each of which reads its own rows; use at most "
+            f"{processes} processes, and each reads its own rows; use at most "
             f"tensor={len(devices) // processes}, the devices of a process"
         )
     each = shards // processes

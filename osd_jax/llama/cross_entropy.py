@@ -71,6 +71,9 @@ def loss_of_output(
         tokens: As in `loss`.
         loss_mask: As in `loss`.
         logits_bytes: As in `loss`.
+
+    Returns:
+        As in `loss`.
     """
     x = rms_norm(x, params["norm"], config.rms_norm_eps)
     head = head_kernel(params, config)
@@ -89,7 +92,15 @@ def loss_of_output(
 
 
 def num_predicted(tokens: Tokens, loss_mask: Tokens | None = None) -> jax.Array:
-    """The number of tokens (..., B, S) whose losses `loss` sums, int32."""
+    """The number of tokens whose losses `loss` sums.
+
+    Args:
+        tokens: Integers (..., B, S).
+        loss_mask: Booleans (..., B, S), False for tokens that are not labels; None: all are.
+
+    Returns:
+        int32 ().
+    """
     return jnp.sum(_is_predicted(tokens, loss_mask), dtype=jnp.int32)
 
 

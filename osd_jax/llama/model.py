@@ -36,21 +36,47 @@ Tokens = jax.Array | np.ndarray
 
 # ------------------------------------------------------------------------------- the network
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis: float32 inside, `x`'s dtype outside."""
+    """Root-mean-square norm over the last axis: `x / sqrt(mean(x^2) + eps) * weight`.
+
+    Args:
+        x: (..., n).
+        weight: (n,).
+        eps: Added to the mean of the squares.
+
+    Returns:
+        (..., n) in `x`'s dtype, computed in float32.
+    """
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * inverse * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of positions 0 to length - 1: two float32 (length, 1, head_dim / 2)."""
+    """Rotary embedding's cosines and sines of positions 0 to length - 1.
+
+    Args:
+        length: Number of positions.
+        head_dim: D, even.
+        theta: The base: frequency i is `theta^(-2 i / D)`.
+
+    Returns:
+        Two float32 (length, 1, D / 2).
+    """
     frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates (B, S, heads, D) by its positions' angles; entry i is paired with entry i + D / 2."""
+    """Rotates each head by its position's angles; entry i is paired with entry i + D / 2.
+
+    Args:
+        x: (B, S, heads, D).
+        angles: From `rotary_angles`.
+
+    Returns:
+        (B, S, heads, D) in `x`'s dtype.
+    """
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -296,19 +322,45 @@ def forward(
 
 
 def head_kernel(params: Params, config: LlamaConfig) -> jax.Array:
-    """Kernel of the output layer, (H, V)."""
+    """The kernel of the output layer.
+
+    Args:
+        params: The weights.
+        config: Their shape.
+
+    Returns:
+        (H, V); the transposed embedding if it is tied.
+    """
     return params["embedding"].T if config.tie_word_embeddings else params["head"]
 
 
 def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
-    """The first layer's input: (V, H), (B, S) -> (B, S, H), in `dtype` or the embedding's."""
+    """The input of the first layer: the embeddings of the tokens.
+
+    Args:
+        embedding: (V, H).
+        tokens: Integers (B, S).
+        dtype: Dtype of the result; None: that of the embedding.
+
+    Returns:
+        (B, S, H).
+    """
     return look_up(embedding, tokens).astype(dtype or embedding.dtype)
 
 
 def positions(
     config: LlamaConfig, length: int, mask: Tokens | None = None
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """The position-dependent inputs of every layer: `rotary_angles` and `causal_bias`."""
+    """The position-dependent inputs of every layer.
+
+    Args:
+        config: The model's shape.
+        length: S, the length of the sequence.
+        mask: Booleans (B, S), False for padding; None: no padding.
+
+    Returns:
+        The results of `rotary_angles` and `causal_bias`.
+    """
     angles = rotary_angles(length, config.head_dim, config.rope_theta)
     return angles, causal_bias(length, mask)
 
@@ -320,20 +372,30 @@ def layer(
     angles: tuple[jax.Array, jax.Array],
     bias: jax.Array,
 ) -> jax.Array:
-    """One layer: (B, S, H) -> (B, S, H).
+    """Applies one layer.
 
     Args:
         weights: Its part of `params["layers"]`, without the axis of the layers.
         config: The model's shape.
-        x: The layer's input.
+        x: The layer's input, (B, S, H).
         angles: From `positions`.
         bias: From `positions`.
+
+    Returns:
+        The layer's output, (B, S, H).
     """
     return nnx.merge(_abstract_layer(config), weights)(x, angles, bias)
 
 
 def num_parameters(config: LlamaConfig) -> int:
-    """Number of weights; nothing is allocated."""
+    """The number of weights; nothing is allocated.
+
+    Args:
+        config: The model's shape.
+
+    Returns:
+        The number of weights.
+    """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
 
 
@@ -343,14 +405,23 @@ def is_projected(path: str, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
     Args:
         path: Keys from the root of `params`, joined by slashes: "layers/attention/query".
         array: The parameter, or its shape; the vector of a norm is not a kernel.
+
+    Returns:
+        Whether it is projected.
     """
     return array.ndim >= 2 and not {"attention", "mlp"}.isdisjoint(path.split("/"))
 
 
 def dimension_numbers(params: Params) -> Params:
-    """The input and output axes of each parameter's kernel, in a tree like `params`.
+    """The input and output axes of each parameter's kernel.
 
     Other axes, those of the layers, are batch axes; a norm has no reduction axis.
+
+    Args:
+        params: The weights, or their shapes.
+
+    Returns:
+        A tree of `SubspaceDimensionNumbers` like `params`.
     """
 
     def numbers(path: tuple[Any, ...], array: jax.Array) -> SubspaceDimensionNumbers:

@@ -44,6 +44,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     Args:
         directory: Folder of the model.
 
+    Returns:
+        The paths of the files.
+
     Raises:
         OSError: There is none, or a shard is missing; the message names the files found instead.
         ValueError: The index or a file is damaged.
@@ -91,7 +94,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     if lost := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are missing, {lost[0]} "
+            f"{index} names {len(files)} shards, but {len(lost)} are missing, {lost[0]} "
             "first: fetch them, or save the model again"
         )
     return files
@@ -114,6 +117,9 @@ def load_hf(
         shardings: The `jax.sharding.Sharding` of each parameter: each device then receives only its
             own part. None: everything on the default device.
 
+    Returns:
+        (config, weights).
+
     Raises:
         OSError: A file is missing or cannot be read.
         ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
@@ -134,7 +140,10 @@ def load_hf(
             ignored.add("lm_head.weight")
         for problem, names in (
             ("lacks", expected - files.keys()),
-            ("has, but a LLaMA of this config does not have,", files.keys() - expected - ignored),
+            (
+                "contains tensors that a LLaMA of this config lacks:",
+                files.keys() - expected - ignored,
+            ),
         ):
             if names:
                 raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
@@ -172,6 +181,11 @@ def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Para
     """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
 
     The weights keep their dtype. Each file is written atomically, the config last.
+
+    Args:
+        directory: Folder of the model; created if it does not exist.
+        config: The model's shape.
+        params: The weights.
 
     Raises:
         OSError: The directory cannot be created or written.

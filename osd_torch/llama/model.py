@@ -46,6 +46,12 @@ KINDS = {
 def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
     """Parses a Hugging Face `config.json`, of transformers 5 or older, given as a dictionary.
 
+    Args:
+        values: The contents of the file.
+
+    Returns:
+        The config.
+
     Raises:
         ValueError: It is not a LLaMA, a size is missing or not a positive integer, or sizes are not
             divisible.
@@ -88,6 +94,12 @@ def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
 def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
     """Reads a config file, such as `configs/llama_60m.json`.
 
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The config.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: It is not JSON, or not the config of a LLaMA; the message names the file.
@@ -99,7 +111,14 @@ def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def compared(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a config that determine its model, for comparison with another's."""
+    """The fields of a config that determine its model, for comparison with another's.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        The values by field name.
+    """
     names = (
         *SIZES, "rms_norm_eps", "initializer_range", "rope_parameters", "tie_word_embeddings",
         "hidden_act", "attention_bias", "mlp_bias",
@@ -129,6 +148,9 @@ def build(
             unchanged.
         dtype: Dtype of the weights.
         device: Device on which they are created.
+
+    Returns:
+        The model, ready for training.
     """
     device = torch.device(device)
     padding, config.pad_token_id = config.pad_token_id, None  # see `finished`
@@ -140,7 +162,14 @@ def build(
 
 
 def hf_config(model: LlamaForCausalLM) -> dict[str, Any]:
-    """The `config.json` from which transformers 5 and older build the same model."""
+    """The `config.json` from which transformers 5 and older build the same model.
+
+    Args:
+        model: The LLaMA.
+
+    Returns:
+        The contents of the file.
+    """
     values = model.config.to_dict()
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     theta = values["rope_parameters"]["rope_theta"]
@@ -203,12 +232,22 @@ def is_projected(name: str, param: Tensor) -> bool:
     Args:
         name: From `named_parameters()`: "model.layers.0.self_attn.q_proj.weight".
         param: The parameter; the vector of a norm or a bias is not a kernel.
+
+    Returns:
+        Whether it is projected.
     """
     return param.ndim == 2 and kind(name) is not None
 
 
 def kind(name: str) -> str | None:
-    """The kind of a kernel, in any layer, such as "attention/query"; None for other parameters."""
+    """The kind of a kernel, in any layer.
+
+    Args:
+        name: From `named_parameters()`.
+
+    Returns:
+        For example "attention/query"; None for other parameters.
+    """
     return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), None)
 
 

@@ -33,6 +33,9 @@ def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
     Args:
         directory: Folder of the model.
 
+    Returns:
+        The paths of the files.
+
     Raises:
         OSError: There is none, or a shard is missing; the message names the files found instead.
         ValueError: The index or a file is damaged.
@@ -80,7 +83,7 @@ def _shards(index: Path) -> list[Path]:
     files = [index.parent / name for name in names]
     if lost := [path.name for path in files if not path.is_file()]:
         raise FileNotFoundError(
-            f"{index} names {len(files)} shards, of which {len(lost)} are missing, {lost[0]} "
+            f"{index} names {len(files)} shards, but {len(lost)} are missing, {lost[0]} "
             "first: fetch them, or save the model again"
         )
     return files
@@ -107,6 +110,9 @@ def load_hf(
         dtype: Dtype of the weights; None: that of the file.
         device: Device of the weights.
 
+    Returns:
+        The model, ready for training.
+
     Raises:
         OSError: A file is missing or cannot be read.
         ValueError: The config is not a LLaMA's, or the tensors do not match it; the message names
@@ -130,7 +136,7 @@ def load_hf(
     model, found = loaded
     for problem, names in (
         ("lacks", found["missing_keys"]),
-        ("has, but a LLaMA of this config does not have,", found["unexpected_keys"]),
+        ("contains tensors that a LLaMA of this config lacks:", found["unexpected_keys"]),
     ):
         if names:
             raise ValueError(f"{folder} {problem} {len(names)} tensors, {min(names)} first")
@@ -146,6 +152,10 @@ def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
 
     The weights keep their dtype. Each file is written atomically, the config last. Sharded weights
     are gathered one by one; every process must call this, and the first one writes.
+
+    Args:
+        directory: Folder of the model; created if it does not exist.
+        model: The LLaMA, sharded or not.
 
     Raises:
         OSError: The directory cannot be created or written.
@@ -167,6 +177,9 @@ def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
     Args:
         model: Sharded or not.
         keep: Whether to keep them; a process that only helps to gather them does not.
+
+    Returns:
+        The weights by name; empty without `keep`.
     """
     tensors = {}
     for name, param in model.named_parameters():  # yields a tied weight once
@@ -178,6 +191,10 @@ def hf_tensors(model: LlamaForCausalLM, keep: bool = True) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors to a new file.
+
+    Args:
+        path: Path of the file.
+        tensors: The tensors by name.
 
     Raises:
         OSError: It cannot be written.

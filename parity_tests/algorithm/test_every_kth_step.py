@@ -1,6 +1,6 @@
-"""P moved every k-th step: what the steps between leave alone and leave out, on both sides.
+"""P moves only every k steps: what the other steps leave unchanged and do not compute.
 
-That the numbers are right says `algorithm/test_oracle.py`.
+`algorithm/test_oracle.py` checks the numbers.
 """
 
 from __future__ import annotations
@@ -265,7 +265,6 @@ def llama_run(step: Any, tx: Any, dtype: Any, micro_batches: int, mesh: Any = No
     return metrics["loss"], state.params
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("clipping", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_layer_by_layer_in_jax_is_the_plain_step(micro_batches: int, clipping: float) -> None:
@@ -278,7 +277,6 @@ def test_layer_by_layer_in_jax_is_the_plain_step(micro_batches: int, clipping: f
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_reduced_sketches_in_jax() -> None:
     """On a mesh, whole gradients give one device's losses, reduced sketches come near them."""
     tx = llama_optimizer(update_proj_gap=200)

@@ -1,4 +1,4 @@
-"""osd_jax against osd_torch directly, on random problems in float32 and bfloat16."""
+"""osd_jax compared with osd_torch directly, on random problems in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 def same_signs(ours: Trajectory, theirs: Trajectory) -> int:
-    """The steps until a column of P turns on one side and not on the other.
+    """The steps until a column of P changes its sign on only one side.
 
-    A column's sign is free, but at a refresh the kept moments meet the new one: where the two
-    LAPACKs choose differently there, both are right and W differs from then on. A column that has
-    had the other sign from the start makes no difference.
+    The sign of a column is arbitrary, but at a refresh the kept moments meet the new one: if the
+    two LAPACKs choose differently there, both are right, and W differs from then on. A column with
+    the opposite sign from the start has no effect.
     """
     pairs = [(ours.bases["mlp"][side], P) for side, P in theirs.bases["mlp"].items()]
     signs = np.concatenate([np.sum(a * b, axis=1) > 0 for a, b in pairs], axis=1)
@@ -166,7 +166,7 @@ def compared_steps(problem: Problem) -> int:
 def comes_near_a_sign_change(
     problem: Problem, start: np.ndarray, grads: np.ndarray, run: Trajectory
 ) -> bool:
-    """Whether Lion takes the sign of an entry that is zero but for float32's rounding."""
+    """Whether Lion takes the sign of an entry that is zero up to float32 rounding."""
     oracle, _, _ = exact(problem, start, grads.astype(float), run)
     margins = (state.get("margin", 1.0) for state in (oracle.state, oracle.projector_state))
     return min(margins) < 1e-5
@@ -175,11 +175,11 @@ def comes_near_a_sign_change(
 def well_posed_steps(
     problem: Problem, start: np.ndarray, grads: np.ndarray, run: Trajectory
 ) -> int:
-    """The steps until rounding errors of float32 move the float64 oracle itself too far.
+    """The steps until float32 rounding errors move the float64 oracle itself too far.
 
-    P is rounded to 2^-24 and out of orthonormal by a few of these. Where it spans nearly all of a
-    gradient, next to nothing is left of its own gradient but that, and the rules that are free of
-    scale make steps of full size of it. What is compared has to hold its limits ten times over.
+    P is rounded to 2^-24 and deviates from orthonormal by a few of these. If it spans nearly all of
+    a gradient, its own gradient consists of little else, and scale-invariant rules turn that into
+    steps of full size. The compared problems must satisfy their limits with a factor of ten.
     """
     _, weights, bases = exact(problem, start, grads.astype(float), run)
     _, moved, turned = exact(problem, start, grads.astype(float), run, rounding=2.0**-22)
@@ -222,7 +222,7 @@ def exact(
 
 
 def repeatable(examples: int) -> settings:
-    """So many random problems, the same in every run."""
+    """The given number of random problems, the same in every run."""
     return settings(
         max_examples=examples,
         deadline=None,
@@ -233,7 +233,7 @@ def repeatable(examples: int) -> settings:
 
 
 def compare_examples(examples: int) -> None:
-    """Compares so many random problems, of which nearly all steps must have been comparable."""
+    """Compares the given number of random problems; nearly all steps must be comparable."""
     compared: list[int] = []
 
     @repeatable(examples)

@@ -1,4 +1,4 @@
-"""Muon's momentum in 8 bits, at full rank and in a subspace, in both libraries."""
+"""Muon's 8-bit momentum, at full rank and in a subspace, in both libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IN_8_BITS = {"second_moment": "row", "first_moment": "8bit"}
 
 
 def muon_in_torch(optimizer: str, resume_at: int = 0, **options: Any) -> tuple[Any, Any]:
-    """W (80, 128) after some steps, and the optimizer, built anew and loaded at `resume_at`."""
+    """W (80, 128) after some steps, and the optimizer, rebuilt and loaded at `resume_at`."""
     start, grads = muon_problem()
     param = torch.nn.Parameter(torch.tensor(start))
     make = lambda: osd_torch.make_optimizer(
@@ -62,11 +62,11 @@ def muon_problem() -> tuple[np.ndarray, np.ndarray]:
     [("muon", {}), ("osd_muon", {}), ("osd_muon", {"transport_moments": True})],
 )
 def test_muons_momentum_in_8_bits(optimizer: str, options: dict[str, Any]) -> None:
-    """Near the momentum in float32 in both libraries, and bit for bit after a resumption.
+    """Close to the float32 momentum in both libraries, and bit for bit equal after resuming.
 
-    A value that is within a tenth of its block's largest is off by at most 1/128 of itself, and
-    smaller ones by less than 1/128 of a tenth: 1 % of m's norm, which Newton-Schulz may turn into a
-    few times as much of its smaller singular directions.
+    A value within a tenth of its block's largest is off by at most 1/128 of itself, and smaller
+    ones by less than 1/128 of a tenth: 1 % of m's norm, which Newton-Schulz may amplify a few times
+    in its smaller singular directions.
     """
     start = muon_problem()[0]
     runs = {"torch": muon_in_torch, "jax": muon_in_jax}

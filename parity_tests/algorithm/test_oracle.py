@@ -1,4 +1,4 @@
-"""Both libraries in float64 against the oracle, over 20 steps: every combination but 8-bit."""
+"""Both libraries in float64 compared with the oracle over 20 steps: every combination but 8-bit."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_every_combination(run: Run, rule: str, proj_type: str) -> None:
 @both_sides
 @pytest.mark.parametrize("rule", FULL_RANK)
 def test_full_rank(run: Run, rule: str) -> None:
-    """Beside projected parameters, and by the optimizers that project none."""
+    """For unprojected parameters, and for the optimizers that project none."""
     optimizer, options = FULL_RANK[rule]
     compare(run, optimizer, None, FULL_RANK_SHAPES, **options)
 
@@ -172,7 +172,7 @@ APART = {"full_lr": 0.03, "second_moment": "row", "beta2": 0.95}
 @pytest.mark.parametrize("option", APART)
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "osd_muon", "muon", "adamw", "adam"])
 def test_what_is_not_projected_has_its_own(run: Run, optimizer: str, option: str) -> None:
-    """Its rate, and the form of its second moment, beside matrices that are projected or not."""
+    """Learning rate and second moment of unprojected matrices, with and without projected ones."""
     shapes = {**MATRICES, **FULL_RANK_SHAPES}
     proj_type = "continuous" if optimizer in names.SUBSPACE_OPTIMIZERS else None
     compare(run, optimizer, proj_type, shapes, **{option: APART[option]})

@@ -1,4 +1,4 @@
-"""Adam with one second moment to a row: against NumPy, JAX against PyTorch, in 8 bits, sharded."""
+"""Adam with one second moment per row: against NumPy, JAX against PyTorch, in 8 bits, sharded."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_torch_steps_in_place_as_by_its_direction(
         other, before = copy.deepcopy(state), x.float().clone()
         rule.step_(x, g, state, t, lr, decay)
         direction, rate = rule.step(g, other, t, lr)
-        # x of at most 1, and the step beside it, round by half a unit each: 2^-24 or 2^-8.
+        # x of at most 1, and its step, each round by half a unit: 2^-24 or 2^-8.
         limit = 4 * torch.finfo(dtype).eps
         wanted = (1 - lr * decay) * before - rate * direction
         torch.testing.assert_close(x.float(), wanted, rtol=limit, atol=limit)
@@ -157,9 +157,9 @@ def test_a_matrix_of_equal_columns_has_adams_step() -> None:
 def float32_limit(shape: tuple[int, ...], steps: int) -> float:
     """Largest difference of two directions in float32, whose unit u is 2^-24.
 
-    With G the largest |g| of a row of n, v / c2 >= G^2 / (t n) but for b2^t, so a direction is at
-    most sqrt(t n), and so is G over the root. m / c1 gathers 4 u G a step; the root, half of v's
-    (n + 4 + 4 t) u; the corrections, the quotients and eps, 8 u of the direction.
+    With G the largest |g| of a row of n, v / c2 >= G^2 / (t n) apart from b2^t, so a direction is
+    at most sqrt(t n), and so is G over the root. m / c1 accumulates 4 u G per step; the root, half
+    of v's (n + 4 + 4 t) u; the corrections, the quotients and eps, 8 u of the direction.
     """
     n = min(shape) if len(shape) == 2 else 1
     roundings = 4 * steps + (n + 4 + 4 * steps) / 2 + 8
@@ -256,12 +256,12 @@ def test_8_bits_follow_float32(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(90, 100), (100, 90), (64, 256)], ids=ids)
 def test_a_row_whose_gradient_vanished_stops(shape: tuple[int, int]) -> None:
-    """As without 8 bits, though all the rows beside it have gradients.
+    """As without 8 bits, although all neighbouring rows have gradients.
 
-    In blocks that span rows, of a steady scale, it would keep a moment for ever: 0.9 of it rounds
-    back to the same code. In its own, whose largest value may be negative and is then rounded to
-    -0.993 of the scale, it decays by 0.9 to 0.9 * 0.993 a step: a sum of up to 6% less. A code is
-    off by up to 1% besides.
+    In blocks that cross rows, with a steady scale, it would keep a moment forever: 0.9 of it rounds
+    back to the same code. In its own block, whose largest value may be negative and is then rounded
+    to -0.993 of the scale, it decays by 0.9 to 0.9 * 0.993 per step: a sum of up to 6% less. A code
+    is also off by up to 1%.
     """
     gradients = np.repeat(draw(shape, steps=1), 150, axis=0).astype(np.float32)
     row = (slice(None), slice(None), 5) if shape[1] > shape[0] else (slice(None), 5)
@@ -361,7 +361,9 @@ def test_moments_cannot_follow_another_basis() -> None:
         scale_by_adam_of_rows(), osd_jax.svd(1), rank=4, transport=osd_jax.transport_moments()
     )
     params = {"w": jnp.ones((8, 12))}
-    with pytest.raises(ValueError, match="meets ScaleByAdamOfRowsState: means of a second moment"):
+    with pytest.raises(
+        ValueError, match="cannot transform ScaleByAdamOfRowsState: the means of a second moment"
+    ):
         tx.update(params, tx.init(params), params)
 
 

@@ -122,7 +122,7 @@ def test_a_lift_by_signs_takes_the_same_steps(case: str) -> None:
 def test_both_libraries_take_the_same_steps(
     case: str, every: int | None, move: int, zero_until: int
 ) -> None:
-    """P is set again and moves between; where it is set, P's optimizer starts anew on both."""
+    """P is set again and moves in between; when it is set, P's optimizer restarts on both sides."""
     of_torch, of_jax, torch_options, jax_options = CASES[case]
     shared = {name: x for name, x in torch_options.items() if name == "weight_decay"}
     found = torch_run(

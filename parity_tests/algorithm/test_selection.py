@@ -1,4 +1,4 @@
-"""Which parameters are projected by default and by `select_linear`, and what is said of it."""
+"""Which parameters are projected by default and by `select_linear`, and the log messages."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def test_a_gate_is_a_router_beside_experts_only() -> None:
     names = ["layers.0.ff.gate.weight", "layers.0.ff.up.weight", "layers.1.ff.gate.weight"]
     kinds = torch_selection.Kinds([*names, "layers.1.ff.experts.up"])
     assert [kinds(name, (4, 6)) for name in names] == [MATRIX, MATRIX, ROUTER]
-    # A stack of experts' gates has its router beside it.
+    # The gates of a stack of experts have a router next to them.
     names = ["layers/0/moe/gate", "layers/0/moe/up", "layers/0/moe/router"]
     kinds = jax_selection.Kinds(names)
     assert [kinds(name, (3, 4, 6)) for name in names] == [EXPERTS, EXPERTS, ROUTER]
@@ -389,7 +389,7 @@ def test_select_linear_takes_every_linear_layer_but_heads_and_routers(name: str)
 
 
 class Odd(torch.nn.Module):
-    """Names that tell nothing; a head that is tied; a router of its own class."""
+    """Uninformative names; a tied head; a router of a custom class."""
 
     class TopRouter(torch.nn.Module):
         def __init__(self) -> None:
@@ -539,7 +539,7 @@ def test_flax_linen_by_default() -> None:
     }
 
 
-# --------------------------------------------------------------------------------- what is said
+# ----------------------------------------------------------------------------------- messages
 
 
 def make_torch(model: torch.nn.Module, **options: Any) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state, measured on the arrays' shapes, against the formula."""
+"""Bytes of optimizer state, measured on the arrays' shapes, compared with the formula."""
 
 from __future__ import annotations
 

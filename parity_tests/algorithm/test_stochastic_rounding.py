@@ -1,4 +1,4 @@
-"""Stochastic rounding of weights in bfloat16, in both libraries and by both trainers."""
+"""Stochastic rounding of bfloat16 weights, in both libraries and by both trainers."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def assert_moves_as_in_float32(rounded: np.ndarray, wide: np.ndarray) -> None:
     deviation = math.sqrt(EQUAL_STEPS / rounded.size) * 2**-9
     assert wide.mean() < -0.05
     assert abs(rounded.mean() - wide.mean()) < 6 * deviation
-    assert len(np.unique(rounded)) > 3  # each entry has bits of its own
+    assert len(np.unique(rounded)) > 3  # each entry has its own bits
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def assert_moves_as_in_float32(rounded: np.ndarray, wide: np.ndarray) -> None:
 )
 @pytest.mark.parametrize("library", ["jax", "torch"])
 def test_equal_steps_add_up(library: str, optimizer: str, options: dict[str, Any]) -> None:
-    """200 steps of about 1e-3, of which each is lost where weights are rounded to nearest."""
+    """200 steps of about 1e-3, each lost if weights are rounded to nearest."""
     moved, build = {
         "jax": (moved_by_jax, built_by_jax),
         "torch": (moved_by_torch, built_by_torch),

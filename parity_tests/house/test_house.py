@@ -1,4 +1,4 @@
-"""The plan of the house: files import downward only, and a library is only a library."""
+"""The structure of the project: files import downward only, and the libraries stand alone."""
 
 from __future__ import annotations
 

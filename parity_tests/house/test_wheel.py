@@ -1,7 +1,7 @@
-"""The wheel: what it holds, and that it works where it is installed and this tree is not.
+"""The wheel: its contents, and that it works when installed without this tree.
 
-It is built by the hook that pip calls, in a copy of the tree, so that no old build gets into it.
-Environments are fresh. Those with a framework see the packages of the running one behind their own.
+It is built by the hook that pip calls, in a copy of the tree, so that it contains no old build.
+Environments are new. Those with a framework also see the packages of the running environment.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Installed:
             (own / "others.pth").write_text("\n".join(sorted(places)) + "\n")
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs a program as Python does by itself: no PYTHONPATH, and no folder of its own."""
+        """Runs a program in a plain Python: without PYTHONPATH and without its own folder."""
         command = [str(self.python), "-I", "-c", program, *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 

@@ -1,1 +1,1 @@
-"""What is special to osd_jax."""
+"""Tests of osd_jax only."""

@@ -1,4 +1,4 @@
-"""osd_jax's front door: the optimizers in Optax's manner, and P's own count of steps."""
+"""osd_jax's public interface: the Optax aliases, and P's own step count."""
 
 from __future__ import annotations
 

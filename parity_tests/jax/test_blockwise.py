@@ -1,4 +1,4 @@
-"""8-bit optimizer state: against bitsandbytes itself, and around any Optax transformation."""
+"""8-bit optimizer state: compared with bitsandbytes, and around any Optax transformation."""
 
 from __future__ import annotations
 

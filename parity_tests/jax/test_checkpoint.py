@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back bit for bit, or an error says what is wrong."""
+"""Checkpoints: everything is restored bit for bit, or an error says what is wrong."""
 
 import functools
 import logging

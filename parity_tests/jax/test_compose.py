@@ -1,4 +1,4 @@
-"""The JAX side inside Optax and JAX: every way that users wrap, transform, shard and save it."""
+"""osd_jax inside Optax and JAX: wrapping, transforming, sharding and saving it as users do."""
 
 from __future__ import annotations
 
@@ -479,7 +479,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(
             lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, SPECS
         )
         updates, state = run(tx, [put(g) for g in grads], put(params))
-    # At a refresh `full`'s R is diagonal, and Adam divides the rounding off the diagonal by itself.
+    # At a refresh, `full`'s R is diagonal, and Adam divides the off-diagonal rounding errors by
+    # themselves.
     assert_near(updates, expected, 1e-2 if proj_type == "full" else 1e-3)
     assert_near(dict(osd_jax.projectors(state)), dict(osd_jax.projectors(expected_state)))
     if axis_type == AxisType.Explicit:
@@ -511,7 +512,7 @@ PARTED_NUMBERS = {
     [
         ("adamw", "std"),
         *itertools.product(
-            # But osd_muon, which needs the gradient beside its sketch.
+            # Except osd_muon, which needs the gradient in addition to its sketch.
             (name for name in SUBSPACE_OPTIMIZERS if name != "osd_muon"),
             ("std", "full", "continuous", "continuous_adafactor"),
         ),

@@ -1,4 +1,4 @@
-"""Matrices in other shapes: each the numbers of the (input, output) matrices that it stands for."""
+"""Matrices in other shapes: equal numbers to the (input, output) matrices that they represent."""
 
 from __future__ import annotations
 
@@ -99,8 +99,9 @@ def test_kernels_are_the_matrices_they_stand_for(optimizer: str, proj_type: str)
     after = compiled(optimizer, proj_type, numbers)(params, gradients)
     alone = compiled(optimizer, proj_type, None)
     # The same sums in another order: a code of 8-bit state, or a sign of Lion's, may differ. So may
-    # Adam's step in `full`, where R of a refresh is diagonal but for rounding, and Adam divides
-    # that rounding by itself: steps of full size of either sign until later gradients outweigh it.
+    # Adam's step in `full`, where the R of a refresh is diagonal up to rounding, and Adam divides
+    # that rounding error by its own size: steps of full size with either sign until later gradients
+    # outweigh it.
     is_exact = optimizer in ("galore_adamw", "galore_adafactor", "adafactor")
     tolerance = 1e-3 if is_exact and proj_type != "full" else 1e-2
     for name, kernel in KERNELS.items():

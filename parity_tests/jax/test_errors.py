@@ -1,4 +1,4 @@
-"""The JAX side when something is wrong: gradients that poison, and arguments that cannot be."""
+"""Errors of osd_jax: harmful gradients and invalid arguments."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_zero_first_gradient_moves_nothing(optimizer: str, proj_type: str) -> 
 
 @pytest.mark.parametrize(("optimizer", "proj_type"), COMBINATIONS)
 def test_a_later_zero_gradient_poisons_nothing(optimizer: str, proj_type: str) -> None:
-    """W goes on by its momentum, as without a subspace; online PCA leaves P where it is."""
+    """W continues with its momentum, as without a subspace; online PCA leaves P unchanged."""
     init, update = built(optimizer, proj_type)
     _, state = update(draw(1), init(PARAMS), PARAMS)
     _, state = update(draw(2), state, PARAMS)
@@ -89,7 +89,7 @@ def test_a_later_zero_gradient_poisons_nothing(optimizer: str, proj_type: str) -
 @pytest.mark.parametrize("proj_type", ["continuous", "continuous_adafactor", "continuous_sgd"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])
 def test_a_squared_norm_beyond_float32_leaves_the_basis(proj_type: str, scale: float) -> None:
-    """Finite gradients of which ||G||^2 under- or overflows."""
+    """Finite gradients whose ||G||^2 underflows or overflows."""
     tx = scale_by_subspace(
         optax.identity(), osd_jax.online_pca(optax.adam(0.01), penalty=0.1), rank=2
     )

@@ -1,4 +1,4 @@
-"""Layer by layer in JAX: the same losses and weights as the plain step, with less alive."""
+"""Layer-by-layer updates in JAX: the losses and weights of the plain step, with less memory."""
 
 import dataclasses
 import functools
@@ -33,9 +33,6 @@ WIDE = llama.LlamaConfig(  # large enough for 8-bit state
     num_hidden_layers=2,
     num_attention_heads=2,
 )
-
-
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def make_optimizer(optimizer: str, proj_type: str = "continuous", **more: Any) -> Any:
@@ -95,8 +92,8 @@ def ways(**default: Any) -> list[Any]:
     ]
 
 
-# Clipping and micro-batches make four programs. By default each optimizer goes through two of them
-# in float32 and, but for 8 bits, through the other two in float64.
+# Clipping and micro-batches make four programs. By default each optimizer runs two of them in
+# float32 and, except with 8 bits, the other two in float64.
 ONE, OTHER = ((1, 0.0), (3, 0.5)), ((1, 0.5), (3, 0.0))
 
 
@@ -158,7 +155,7 @@ def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
 def test_in_float64_they_are_the_same_to_rounding(
     optimizer: str, micro_batches: int, clipping: float
 ) -> None:
-    """So what is left between them in float32 is rounding, and no other arithmetic."""
+    """So the remaining difference in float32 is rounding, not different arithmetic."""
     with jax.enable_x64(True):
         config = WIDE if "8bit" in optimizer else CONFIG
         tx = make_optimizer(optimizer)

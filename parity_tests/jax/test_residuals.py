@@ -1,4 +1,4 @@
-"""osd_jax's residual lifts and Muon: released codes, the rules written out, and PyTorch."""
+"""osd_jax's residual lifts and Muon: against released codes, explicit formulas, and PyTorch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from parity_tests.support.jax_toys import CONFIG, llama_run, llama_toy
 from parity_tests.support.residual_cases import ResidualCase, residual_cases
 
 pytestmark = [
-    pytest.mark.usefixtures("compile_fast"),
     pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64"),  # one lift's
 ]
 
@@ -323,7 +322,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_with_a_schedule_the_rest_of_the_model_agrees_too(case: str) -> None:
-    """What is not projected is trained as without a lift; Muon's at a rate of its own."""
+    """Unprojected parameters are trained as without a lift; Muon's with their own rate."""
     of_torch, of_jax = PAIRS[case]
     rates = [0.01 * (1 + step) for step in range(6)]
     begin = {"mlp": start("a"), "bias": start("b")[0], "rest": start("b")}
@@ -568,7 +567,7 @@ def test_the_limiter_is_blind_to_the_learning_rate() -> None:
 
 
 def test_a_residual_grows_by_one_percent_at_most() -> None:
-    """Each of a stack by itself."""
+    """Separately for each matrix of a stack."""
     numbers = osd_jax.SubspaceDimensionNumbers(1, 2)
     tx = osd_jax.osd_adamw(
         0.1, rank=3, lift=osd_jax.gradient_only(), select=ALL, dimension_numbers=numbers

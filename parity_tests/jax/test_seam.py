@@ -1,6 +1,6 @@
-"""The seam: rules for P, for the lift and of the moments that are written outside the library.
+"""Custom basis rules, lifts and transports, written outside the library.
 
-A toy of each, in some twenty lines, goes through every way of taking a step.
+A toy of each kind, about twenty lines long, runs in every kind of step.
 """
 
 from __future__ import annotations
@@ -288,7 +288,6 @@ def test_accumulated_parts_that_are_alike_are_a_plain_step(shape: tuple[int, ...
     chex.assert_trees_all_close(state.inner, plain_state, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize(("micro_batches", "clipping"), [(1, 0.0), (1, 0.5), (2, 0.0), (2, 0.5)])
 def test_the_toys_go_layer_by_layer(micro_batches: int, clipping: float) -> None:
     with jax.enable_x64(True):
@@ -301,7 +300,6 @@ def test_the_toys_go_layer_by_layer(micro_batches: int, clipping: float) -> None
     chex.assert_trees_all_close(*ends, rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_the_toys_train_by_reduced_sketches_on_a_mesh() -> None:
     """Column sums are exact over devices; ||G||^2, by which P's step is divided, is estimated."""
     tx = llama_toy(oja(step_size=1e-3), by_column_sums())
@@ -320,7 +318,7 @@ def test_the_lifts_state_is_split_as_its_columns_are() -> None:
     assert layout.lift["w"]["mean"].spec == jax.sharding.PartitionSpec("fsdp")
 
 
-# ------------------------------------------------------------------ where the gradient is gone
+# ------------------------------------------------------------------ without the gradient
 
 WITH_REASON: list[Any] = [
     (lambda: (oja(), with_residual()), "the residual toy adds what P leaves of the gradient"),
@@ -336,7 +334,7 @@ WITH_REASON: list[Any] = [
 def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
     make: Callable[[], Any], reason: str
 ) -> None:
-    """Where gradients are gone, and only there."""
+    """In modes that free gradients, and only there."""
     tx = llama_toy(*make())
     refused = pytest.raises(ValueError, match=f"{reason}.*only its sketch is kept")
     with refused:
@@ -349,12 +347,11 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
     with refused:
         llama_run(layerwise, tx, 2)
     params = llama.init(CONFIG, 0)
-    with pytest.raises(ValueError, match=f"{reason}: pass the gradients to apply as grads="):
+    with pytest.raises(ValueError, match=f"{reason}.*: pass the gradients to apply as grads="):
         state = jax.eval_shape(tx.init, params)
         jax.eval_shape(lambda g, s: tx.apply(tx.project(g, s), s, g), params, state)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_rule_that_reads_the_gradient_trains_where_it_is_there() -> None:
     with jax.enable_x64(True):
         tx = llama_toy(oja(), with_residual())
@@ -461,7 +458,6 @@ def test_a_chain_that_hides_its_subspace_is_refused() -> None:
             llama_run(step, tx, micro_batches)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_in_parts_of_a_chain_is_the_chain() -> None:
     """Around what `make_optimizer` returns, by sketches and layer by layer."""
     made = osd_jax.make_optimizer(
@@ -477,7 +473,6 @@ def test_in_parts_of_a_chain_is_the_chain() -> None:
         chex.assert_trees_all_close(found, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_plain_optimizer_has_nothing_to_sketch() -> None:
     tx = optax.apply_if_finite(optax.adamw(1e-3), 5)
     wanted = llama_run(make_train_step(CONFIG, tx), tx, 2)

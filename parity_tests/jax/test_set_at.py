@@ -1,7 +1,7 @@
-"""When P is set: a gradient without a direction sets no P, and the next one that has one does.
+"""When P is set: a zero gradient does not set P, and the next nonzero gradient does.
 
-Energy is the part of the next gradient that P's columns span. Here gradients are of rank 3 on both
-sides with some noise, so that a P that one of them set captures nearly all of the others.
+Energy is the fraction of the next gradient that P's columns span. Here gradients have rank 3 on
+both sides plus noise, so a P set by one of them captures nearly all of the others.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def test_a_gradient_without_a_finite_norm_sets_no_basis(bad: float) -> None:
 @pytest.mark.parametrize("move_projector", ["after", "before"])
 @pytest.mark.parametrize("proj_type", ["continuous", "continuous_sgd", "continuous_lion"])
 def test_the_step_that_sets_a_basis_does_not_move_it(proj_type: str, move_projector: str) -> None:
-    """Nor does weight decay of P: it is that of an SVD of the same gradient, bit for bit."""
+    """Weight decay does not change it either: it equals the gradient's SVD, bit for bit."""
     more = {"projector_weight_decay": 0.5, "penalty": 0.1, "move_projector": move_projector}
     grads = gradients(5, dict.fromkeys(range(3), 1), EXPERTS)
     found = run(optimizer(proj_type, EXPERTS, **more), grads)

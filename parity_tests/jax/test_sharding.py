@@ -1,6 +1,6 @@
-"""Meshes: how weights, optimizer state and batches are laid out, and what a step exchanges.
+"""Meshes: sharding of weights, optimizer state and batches, and the communication of a step.
 
-Eight virtual CPU devices; the numbers are those of one.
+Eight virtual CPU devices must give the numbers of one.
 """
 
 from __future__ import annotations
@@ -303,11 +303,11 @@ def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
 
 
 def share(config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any) -> float:
-    """Bytes a device would hold if every array were cut into as many parts as it can be.
+    """Bytes per device if every array were split into as many shards as possible.
 
-    Weights and moments of full rank over fsdp and tensor; P over the axis of the weight's projected
-    side, R over the other's: (L, 64, 64) and (L, 64, 128) are projected on the input side,
-    (L, 128, 64) on the output side.
+    Full-rank weights and moments over fsdp and tensor; P over the axis of the weight's projected
+    side, R over the other axis: (L, 64, 64) and (L, 64, 128) are projected on the input side, (L,
+    128, 64) on the output side.
     """
     _, fsdp, tensor = sizes
     params = shapes(config)
@@ -439,8 +439,8 @@ def test_reduced_sketches_send_less_than_adamw_at_1b() -> None:
     large = every_step(config, optimizer("adamw", "std"), **batch)
     assert {one.op for one in small + large} == {"all-reduce"}
     reduced = [sum(one.bytes * one.times for one in found) for found in (small, large)]
-    # And a few scalars, such as R's squared norm beside each R.
+    # And a few scalars, such as R's squared norm for each R.
     assert reduced[0] == pytest.approx(sketch_bytes(config, rank), rel=1e-3)
     assert reduced[1] == pytest.approx(4 * llama.num_parameters(config), rel=1e-3)
-    # 4.27e9 bytes sent by a device in place of 9.37e9.
+    # 4.27e9 bytes sent by a device, compared with 9.37e9.
     assert total_sent(small) / total_sent(large) == pytest.approx(0.455, abs=0.001)

@@ -1,4 +1,4 @@
-"""The train step, the eval step, the schedule and the sample, on a tiny LLaMA."""
+"""The train step, the eval step, the schedule and sampling, on a tiny LLaMA."""
 
 import functools
 import json
@@ -38,9 +38,6 @@ CONFIG = LlamaConfig(
 )
 KINDS = ("attention/query", "mlp/down")  # a square and an oblong one; fewer compile faster
 SHAPE = (3, 12)  # rows and tokens of a micro-batch
-
-
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 # ---------------------------------------------------------------------------- the schedule

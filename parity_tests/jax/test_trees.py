@@ -1,4 +1,4 @@
-"""Any pytree that Optax takes: the numbers are those of the plain dict of the same arrays."""
+"""Any pytree that Optax accepts gives the numbers of the plain dict of the same arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from osd_jax.sharding import make_mesh, state_sharding
 from parity_tests.support.arrays import normal_jax
 
 Tree = Any
-pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture(scope="module", autouse=True)

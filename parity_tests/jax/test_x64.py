@@ -1,4 +1,4 @@
-"""`jax.enable_x64` changes nothing for float32 and bfloat16 parameters: each array has a dtype."""
+"""`jax.enable_x64` has no effect on float32 and bfloat16 parameters: all dtypes are explicit."""
 
 from __future__ import annotations
 

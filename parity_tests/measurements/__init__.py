@@ -1,1 +1,1 @@
-"""What is measured: the benchmark, the comparison, compiled programs, other processors."""
+"""The measurements: the benchmark, the comparison, compiled programs, other processors."""

@@ -1,6 +1,6 @@
-"""The benchmark: that each mode runs, names every contender, and times what it says it does.
+"""The benchmark: each mode runs, names every contender, and times what it claims to time.
 
-No test here is about time.
+No test here depends on timings.
 """
 
 from __future__ import annotations
@@ -18,22 +18,11 @@ import torch
 import osd_torch
 from launch.bench import page, report, timing
 from launch.bench.__main__ import main
+from launch.bench.contender import GAP, LR, SCALE, Case, arrays
+from launch.bench.in_jax import seven_products
+from launch.bench.in_torch import PublishedStep, SevenProducts
 from launch.bench.memory import most_allocated
-from launch.bench.optimizer import (
-    CONTENDERS,
-    FLOORS,
-    FULL_RANK,
-    GAP,
-    LR,
-    PUBLISHED,
-    SCALE,
-    Case,
-    PublishedStep,
-    SevenProducts,
-    arrays,
-    records,
-    seven_products,
-)
+from launch.bench.optimizer import CONTENDERS, FLOORS, FULL_RANK, PUBLISHED, records
 from launch.bench.parts import PARTS
 from launch.bench.train import CONTENDERS as TRAINED
 from launch.trainer.cli import UsageError
@@ -274,7 +263,7 @@ def test_rounds_give_each_contender_its_turn() -> None:
     assert {name: len(x) for name, x in times.items()} == dict.fromkeys("abc", 4)
     turns = calls[-12:]
     assert all(sorted(turns[i : i + 3]) == list("abc") for i in range(0, 12, 3))
-    assert turns != turns[:3] * 4  # the order is drawn anew
+    assert turns != turns[:3] * 4  # the order is random in each round
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`launch.compare`: the search, what its page says of kept runs, and that its flags are good."""
+"""`launch.compare`: the search, its page about stored runs, and that its flags are valid."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if "3.900" in line}
     ours = lines[METHODS["osd_muon"].title]
     assert "-0.200 ± 0.000" in ours and "3.800, 3.900, 4.000" in ours and "| 0.01 |" in ours
-    assert f"| {METHODS['muon'].title} |" in page and "failed" in page  # a run that failed is told
+    assert f"| {METHODS['muon'].title} |" in page and "failed" in page  # a failed run is reported
     assert (tmp_path / f"{SETTING.name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -230,7 +230,7 @@ def test_a_run_that_diverges_is_kept_as_failed(
 
 
 def test_runs_in_other_dtypes_are_of_other_settings() -> None:
-    """So those of a GPU are not mixed with those of a CPU, nor do searches begin with them."""
+    """Runs on a GPU are not mixed with those on a CPU, and searches do not start from them."""
     narrow = SETTING._replace(dtype="bfloat16")
     assert (SETTING.name, narrow.name) == ("quickstart-1.2M", "quickstart-bfloat16-1.2M")
     found = [{**kept("muon", 0, 4.0), "setting": narrow.name}]
@@ -247,7 +247,7 @@ def test_the_machine_of_a_run_is_the_gpu_where_there_is_one(
 
 
 def test_state_is_counted_as_the_formulas_say() -> None:
-    """Of the quickstart's model: AdamW 2 numbers a weight, Muon 1 for matrices, none without."""
+    """For the quickstart's model: AdamW 2 numbers per weight, Muon 1 for matrices, none without."""
     weights = 4 * (4 * 128 * 128 + 3 * 128 * 352)
     rest = 2 * 2048 * 128 + 9 * 128
     by_name = {name: state.state_size("quickstart", name) for name in METHODS}

@@ -1,4 +1,4 @@
-"""The train step, compiled for TPUs that are not there: memory, operations, what is exchanged."""
+"""The train step compiled for TPUs without a TPU: memory, operations, communication."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def argument_bytes() -> int:
 
 
 def products(layerwise: bool) -> float:
-    """Operations of a step but for P's first value and measurement."""
+    """Operations of a step, except setting and measuring P."""
     tokens, h, i, v, rank = 8 * 128, 256, 512, 512, 128
     kernels = [(h, h)] * 4 + [(h, i)] * 3
     linear = 2 * tokens * sum(p * q for p, q in kernels)

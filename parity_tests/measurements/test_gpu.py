@@ -1,10 +1,10 @@
 """Both libraries and both trainers on a GPU: `JAX_PLATFORMS=cuda pytest -m gpu -n 0`.
 
-The trajectories of the release are followed there as on a CPU, within the same tolerances: matrix
-products of float32 are float32's own, not TF32. Singular vectors have the signs that a library
-gives them, and cuSOLVER's are not LAPACK's. Online PCA does not notice. Where P is set anew, the
-moments kept meet the new signs, so there PyTorch takes its SVDs on the CPU, and JAX's runs, which
-are compiled, are left out.
+The release's trajectories are compared as on a CPU, with the same tolerances: float32 matrix
+products are computed in float32, not TF32. The signs of singular vectors depend on the library, and
+cuSOLVER's differ from LAPACK's. Online PCA is not affected. At a refresh of P the kept moments meet
+the new signs, so PyTorch computes those SVDs on the CPU, and JAX's runs, which are compiled, are
+omitted.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def test_a_tiny_llama_in_jax_trains_as_in_the_release(run: GoldenRun) -> None:
     ],
 )
 def test_a_gpu_trains_as_a_cpu_does(optimizer: str, proj_type: str, dtype: str) -> None:
-    """Sketches of bfloat16 are products of bfloat16 there, and of float32 here: equal but for sums.
+    """Sketches of bfloat16 are bfloat16 products there and float32 products here: equal up to sums.
 
-    The limit is then a step of the weight's own rounding for each of 8 steps.
+    The limit is then one step of the weight's own rounding for each of 8 steps.
     """
     rng = np.random.default_rng(0)
     start = {"mlp.weight": rng.standard_normal((48, 32)), "norm": rng.standard_normal(32)}

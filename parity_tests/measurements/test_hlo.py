@@ -1,4 +1,4 @@
-"""The reader of collectives, on text that JAX compiles here and on lines in other forms."""
+"""The parser of collectives, on text that JAX compiles here and on lines in other notations."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
 
 
 def test_a_tpus_fusions_and_loops() -> None:
-    """As libtpu writes them: one operation in several fusions, and no count beside a loop."""
+    """In libtpu's notation: one operation in several fusions, and loops without a trip count."""
     gather, scatter = collectives(TPU)
     assert (gather.op, gather.bytes, gather.times) == ("all-gather", 128, 24)
     assert (scatter.op, scatter.bytes, scatter.times) == ("reduce-scatter", 256, 24)

@@ -1,4 +1,4 @@
-"""`parity_tests.processors`: settings that reach the tests, and a table of what became of them."""
+"""`parity_tests.processors`: settings that reach the tests, and a table of the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of several files share; no test imports another test."""
+"""Code shared by tests in several files; no test imports another test."""
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def normal(seed: int, shapes: Any, dtype: Any = np.float32) -> Any:
-    """NumPy arrays in place of a tree's shapes (tuples), drawn in the order of its leaves."""
+    """Replaces the shapes (tuples) of a tree by NumPy arrays, drawn in the order of its leaves."""
     rng = np.random.default_rng(seed)
     one = lambda shape: rng.standard_normal(shape).astype(dtype)
     return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, tuple))

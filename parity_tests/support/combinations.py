@@ -1,4 +1,4 @@
-"""Rules of W and kinds of P that the oracle is compared with."""
+"""Weight rules and kinds of P that are compared with the oracle."""
 
 from __future__ import annotations
 

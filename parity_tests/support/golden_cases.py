@@ -1,4 +1,4 @@
-"""The golden trajectories in `golden/`: what the published PyTorch code does, step by step.
+"""The trajectories in `golden/`: what the published PyTorch code computes, step by step.
 
 Framework-neutral: NumPy arrays in PyTorch's orientation, (output, input).
 """
@@ -75,26 +75,27 @@ class GoldenCase(Published):
     def tolerance(self, other_blocks: bool = False) -> float:
         """Largest relative error of the final weight that a float32 run may show.
 
-        Moments of W in 8 bits: a value with a relative error d is stored as the neighbour of its
-        code with probability 2 d / s, where s is the relative spacing of the code book, which
-        changes the value by s. Over all entries the root mean square of that is sqrt(2 d s). Here d
-        is at most 7e-4 (`svd_error`), since R of the first and of a refresh's step is of singular
-        vectors, and s is 0.014 to 0.13 for all values of more than a tenth of their block's largest
-        and up to 0.25 for smaller ones: sqrt(2 * 7e-4 * 0.25) = 1.9e-2.
+        8-bit moments of W: a value with a relative error d is stored as the neighbour of its code
+        with probability 2 d / s, where s is the relative spacing of the code book, which changes
+        the value by s. Over all entries the root mean square of that is sqrt(2 d s). Here d is at
+        most 7e-4 (`svd_error`), because the R of the first step and of a refresh consists of
+        singular vectors, and s is 0.014 to 0.13 for all values of more than a tenth of their
+        block's largest and up to 0.25 for smaller ones: sqrt(2 * 7e-4 * 0.25) = 1.9e-2.
 
-        In other blocks, with other largest values, each value is rounded otherwise: by s / sqrt(12)
-        at the book's median s of 0.05, on each side (sqrt(2)), and the first moment remembers
-        1 / sqrt(1 - 0.9^2) such errors: 4.7e-2, the second moment's roundings beside it.
+        In other blocks, with other largest values, each value is rounded differently: by s /
+        sqrt(12) at the book's median s of 0.05, on each side (sqrt(2)), and the first moment
+        accumulates 1 / sqrt(1 - 0.9^2) such errors: 4.7e-2, in addition to the second moment's
+        rounding errors.
 
-        P alone in 8 bits: P may be off as `check_bases` allows, by 0.2 of its norm of 8, which is
-        0.025 of R for some 3 steps until P is the release's again. These errors differ, while the
-        12 steps go one way, 5.8 times the peak in all: 0.025 sqrt(3) / 5.8 = 7.5e-3. Lion makes
-        signs of it: an entry turns with probability 0.025 / pi and is then off by 2, which makes
-        2 sqrt(0.025 / pi) sqrt(3) / 5.8 = 5.3e-2.
+        Only P in 8 bits: P may be off as `check_bases` allows, by 0.2 of its norm of 8, which is
+        0.025 of R for some 3 steps until P equals the release's again. These errors differ, while
+        the 12 steps have the same direction, 5.8 times the peak in total: 0.025 sqrt(3) / 5.8 =
+        7.5e-3. Lion takes signs of it: an entry flips with probability 0.025 / pi and is then off
+        by 2, which makes 2 sqrt(0.025 / pi) sqrt(3) / 5.8 = 5.3e-2.
 
         Args:
-            other_blocks: The run cuts moments into other blocks of 256 than the release, which has
-                them along its rows from end to end.
+            other_blocks: Whether the run splits moments into other blocks of 256 than the release,
+                whose blocks run along all rows.
         """
         if self.is_8bit:
             return 8e-2 if other_blocks or self.optimizer == "galore_lion" else 2e-2
@@ -106,14 +107,14 @@ class GoldenCase(Published):
         return float(np.linalg.norm(weight - final) / np.linalg.norm(final - self.start))
 
     def rejoined(self, kept: int, side: str, basis: np.ndarray) -> np.ndarray:
-        """The release's P after its kept step, with the signs of our `basis`, to go on from.
+        """The release's P after its kept step, with the signs of our `basis`, to continue from.
 
         The 8-bit cases cut 72 singular values after the 64th, where neighbours are close, and Adam
-        and Lion step as far on a small entry of P's gradient as on a large one. What one processor
-        rounds otherwise turns the sign of one such entry, that of others at the next step, and so
-        on. Runs that begin each stretch at the same P have no time for that: every processor
-        computes the same but for rounding, and the limits hold what an error of the code would
-        change. The moments stay ours throughout.
+        and Lion take equally large steps for a small entry of P's gradient as for a large one. A
+        rounding difference between processors flips the sign of one such entry, that of others at
+        the next step, and so on. Runs that restart each stretch from the same P do not have enough
+        steps for that: every processor computes the same up to rounding, and the limits detect the
+        changes that an error of the code would make. The moments remain ours throughout.
         """
         return align(self.bases[side][kept], basis)
 

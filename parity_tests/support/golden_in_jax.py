@@ -1,4 +1,4 @@
-"""osd_jax through the golden trajectories, on the default device."""
+"""Runs osd_jax through the golden trajectories, on the default device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""osd_torch through the golden trajectories, on PyTorch's default device."""
+"""Runs osd_torch through the golden trajectories, on PyTorch's default device."""
 
 from __future__ import annotations
 

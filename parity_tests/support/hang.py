@@ -1,4 +1,4 @@
-"""When a test gives a process up."""
+"""Timeouts after which a test gives up on a process."""
 
 HANG = 1200.0
 """Seconds after which a process that has not ended or answered hangs.

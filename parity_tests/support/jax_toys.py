@@ -1,4 +1,4 @@
-"""A tiny LLaMA whose optimizer is composed outside osd_jax, and six steps of it."""
+"""A tiny LLaMA whose optimizer is composed outside osd_jax, and six of its steps."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""The algorithm once more, in float64 NumPy, to be checked against the papers by eye.
+"""An independent float64 NumPy implementation of the algorithm, easy to compare with the papers.
 
 Online Subspace Descent (arXiv 2408.12857, algorithm 1), GaLore (arXiv 2403.03507, algorithm 2).
-Matrices are in PyTorch's orientation, (output, input). Nothing here is fast or shared with the
-libraries but the table of published names: P's gradient is that of the loss as it is written, with
+Matrices are in PyTorch's orientation, (output, input). Nothing here is optimized or shared with the
+libraries, except the table of published names: P's gradient is that of the loss as written, with
 the (p, p) matrix P P^T.
 
-A projection is a pair (L, Q): R = L^T G Q, and W <- W - scale * L dW Q^T. Where one side only is
-projected, the other one's basis is the identity.
+A projection is a pair (L, Q): R = L^T G Q, and W <- W - scale * L dW Q^T. If only one side is
+projected, the other side's basis is the identity.
 """
 
 from __future__ import annotations

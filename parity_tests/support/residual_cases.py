@@ -1,4 +1,4 @@
-"""What released codes of rules with a residual do, step by step: `golden/residual/`.
+"""What released codes of residual rules compute, step by step: `golden/residual/`.
 
 Fira (xichen-fy/Fira at 5c28b13) and APOLLO (zhuhanqing/APOLLO at 76b3472), on a CPU in float32 with
 torch 2.13. Matrices are in PyTorch's orientation, (output, input).

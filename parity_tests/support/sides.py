@@ -1,4 +1,4 @@
-"""Both libraries through one call: NumPy trajectories in, in PyTorch's orientation, and out."""
+"""Both libraries with one interface: NumPy trajectories in PyTorch's orientation in and out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import osd_torch
 from parity_tests.support.oracle import projected_sides
 
 Arrays = Mapping[str, np.ndarray]
-TRACED = ("lr", "scale", "weight_decay")  # options that JAX need not compile anew for
+TRACED = ("lr", "scale", "weight_decay")  # options whose changes do not recompile in JAX
 # Compiling is nearly all of a run's time here, and half of it LLVM's optimizing.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -57,11 +57,11 @@ def run_jax(
         lr_ratio: (T,), factors on lr.
         optimizer: Published name.
         proj_type: Published name.
-        dtype: Of the parameters.
-        transposed: Whether kernels are (input, output), as is JAX's way; False: they stay
-            (output, input), and `SubspaceDimensionNumbers` says so.
-        rejoin: By name and side, (T, p, r): what P becomes after each step, up to its columns'
-            signs; NaN where it stays. The trajectory has P as it was before.
+        dtype: Dtype of the parameters.
+        transposed: Whether kernels are (input, output), as usual in JAX; False: they stay (output,
+            input), declared by `SubspaceDimensionNumbers`.
+        rejoin: By name and side, (T, p, r): the value that P takes after each step, up to the signs
+            of its columns; NaN to keep P. The trajectory has the P before that.
         **options: `lr` and make_optimizer's.
     """
     turn = lambda x: np.swapaxes(x, -1, -2) if transposed else x

@@ -86,7 +86,7 @@ def state_bytes(
     beta1: bool = False,
     basis_bytes: int = 4,
 ) -> int:
-    """The whole state for a LLaMA, but for a few scalar counters."""
+    """The whole state for a LLaMA, except for a few scalar counters."""
     h, f, v, layers = (
         config.hidden_size,
         config.intermediate_size,

@@ -1,7 +1,7 @@
-"""Whole runs of a tiny model on a tiny text, and what has to hold of them with either trainer.
+"""Whole runs of a tiny model on a tiny text, and the requirements on them for either trainer.
 
 `trainers/test_train_jax.py` and `trainers/test_train_torch.py` each inherit `RunTests` and define
-the fixtures that it asks for, `home` and `reference`.
+its fixtures `home` and `reference`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Home:
     Attributes:
         path: The folder.
         trainer: `launch.train_jax` or `launch.train_torch`.
-        command: How Python is told to run it.
+        command: The arguments with which Python runs it.
     """
 
     path: Path
@@ -362,7 +362,7 @@ def unreadable_models(path: Path, weights: Path) -> dict[str, tuple[Path, str]]:
         ),
         "a lost shard": (
             {**config, index: shards, one: whole},
-            rf"names 2 shards, of which 1 are missing, {two} first: fetch them",
+            rf"names 2 shards, but 1 are missing, {two} first: fetch them",
         ),
         "half a shard": (
             {**config, index: shards, one: whole, two: whole[: len(whole) // 2]},
@@ -409,7 +409,7 @@ def c4_folder(path: Path, validation: int = 2) -> Path:
 
 
 def short_run(home: Home, name: str, settings: dict[str, Any]) -> None:
-    """Three updates, with an evaluation in the midst and at the end."""
+    """Three updates, with an evaluation in the middle and at the end."""
     assert home.run(name, **settings) == 0
     lines = read_metrics(home / name)
     assert [r["step"] for r in lines] == [1, 2, 2, 3, 3, 3]
@@ -417,7 +417,7 @@ def short_run(home: Home, name: str, settings: dict[str, Any]) -> None:
 
 
 def assert_nothing_is_left_to_do(home: Home, name: str, settings: dict[str, Any]) -> None:
-    """Going on from the last checkpoint says the same once more."""
+    """Resuming from the last checkpoint prints the same again."""
     before = timeless(home / name)
     assert home.run(name, **settings, resume=True) == 0
     assert timeless(home / name) == before
@@ -544,7 +544,7 @@ class RunTests:
     def test_continue_from_an_older_checkpoint_of_the_same_run(
         self, reference: Reference, home: Home
     ) -> None:
-        """What is younger is made anew, and saved."""
+        """Later checkpoints are computed again, and saved."""
         run = copy(reference.path, home, "back")
         stamp = (run / "checkpoints" / "56").stat().st_mtime_ns
         assert home.run("back", continue_from=run / "checkpoints" / "49", keep=3) == 0
@@ -624,11 +624,11 @@ class RunTests:
     def test_overwrite_starts_anew_and_max_train_tokens_counts_tokens(
         self, reference: Reference, home: Home
     ) -> None:
-        run = copy(reference.path, home, "anew", newest=21)
+        run = copy(reference.path, home, "again", newest=21)
         (run / "metrics.jsonl").write_text('{"kind": "train", "step": 999}\n')
         tokens = STEPS * 256 + 255
         assert (
-            home.run("anew", overwrite=True, num_training_steps=None, max_train_tokens=tokens) == 0
+            home.run("again", overwrite=True, num_training_steps=None, max_train_tokens=tokens) == 0
         )
         assert_same_end(run, reference.path)
 

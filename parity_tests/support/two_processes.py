@@ -1,6 +1,6 @@
-"""Functions run on two processes of PyTorch, joined by gloo on loopback.
+"""Runs functions on two PyTorch processes connected by gloo on loopback.
 
-A file that uses the fixture `run` names it, and `one_thread` where its numbers are compared.
+A file that uses the fixture `run` imports it, and `one_thread` if its numbers are compared.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What is special to osd_torch."""
+"""Tests of osd_torch only."""

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints: everything comes back bit for bit, or an error says what is wrong."""
+"""PyTorch checkpoints: everything is restored bit for bit, or an error says what is wrong."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""osd_torch against what the published PyTorch code does: `golden/`."""
+"""osd_torch compared with trajectories of the published PyTorch code: `golden/`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""osd_torch's optimizers inside other people's programs: dtypes, schedulers, autocast, wrappers.
+"""osd_torch's optimizers inside other programs: dtypes, schedulers, autocast, wrappers.
 
-And at gradients without direction, which an expert without tokens or a gate that starts at 0 gives.
+Also with zero gradients, as from an expert without tokens or a gate that starts at 0.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_a_refresh_waits_for_the_next_gradient_with_a_direction(proj_type: str) 
     always = captured(proj_type, gap=5, steps=10)
     assert found[:5] == always[:5]
     assert found[5] > 0.99 * found[4]  # the old P
-    # It is refreshed at step 6 in place of 5.
+    # It is refreshed at step 6 instead of 5.
     later = captured(proj_type, gap=6, steps=10)
     torch.testing.assert_close(found[6:], later[6:], rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Updates layer by layer, and the sums of sketches that micro-batches make."""
+"""Layer-by-layer updates, and accumulated sketches of micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-6
 
 
 class Net(torch.nn.Module):
-    """Three projected weights, of which P is on the input side, the output side and either."""
+    """Three projected weights, whose P is on the input side, the output side and either."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -435,7 +435,7 @@ def test_one_set_of_hooks_at_a_time() -> None:
         ValueError, match=r"another LayerwiseUpdates already updates this optimizer: close\(\)"
     ):
         osd_torch.LayerwiseUpdates(optimizer)
-    # Leaving in the midst of an update: what is held has to be dropped, and the message says how.
+    # Leaving the context during an update: the message says that held sketches must be dropped.
     micro = micro_batches(0)[0]
     loss_of(net, micro, 5).backward()
     updates.close()
@@ -483,7 +483,7 @@ def test_gradients_that_no_hook_takes_are_named() -> None:
     optimizer = build(net, "galore_adamw", "continuous")
     micro = micro_batches(0)[0]
     loss_of(net, micro, 5).backward()
-    with pytest.raises(ValueError, match=r"'mlp_up.weight' has a gradient already.*zero_grad\(\)"):
+    with pytest.raises(ValueError, match=r"'mlp_up.weight' already has a gradient.*zero_grad\(\)"):
         osd_torch.LayerwiseUpdates(optimizer)
     optimizer.accumulate(net.mlp_up.weight)
     with pytest.raises(ValueError, match="'mlp_up.weight' already has a gradient, or a sketch"):
@@ -524,7 +524,7 @@ def test_accumulate_names_what_it_cannot_take() -> None:
     with pytest.raises(ValueError, match="'attn.weight' has no gradient: call accumulate after"):
         optimizer.accumulate(net.attn.weight)
     loss_of(net, micro_batches(0)[0], 5).backward()
-    with pytest.raises(ValueError, match="'head.weight' is not projected.*leave its gradient"):
+    with pytest.raises(ValueError, match="'head.weight' is not projected.*keep its gradient"):
         optimizer.accumulate(net.head.weight)
     foreign = torch.nn.Parameter(torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"does not hold the parameter, of shape \(3, 2\)"):

@@ -1,4 +1,4 @@
-"""The Hugging Face LLaMA as the trainer uses it: config, weights, files, loss, and the steps."""
+"""The Hugging Face LLaMA as used by the trainer: config, weights, files, loss, and steps."""
 
 import json
 import math
@@ -139,7 +139,7 @@ def test_files_that_are_wrong(tmp_path: Path) -> None:
     name = "model.norm.weight"
     for tensors, message in (
         ({k: v for k, v in good.items() if k != name}, f"lacks 1 tensors, {name} first"),
-        (good | {"other": good[name].clone()}, "has not, 1 tensors, other first"),
+        (good | {"other": good[name].clone()}, "lacks: 1 tensors, other first"),
         (good | {name: torch.ones(7)}, rf"{name} has shape \(7,\), but the config expects \(32,\)"),
     ):
         save_file(tensors, path, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""osd_torch's optimizers as optimizers: state, dtypes, errors and odd gradients."""
+"""osd_torch's optimizers as optimizers: state, dtypes, errors and unusual gradients."""
 
 from __future__ import annotations
 

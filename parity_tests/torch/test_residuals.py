@@ -1,4 +1,4 @@
-"""osd_torch's residual lifts and Muon: released codes' trajectories, and the rules written out."""
+"""osd_torch's residual lifts and Muon, compared with released codes and with explicit formulas."""
 
 from __future__ import annotations
 

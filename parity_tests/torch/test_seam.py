@@ -1,4 +1,4 @@
-"""osd_torch's seam: rules written outside the library, what they need, and the classes' objects."""
+"""Custom rules for osd_torch, written outside the library; their needs; objects in the classes."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_what_needs_the_gradient_is_refused_by_its_reason_where_it_is_gone() -> 
     for options in ({"micro_batches": 2}, {"grad_clipping": 1.0}):
         with pytest.raises(ValueError, match=reason):
             osd_torch.LayerwiseUpdates(optimizer, **options)
-    with osd_torch.LayerwiseUpdates(optimizer) as updates:  # here it is at hand
+    with osd_torch.LayerwiseUpdates(optimizer) as updates:  # the gradient is available here
         before = net["mlp"].detach().clone()
         (net["mlp"] * gradient_of(0, "mlp")).sum().backward()
         updates.finish()
@@ -896,7 +896,7 @@ def test_names_beside_objects_are_refused() -> None:
     for key, value, of in (("penalty", 0.1, "basis"), ("scale", 0.5, "lift")):
         group = {"params": named, "rank": 2, key: value}
         given = {"basis": osd_torch.svd(5)} if of == "basis" else {"lift": osd_torch.scaled()}
-        with pytest.raises(ValueError, match=f"{key} is {value}, and {of} is given"):
+        with pytest.raises(ValueError, match=f"{key} is {value}, but {of} is given"):
             osd_torch.SubspaceAdamW([{**group, **given}], lr=LR)
     with pytest.raises(ValueError, match="optimizer is <class.*expected a Rule"):
         osd_torch.online_pca(Adam)  # type: ignore[arg-type]
@@ -906,7 +906,7 @@ def test_names_beside_objects_are_refused() -> None:
 
 def test_a_rule_without_a_name_is_known_by_its_code() -> None:
     class Plain:
-        """A rule with no repr of its own."""
+        """A rule without a repr."""
 
         init, step, step_, transport_ = SGD.init, SGD.step, SGD.step_, SGD.transport_
 
@@ -930,7 +930,7 @@ def test_a_lift_may_not_return_other_state_than_it_began_with() -> None:
     net = model()
     optimizer = toys(net, lift=Lift(grows, name="grows"))
     net["mlp"].grad = gradient_of(0, "mlp")
-    with pytest.raises(ValueError, match="the lift grows returns state 'more'.*it is absent"):
+    with pytest.raises(ValueError, match="the lift grows returns state 'more'.*its init, absent"):
         optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""osd_torch on two processes against one: DDP, FSDP2, reduced sketches, layer by layer."""
+"""osd_torch on two processes compared with one: DDP, FSDP2, reduced sketches, layer by layer."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # A tiny LLaMA, for 20 steps.
 
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 32, 32, 301
-# Rounding turns the sign of an entry that is all but zero, which moves a weight by 2 lr: at 1e-3
+# Rounding flips the sign of an entry that is almost zero, which moves a weight by 2 lr: at 1e-3
 # that moves a loss by 7e-5.
 LR = {"galore_lion": 2e-4}
 MODES = ("ddp", "fsdp", "compressed", "layerwise")
 
 
 def make_llama() -> torch.nn.Module:
-    """With 45 rows in the MLP and 301 in the head, neither of which divides by 2."""
+    """With 45 rows in the MLP and 301 in the head, neither divisible by 2."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -365,14 +365,14 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_close_8bit(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """In float32, where another order of a sum may make a code another.
+    """In float32, where another order of a sum may change a code.
 
     R, a sum of some 160 products, is off by d = 160^0.5 2^-24 = 1e-6 of itself, so that a value is
     stored as the neighbour of its code with probability 2 d / s, where s = 0.05 is the median
-    spacing of the code book: 4e-5 at each of 7 steps, 3e-4 in all, and 1e-3 leaves room for values
-    near zero. Where later gradients cancel most of such a moment, what is left differs by many
-    codes. In the norm of the moment that is sqrt(1e-3) s = 1.6e-3, and so it is of the distance
-    that a weight moves.
+    spacing of the code book: 4e-5 at each of 7 steps, 3e-4 in total, and 1e-3 leaves room for
+    values near zero. Where later gradients cancel most of such a moment, the remainder differs by
+    many codes. In the norm of the moment that is sqrt(1e-3) s = 1.6e-3, and the same holds for the
+    distance that a weight moves.
     """
     share, limit = 1e-3, 2e-3
     assert found.keys() == expected.keys()
@@ -467,7 +467,7 @@ def test_8bit_state_is_sharded_where_whole_blocks_fit(two_processes: Run) -> Non
 
 
 def save(is_sharded: bool, directory: Path, *args: Any) -> dict[str, Tensor]:
-    """Saves after 4 steps, and goes on to 7."""
+    """Saves after 4 steps, and continues to 7."""
     module = matrices(is_sharded, args[-1])
     built = optimizer_of(module, *args[:-1])
     take_steps(module, built, range(4))
@@ -590,7 +590,7 @@ def part_of_loss(net: Experts, used: str, rank: int, step: int, share: float) ->
 
 
 def route(optimizer: str, routes: Routes, way: str) -> list[Tensor]:
-    """Three updates, in each of which a process uses the experts that are routed to it."""
+    """Three updates in which each process uses the experts that are routed to it."""
     net, rank = Experts(), dist.get_rank()
     options = {"lr": 0.01, "rank": 4, "weight_decay": 0.1}
     built = osd_torch.make_optimizer(net.named_parameters(), optimizer, "continuous_sgd", **options)

@@ -1,1 +1,1 @@
-"""The trainers: options, data, runs that are killed and resumed."""
+"""The trainers: options, data, killed and resumed runs."""

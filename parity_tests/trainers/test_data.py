@@ -1,4 +1,4 @@
-"""The data: which documents a training step sees, what is held out, and what users get wrong."""
+"""The data: which documents a training step sees, what is held out, and mistakes of users."""
 
 import gzip
 import hashlib
@@ -23,12 +23,12 @@ from launch.data.files import passages
 from parity_tests.support import ROOT
 from parity_tests.support.hang import HANG
 
-DOCUMENTS = 61  # of which the last 3 are held out; a prime, so that no batch or process count fits
+DOCUMENTS = 61  # the last 3 are held out; a prime, so that no batch or process count fits
 LENGTH = 24
 
 
 def texts(number=DOCUMENTS):
-    """Documents that name themselves, of very different lengths."""
+    """Documents that contain their own names, with very different lengths."""
     return [f"document {i} " + "word " * (i * 7 % 23) for i in range(number)]
 
 
@@ -87,8 +87,7 @@ def same(left, right):
 
 @pytest.mark.parametrize(
     ("pack", "processes", "workers"),
-    [(True, 1, 0), (True, 4, 0), (True, 1, 3), (True, 4, 3)]  # the last takes half a minute
-    + [(False, 1, 0), (False, 4, 0), (False, 1, 3)],
+    [(True, 1, 0), (True, 4, 0), (True, 2, 2), (False, 1, 0), (False, 4, 0), (False, 1, 2)],
 )
 def test_each_document_once_in_an_epoch(jsonl, byte, cache, pack, processes, workers):
     data = open_text(jsonl, byte, cache, pack=pack)
@@ -113,8 +112,7 @@ def test_epochs_and_seeds_differ(jsonl, byte, cache):
 # ---- continuing
 
 
-@pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "pack"), [(0, True), (0, False), (2, True), (1, False)])
 def test_continues_exactly(jsonl, byte, cache, pack, workers):
     data = open_text(jsonl, byte, cache, pack=pack)
     batches = data.train(3, 1, 2)
@@ -268,7 +266,7 @@ def documents_of(corpus):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_documents(tmp_path, cache, byte, form):
-    """And the same batches, in each of two processes and after going on from a state."""
+    """And the same batches, in each of two processes and after continuing from a state."""
     written = [*texts(), "caf\u00e9 \U0001f600", "  "]
     plain = write_texts(tmp_path / "plain.jsonl", written)
     path = write_texts(tmp_path / f"c4-train.00000-of-01024{form}", written, "content")

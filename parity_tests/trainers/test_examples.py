@@ -1,4 +1,4 @@
-"""The examples do what they say, with small counts."""
+"""The examples run as documented, with small counts."""
 
 from __future__ import annotations
 

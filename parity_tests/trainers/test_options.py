@@ -1,5 +1,6 @@
-"""Every flag of the published commands is understood, and every mistake is named."""
+"""Every flag of the published commands is accepted, and every mistake is reported."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from launch.trainer import keywords
 from launch.trainer.cli import UsageError
 from launch.trainer.options import FIXED, Options, count
-from launch.trainer.options.groups import FLAGS
+from launch.trainer.options.groups import FLAGS, GROUPS
 from osd_names import OPTIONS
 from parity_tests.support import ROOT
 from parity_tests.support.published_commands import (
@@ -21,7 +22,7 @@ from parity_tests.support.published_commands import (
     PUBLISHED_60M,
 )
 
-# The published commands, word for word but for the script's name.
+# The published commands, verbatim except for the script's name.
 
 
 @pytest.fixture(autouse=True)
@@ -291,6 +292,13 @@ def test_weights_bring_their_tokenizer():
     (model / "tokenizer.json").write_text("{}")
     assert parse("--continue_from weights").check().data.tokenizer == "weights"
     assert parse("--continue_from weights --tokenizer byte").check().data.tokenizer == "byte"
+
+
+def test_each_flag_stands_in_one_group():
+    fields = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+    assert sorted(fields) == sorted(FLAGS) == sorted(parse().values())
+    with pytest.raises(TypeError, match="there is no flag --rnak"):
+        parse().replace(rnak=8)
 
 
 def test_what_is_fixed_exists():

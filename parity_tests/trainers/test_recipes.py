@@ -1,4 +1,4 @@
-"""Each recipe starts the published run of each size, as `launch.train_jax` understands it."""
+"""Each recipe starts the published run of each size, with flags that `launch.train_jax` accepts."""
 
 import os
 import shutil
@@ -78,7 +78,10 @@ def test_what_is_wrong_is_named() -> None:
     for shown, message in (
         (printed("gpu", "2b"), "error: no published run of '2b'; expected 60m, 130m, 350m, 1b or"),
         (printed("tpu"), "error: no published run of ''"),
-        (printed("slurm", "60m", SLURM_NTASKS="12"), "do not divide by 12 processes x 1 devices"),
+        (
+            printed("slurm", "60m", SLURM_NTASKS="12"),
+            "are not divisible by 12 processes x 1 devices",
+        ),
     ):
         assert shown.returncode == 2
         assert message in shown.stderr and shown.stderr.count("\n") == 1

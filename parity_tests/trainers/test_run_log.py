@@ -194,7 +194,7 @@ def test_a_disk_that_is_full_for_tensorboard_names_the_directory(monkeypatch, ca
     log.train(1, 10, loss=1.0)
     monkeypatch.setattr(log._events, "write", full)
     monkeypatch.setattr(log._events, "close", full)
-    with pytest.raises(OSError, match="the log .*a cannot be written: No space left on device; m"):
+    with pytest.raises(OSError, match="the log .*a cannot be written: No space left on device; f"):
         log.train(2, 20, loss=1.0)
     log.close()
     assert "TensorBoard's events are incomplete" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """`python -m launch.train_jax`, whole runs of a tiny model on a tiny text.
 
-Most runs are made in this process, with options that compile to one and the same program, so that
-JAX's compilation cache serves all but the first.
+Most runs execute in this process, with options that compile to the same program, so that JAX's
+compilation cache serves all but the first.
 """
 
 import logging
@@ -86,7 +86,7 @@ def test_one_compilation_of_each_step_in_a_run(reference: Reference) -> None:
         assert sum(f"Compiling jit({name})" in line for line in reference.compiled) == 1, name
 
 
-# --------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------- resuming
 
 
 def test_a_damaged_checkpoint_is_passed_over(

@@ -1,7 +1,7 @@
 """`python -m launch.train_jax` on meshes of 8 virtual devices, in one process and in two of 4 each.
 
-Runs of one process are made in this one. Each of two processes is its own: JAX joins once in its
-life.
+Runs of one process execute in this one. Runs of two use new processes, because JAX connects only
+once per process.
 """
 
 import os
@@ -59,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     path = tmp_path_factory.mktemp("home")
     home = make_home(path, train_jax, "-c", PATIENT)
     paragraphs = (path / "corpus.txt").read_text().split("\n\n")
-    # each a document of its own, some too short for a row
+    # one document each, some too short for a row
     lines = [f'{{"text": "{text[: 9 + 11 * (i % 5)]}"}}' for i, text in enumerate(paragraphs)]
     (path / "rows.jsonl").write_text("\n".join(lines))
     return home
@@ -205,7 +205,10 @@ def mistakes(home: Home) -> dict[str, tuple[dict[str, Any], str]]:
             {"batch_size": 12, "total_batch_size": 12},
             r"--batch_size: 12 rows are not divisible by 8, .*\(data=8\) in a process; use 16",
         ),
-        "twice": ({"mesh": "data=2", "fsdp": True}, r"--mesh: --fsdp says .*leave one out"),
+        "twice": (
+            {"mesh": "data=2", "fsdp": True},
+            r"--mesh: --fsdp also determines .*leave one out",
+        ),
         "nothing to reduce": (
             {"compress_gradients": True, "single_gpu": True},
             r"--compress_gradients: .*data axis.* one device here; leave it out",
@@ -264,14 +267,14 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
 
 
 def assert_lost(pair: Pair, victim: int) -> None:
-    """The other one has ended by itself, and said why."""
+    """The other process has ended on its own and reported why."""
     codes = pair.ends()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, pair.said()
     assert last_lines(pair.said()[1 - victim]) == jax_processes.LOST
 
 
 def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device: Path) -> None:
-    """The one that the others meet at and that writes; both start again, and go on."""
+    """The killed process is the coordinator, which also writes; both restart and resume."""
     pair = Pair(home, "pair")
     pair.until(lambda: lines_in(pair.path) >= 8)
     pair.processes[0].kill()
@@ -287,7 +290,7 @@ def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device:
     said = pair.said()
     assert "on 8 x cpu (data=8) in 2 processes, resuming from step" in said[0]
     assert said[0].count("step 12: validation loss") == 1
-    assert not re.search("step|loss|model", said[1])  # beside what Gloo says of its connections
+    assert not re.search("step|loss|model", said[1])  # apart from Gloo's own messages
 
 
 @pytest.mark.slow
@@ -385,7 +388,7 @@ def test_a_mistake_is_told_once_and_ends_both(home: Home) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_in_one_ends_both(home: Home) -> None:
-    """The one that cannot write its log says so, and the other one that it is gone."""
+    """The process that cannot write its log says so, and the other one reports its loss."""
     pair = Pair(home, "full", num_training_steps=4000, save_every=4000)
     pair.until(lambda: lines_in(pair.path) >= 8)
     limit = (pair.path / "metrics.jsonl").stat().st_size + 2_000

@@ -1,7 +1,7 @@
 """`launch/train_torch.py`, whole runs of a tiny model on a tiny text, in one process and in two.
 
-Runs of one process are made in this one. Those of two are made in two worker processes, which are
-started once and join anew for each run; a few go through torchrun itself.
+Runs of one process execute in this one. Runs of two execute in two worker processes, which start
+once and connect again for each run; a few use torchrun itself.
 """
 
 import json
@@ -210,11 +210,11 @@ def one_process(home: Home) -> Path:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_equal_one(mode: str, pair: Pair, one_process: Path, home: Home) -> None:
-    """The same rows an update, so the same losses but for the order of sums.
+    """The same rows per update, so the same losses up to the order of sums.
 
-    Where only sketches are reduced, an estimate stands in for the squared norm of the mean
-    (`osd_torch.sketch.as_in_subspace`); at the published gap that moves P by too little to be
-    seen.
+    If only sketches are reduced, an estimate replaces the squared norm of the mean
+    (`osd_torch.sketch.as_in_subspace`); at the published gap the effect on P is too small to
+    measure.
     """
     assert pair(mode, **{**ROWS, **MODES[mode]}) == [0, 0]
     assert differences(home / mode, one_process, "loss") < 1e-4
@@ -294,7 +294,7 @@ def test_torchrun_tells_of_a_mistake_once(home: Home) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_is_killed_and_both_end(victim: int, home: Home) -> None:
-    """And --resume goes on, as if nothing had been."""
+    """And --resume continues as if nothing had happened."""
     settings = {"batch_size": 2, "keep": 20}
     whole, name = home / "torchrun", f"torchrun, {victim} killed"
     if not whole.exists():
@@ -430,7 +430,7 @@ def test_bfloat16_moments_are_float32_and_decay(optimizer: str, home: Home) -> N
 # ---------------------------------------------------------------------------- a run from the start
 
 
-# --------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------- resuming
 
 
 STOPPED: dict[str, dict[str, Any]] = {
@@ -458,7 +458,7 @@ ALIKE = ("random", "two-sided adafactor")  # to others, for a checkpoint
 def test_a_stop_and_resume_is_the_same_run(
     name: str, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accumulated, but for the first."""
+    """Accumulated, except in the first."""
     settings = {"num_training_steps": 12, "eval_every": 4, "save_every": 5, **STOPPED[name]}
     if "model_config" in settings:  # of more than the 4096 values from which on state is 8 bits
         settings["model_config"] = model(home, "wide", intermediate_size=2048)
@@ -785,7 +785,7 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home)
     def wake_the_second(pids: list[int], first_answers: Callable[[], bool]) -> None:
         answered = first_answers()
         os.kill(pids[1], signal.SIGCONT)
-        assert answered, "the first waits for ever"
+        assert answered, "the first waits forever"
 
     settings = {"num_training_steps": 2000, "timeout_minutes": 1 / 30}
     hangs = second_hangs_in_the_sixth_update

@@ -112,9 +112,9 @@ def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices
     if devices.per_layer and waits and subspace.move_projector == "before":
         cause = "--grad_clipping" if optimizer.grad_clipping else "several micro-batches"
         raise UsageError(
-            "--move_projector: before recomputes R from the gradient, of which layer-by-layer "
-            f"updates (--per_layer) with {cause} keep only a sketch; use after, or one "
-            "micro-batch per update and no clipping"
+            "--move_projector: before recomputes R from the gradient, but layer-by-layer updates "
+            f"(--per_layer) with {cause} keep only a sketch of it; use after, or one micro-batch "
+            "per update and no clipping"
         )
     if not devices.accumulate_sketches:
         return
@@ -127,8 +127,8 @@ def check_sketches(data: Data, optimizer: Optimizer, subspace: Subspace, devices
         raise UsageError(f"--accumulate_sketches: {reason}; leave it out")
     if subspace.move_projector == "before":
         raise UsageError(
-            "--move_projector: before recomputes R from the gradient, of which "
-            "--accumulate_sketches keeps only a sketch; use after"
+            "--move_projector: before recomputes R from the gradient, but --accumulate_sketches "
+            "keeps only a sketch of it; use after"
         )
 
 
@@ -309,8 +309,8 @@ def check_directories(run: Run, model: Model, data: Data, is_own: bool) -> None:
         path = Path(place or "").resolve()
         if run.overwrite and any(path.is_relative_to(directory) for directory in doomed):
             raise UsageError(
-                f"--{name}: {path} is part of what --overwrite deletes; copy it, or use another "
-                "--name"
+                f"--{name}: {path} is part of what --overwrite deletes; copy it, or use "
+                "another --name"
             )
     if model.continue_from is not None and not Path(model.continue_from).is_dir():
         raise UsageError(

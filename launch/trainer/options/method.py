@@ -155,6 +155,8 @@ class Subspace:
     """How gradients are projected, and how the projector moves."""
 
     rank: int = flag(128, low=1, help="rank of the subspace")
+    # The default of the libraries is 200, as in the published commands; that of the trainers is the
+    # default of the published script, so that a run without the flag is the same.
     update_proj_gap: int = flag(
         50,
         low=1,
