@@ -51,6 +51,7 @@ from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
 from osd_torch.muon import SubspaceMuon
 from osd_torch.numerics import check_number, check_period
 from osd_torch.published import RESIDUAL_LIFTS
+from osd_torch.quantization import import_bitsandbytes
 from osd_torch.selection import Select
 from osd_torch.sharding import is_distributed
 from osd_torch.state import Group
