@@ -9,12 +9,26 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 __version__ = "0.1.0"  # shared by both libraries and read by pyproject.toml
 
+# The choices of an option: a `Literal` for annotations, and from it the tuple for checks and flags.
 Side = Literal["shorter", "longer", "input", "output", "both"]
-SIDES = ("shorter", "longer", "input", "output", "both")
+ResolvedSide = Literal["input", "output", "both"]  # with "shorter" and "longer" resolved
+Order = Literal["after", "before"]
+LionSign = Literal["lifted", "subspace"]
+MuonScale = Literal["adamw", "muon", "none"]
+SecondMoment = Literal["full", "row"]
+FirstMoment = Literal["full", "8bit"]
+ProjectorInit = Literal["svd", "qr"]
+SIDES = get_args(Side)
+MOVE_PROJECTOR = get_args(Order)
+LION_SIGNS = get_args(LionSign)
+MUON_SCALES = get_args(MuonScale)
+SECOND_MOMENTS = get_args(SecondMoment)
+FIRST_MOMENTS = get_args(FirstMoment)
+PROJECTOR_INITS = get_args(ProjectorInit)
 
 
 class Optimizer(NamedTuple):
@@ -83,11 +97,7 @@ PROJECTIONS: dict[str, Projection] = {
 SUBSPACE_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if x.is_projected)
 FULL_RANK_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if not x.is_projected)
 PROJ_TYPES = tuple(PROJECTIONS)
-LION_SIGNS = ("lifted", "subspace")
-MUON_SCALES = ("adamw", "muon", "none")
 MOMENTUM = 0.95  # default momentum of Muon
-SECOND_MOMENTS = ("full", "row")
-FIRST_MOMENTS = ("full", "8bit")
 
 
 class Residual(NamedTuple):
@@ -113,8 +123,6 @@ RESIDUALS: dict[str, Residual] = {
     "gradient_only_matrix": Residual(limits=True),
     "sign": Residual(1.0),
 }
-MOVE_PROJECTOR = ("after", "before")
-PROJECTOR_INITS = ("svd", "qr")
 
 
 class Reader(NamedTuple):

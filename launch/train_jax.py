@@ -64,7 +64,7 @@ def train(options: Options, processes: Processes) -> int:
 
     from launch.trainer.run_log import RunLog
     from osd_jax import llama
-    from osd_jax.llama.checkpoint import Checkpoints, Restored, gathered
+    from osd_jax.llama.checkpoint import Checkpoints, Restored, whole
     from osd_jax.llama.partition import on
     from osd_jax.llama.train import (
         init_state,
@@ -166,8 +166,8 @@ def train(options: Options, processes: Processes) -> int:
             checkpoints.save(step, state, resume.extra(options, places))
 
         def save_model(directory: Path) -> None:
-            if (whole := gathered(state.params)) is not None:
-                llama.save_hf(directory, config, whole)
+            if (weights := whole(state.params)) is not None:
+                llama.save_hf(directory, config, weights)
 
         trainer = Trainer(
             update=update,

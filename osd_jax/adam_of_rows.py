@@ -14,7 +14,7 @@ from osd_jax.numerics import (
     check_static,
     float32_or_more,
 )
-from osd_jax.quantization import MIN_SIZE, Quantized, dequantize, quantize
+from osd_jax.quantization import MIN_8BIT_SIZE, Quantized, dequantize, quantize
 from osd_jax.sharding import takes_shapes
 from osd_jax.transport import refuse_factored
 from osd_jax.trees import boxed_like, promotes, unboxed
@@ -97,7 +97,7 @@ def scale_by_adam_of_rows(
     def init(params: optax.Params) -> ScaleByAdamOfRowsState:
         def first(x: jax.Array) -> Any:
             zeros = jnp.zeros_like(x, accumulator_dtype(x.dtype))
-            is_large = axis_of_rows(x) is not None and x.size >= MIN_SIZE
+            is_large = axis_of_rows(x) is not None and x.size >= MIN_8BIT_SIZE
             return in_8_bits(zeros) if first_8bit and is_large else zeros
 
         def second(x: jax.Array) -> jax.Array:

@@ -34,11 +34,11 @@ from osd_jax.composition import (
     is_linear,
     lion_rule,
 )
-from osd_jax.layout import DimensionNumbers, Side
+from osd_jax.layout import DimensionNumbers
 from osd_jax.lift import Lift
 from osd_jax.selection import Select
 from osd_jax.subspace import SubspaceTransformation
-from osd_names import check_moments
+from osd_names import FirstMoment, SecondMoment, Side, check_moments
 
 
 def osd_adamw(
@@ -48,8 +48,8 @@ def osd_adamw(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-6,
-    second_moment: str = "full",
-    first_moment: str = "full",
+    second_moment: SecondMoment = "full",
+    first_moment: FirstMoment = "full",
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask = None,
     basis: BasisRule | None = None,

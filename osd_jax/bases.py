@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.basis_rule import BasisRule, Clock, Each, Order
-from osd_jax.layout import ResolvedSide
+from osd_jax.basis_rule import BasisRule, Clock, Each
 from osd_jax.numerics import (
     accumulator_dtype,
     check_number,
@@ -34,14 +33,21 @@ from osd_jax.sketch import (
     Sketch,
     TwoSided,
 )
-from osd_names import MOVE_PROJECTOR, PROJECTOR_INITS, check_choice
+from osd_names import (
+    MOVE_PROJECTOR,
+    PROJECTOR_INITS,
+    Order,
+    ProjectorInit,
+    ResolvedSide,
+    check_choice,
+)
 
 
 def online_pca(
     optimizer: optax.GradientTransformation,
     *,
     penalty: float = 0.0,
-    init: str = "svd",
+    init: ProjectorInit = "svd",
     order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
@@ -91,7 +97,7 @@ def online_pca(
         if init == "svd":
             return leading_singular_vectors(matrix, old, side, each)
         assert not isinstance(old, TwoSided)
-        return random_range(key, matrix, old, each)
+        return _random_range(key, matrix, old, each)
 
     needs = Needs(
         (CORRELATION, SQUARED_NORM),
@@ -118,7 +124,7 @@ def online_pca(
 def oja(
     optimizer: optax.GradientTransformation,
     *,
-    init: str = "svd",
+    init: ProjectorInit = "svd",
     order: Order = "after",
     every: int = 1,
 ) -> BasisRule:
@@ -352,7 +358,7 @@ def leading_singular_vectors(
     """
 
     def one(matrix: jax.Array) -> Basis:
-        left, right = signed_svd(matrix if side == "output" else matrix.mT)
+        left, right = _signed_svd(matrix if side == "output" else matrix.mT)
 
         def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
             return vectors[:, : old.shape[-1]].astype(old.dtype)
@@ -364,7 +370,7 @@ def leading_singular_vectors(
     return each(one, matrix.astype(accumulator_dtype(matrix.dtype)))
 
 
-def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Singular vectors U (..., m, k) and V (..., n, k) of G (..., m, n), k = min(m, n).
 
     The sign of a singular vector is arbitrary, but it matters: moments are kept when P is
@@ -385,7 +391,7 @@ def signed_svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return u[..., :m, :m], vt[..., :m, :].mT
 
 
-def random_range(key: jax.Array, matrix: jax.Array, old: jax.Array, each: Each) -> jax.Array:
+def _random_range(key: jax.Array, matrix: jax.Array, old: jax.Array, each: Each) -> jax.Array:
     """An orthonormal basis of M @ Gaussian (q, r), by QR: the range of M without an SVD."""
     wide = matrix.astype(accumulator_dtype(matrix.dtype))
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)

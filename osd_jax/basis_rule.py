@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.layout import ResolvedSide
 from osd_jax.numerics import (
     check_period,
 )
@@ -17,9 +16,8 @@ from osd_jax.sketch import (
     Needs,
     Sketch,
 )
-from osd_names import MOVE_PROJECTOR, check_choice
+from osd_names import MOVE_PROJECTOR, Order, ResolvedSide, check_choice
 
-Order = Literal["after", "before"]
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 
 Each = Callable[..., Any]  # (function, *arrays) -> the results of the function, matrix by matrix

@@ -16,12 +16,7 @@ from osd_jax.bases import online_pca
 from osd_jax.basis_rule import BasisRule
 from osd_jax.diagnostics import projected_paths
 from osd_jax.guard import guarded
-from osd_jax.layout import (
-    DimensionNumbers,
-    Side,
-    SubspaceDimensionNumbers,
-    dimension_numbers_by_path,
-)
+from osd_jax.layout import DimensionNumbers, SubspaceDimensionNumbers, dimension_numbers_by_path
 from osd_jax.lift import Lift, scaled, sign_after_lift
 from osd_jax.numerics import check_number, check_object, check_static, known_zero
 from osd_jax.parts import in_parts
@@ -49,7 +44,7 @@ from osd_jax.trees import (
     paths_by_name,
     unboxed,
 )
-from osd_names import check_flag
+from osd_names import Side, check_flag
 
 
 def check_betas(expected: str = "a number in [0, 1)", **betas: Any) -> None:

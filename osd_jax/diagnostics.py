@@ -9,13 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.layout import (
-    DimensionNumbers,
-    MatrixLayout,
-    Side,
-    dimension_numbers_by_path,
-    matrix_layout,
-)
+from osd_jax.layout import DimensionNumbers, MatrixLayout, dimension_numbers_by_path, matrix_layout
 from osd_jax.numerics import contract
 from osd_jax.sketch import (
     Basis,
@@ -33,6 +27,7 @@ from osd_jax.trees import (
     promotes,
     unboxed,
 )
+from osd_names import Side
 
 
 class Diagnostics(NamedTuple):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,8 @@ from osd_jax.trees import (
     path_of,
     unboxed,
 )
+from osd_names import ResolvedSide, Side
 
-Side = Literal["shorter", "longer", "input", "output", "both"]
-ResolvedSide = Literal["input", "output", "both"]
-SIDES = get_args(Side)
 SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))
 
 
@@ -194,11 +192,11 @@ def check_rank(rank: int) -> None:
         raise ValueError(f"rank is {rank!r}: expected a whole number of at least 1")
 
 
-def check_dtype(name: str, array: jax.Array) -> None:
+def check_dtype(name: str, param: jax.Array) -> None:
     """Raises ValueError for a dtype that the optimizers do not support."""
-    if array.dtype not in SUPPORTED_DTYPES:
+    if param.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
-            f"parameter '{name}' has dtype {array.dtype}: expected float32, bfloat16 or float64 "
+            f"parameter '{name}' has dtype {param.dtype}: expected float32, bfloat16 or float64 "
             "(float16 overflows in squared gradients; use bfloat16)"
         )
 

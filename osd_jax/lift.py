@@ -29,6 +29,7 @@ from osd_jax.sketch import (
     Sketch,
     TwoSided,
 )
+from osd_names import ResolvedSide
 
 
 class Seen(NamedTuple):
@@ -54,7 +55,7 @@ class Seen(NamedTuple):
     sketch: Sketch
     gradient: jax.Array | None
     state: Mapping[str, jax.Array]
-    side: str = "input"
+    side: ResolvedSide = "input"
 
 
 class Lifted(NamedTuple):
@@ -156,7 +157,9 @@ def sign_after_lift() -> Lift:
 
 
 def lift(basis: Basis, direction: jax.Array, is_flipped: bool = False) -> jax.Array:
-    """Computes P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_in D P_out^T.
+    """Computes P D: (..., p, r), (..., r, q) -> (..., p, q); two-sided: P_out D P_in^T.
+
+    Where two sides are projected, D and the result are stored transposed, as M is.
 
     Args:
       basis: P.

@@ -24,11 +24,7 @@ from osd_jax.composition import (
     following,
     in_subspace,
 )
-from osd_jax.layout import (
-    DimensionNumbers,
-    Side,
-    check_basis_dtype,
-)
+from osd_jax.layout import DimensionNumbers, check_basis_dtype
 from osd_jax.lift import Lift
 from osd_jax.newton_schulz import MUON_COEFFICIENTS, orthogonalize, orthogonalized
 from osd_jax.numerics import check_number, known_zero
@@ -41,7 +37,7 @@ from osd_jax.rules import (
 )
 from osd_jax.selection import Select
 from osd_jax.subspace import SubspaceTransformation
-from osd_names import check_moments, check_muon
+from osd_names import FirstMoment, MuonScale, SecondMoment, Side, check_moments, check_muon
 
 MUON_STATIC_ARGUMENTS = (
     *STATIC_ARGUMENTS,
@@ -67,12 +63,12 @@ def osd_muon(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-    second_moment: str = "full",
-    first_moment: str = "full",
+    second_moment: SecondMoment = "full",
+    first_moment: FirstMoment = "full",
     ns_steps: int = 5,
     ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     ns_dtype: jax.typing.DTypeLike | None = None,
-    muon_scale: str = "adamw",
+    muon_scale: MuonScale = "adamw",
     basis: BasisRule | None = None,
     lift: Lift | None = None,
     side: Side = "shorter",
@@ -182,7 +178,7 @@ def osd_muon(
 
 
 def _adam_of_others(
-    b1: Any, b2: Any, eps: Any, second_moment: str, first_moment: str
+    b1: Any, b2: Any, eps: Any, second_moment: SecondMoment, first_moment: FirstMoment
 ) -> optax.GradientTransformation:
     """Adam for the parameters that are not projected."""
     check_moments(second_moment, first_moment)

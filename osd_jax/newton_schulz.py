@@ -18,7 +18,7 @@ from osd_jax.numerics import (
     squared_norm,
     whole_columns,
 )
-from osd_names import MUON_SCALES, check_choice
+from osd_names import MUON_SCALES, MuonScale, ResolvedSide, check_choice
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -29,7 +29,7 @@ def orthogonalized(
     steps: int = 5,
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: jax.typing.DTypeLike | None = None,
-    scale: str = "adamw",
+    scale: MuonScale = "adamw",
 ) -> Lift:
     """Orthogonalizes the update of another lift as Muon does: all singular values become about 1.
 
@@ -88,12 +88,12 @@ def _orthogonalized(
 
 def orthogonalize(
     update: jax.Array,
-    side: str,
+    side: ResolvedSide,
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: jax.typing.DTypeLike | None = None,
-    scale: str = "adamw",
+    scale: MuonScale = "adamw",
 ) -> jax.Array:
     """Applies `newton_schulz` to matrices and multiplies by their `scale`.
 
@@ -114,7 +114,7 @@ def orthogonalize(
     return found * muon_scale(update.shape, side, scale)
 
 
-def muon_scale(shape: tuple[int, ...], side: str, scale: str) -> float:
+def muon_scale(shape: tuple[int, ...], side: ResolvedSide, scale: MuonScale) -> float:
     """The factor of a `scale`; see `orthogonalized`.
 
     Args:

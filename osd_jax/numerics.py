@@ -254,11 +254,11 @@ def check_object(name: str, value: Any, kind: type, example: str, expected: str 
         )
 
 
-def check_period(every: int) -> None:
+def check_period(every: int, name: str = "the period of P") -> None:
     """Raises ValueError unless `every` is a whole number of at least 1."""
     check_static("every", every)
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"the period of P is {every!r}: expected a whole number of at least 1")
+        raise ValueError(f"{name} is {every!r}: expected a whole number of at least 1")
 
 
 def check_number(name: str, value: jax.typing.ArrayLike) -> None:

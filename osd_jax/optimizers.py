@@ -41,7 +41,7 @@ from osd_jax.newton_schulz import orthogonalized
 from osd_jax.numerics import check_number, check_static
 from osd_jax.parts import in_parts
 from osd_jax.published import RESIDUAL_LIFTS, published_basis
-from osd_jax.quantization import MIN_SIZE
+from osd_jax.quantization import MIN_8BIT_SIZE
 from osd_jax.residuals import add_gradient
 from osd_jax.rules import (
     Schedule,
@@ -58,6 +58,12 @@ from osd_names import (
     PROJECTIONS,
     PROJECTOR_INITS,
     RESIDUALS,
+    FirstMoment,
+    LionSign,
+    MuonScale,
+    Order,
+    ProjectorInit,
+    SecondMoment,
     check_choice,
     check_flag,
     check_moments,
@@ -100,23 +106,23 @@ def make_optimizer(
     eps: float | None = None,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
-    muon_scale: str = "adamw",
+    muon_scale: MuonScale = "adamw",
     ns_dtype: jax.typing.DTypeLike | None = None,
     residual: str = "none",
     residual_scale: float | None = None,
     growth_limiter: bool = True,
-    second_moment: str = "full",
-    first_moment: str = "full",
+    second_moment: SecondMoment = "full",
+    first_moment: FirstMoment = "full",
     select: Select | None = None,
     dimension_numbers: DimensionNumbers = None,
     seed: int = 0,
     penalty: float = 0.0,
     projector_lr_multiple: float | None = None,
     projector_weight_decay: float | None = None,
-    lion_sign: str = "lifted",
-    move_projector: str = "after",
+    lion_sign: LionSign = "lifted",
+    move_projector: Order = "after",
     basis_dtype: jax.typing.DTypeLike | None = None,
-    projector_init: str = "svd",
+    projector_init: ProjectorInit = "svd",
     slice_size: int | None = None,
     transport_moments: bool = False,
     stochastic_rounding: bool = False,
@@ -246,9 +252,10 @@ def make_optimizer(
     check_choice("lion_sign", lion_sign, LION_SIGNS)
     check_choice("move_projector", move_projector, MOVE_PROJECTOR)
     check_choice("projector_init", projector_init, PROJECTOR_INITS)
-    if slice_size is not None and (type(slice_size) is not int or slice_size < MIN_SIZE):
+    if slice_size is not None and (type(slice_size) is not int or slice_size < MIN_8BIT_SIZE):
         raise ValueError(
-            f"slice_size is {slice_size!r}: expected None, or a whole number of at least {MIN_SIZE}"
+            f"slice_size is {slice_size!r}: expected None, or a whole number of at least "
+            f"{MIN_8BIT_SIZE}"
         )
     check_rank(rank)
     for name, period in (

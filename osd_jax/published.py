@@ -24,7 +24,7 @@ from osd_jax.rules import (
     scale_by_adam_of_age,
     scale_by_factored_second_moment,
 )
-from osd_names import PROJECTIONS
+from osd_names import PROJECTIONS, ProjectorInit
 
 # Optimizers of P, by the names in `osd_names.PROJECTIONS`.
 PROJECTOR_RULES: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -61,7 +61,7 @@ def published_basis(
     weight_decay: float | None,
     penalty: float,
     order: Any,
-    init: str,
+    init: ProjectorInit,
 ) -> BasisRule:
     """The basis rule of a published name."""
     named = PROJECTIONS[proj_type]

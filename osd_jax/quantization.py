@@ -23,7 +23,7 @@ from osd_jax.sharding import takes_shapes
 from osd_jax.trees import boxed_like, promotes, unboxed
 
 BLOCK_SIZE = 256
-MIN_SIZE = 4096
+MIN_8BIT_SIZE = 4096
 Rounding = Literal["table", "nearest"]
 
 # Moments that are never negative, by Optax's field names: their code book spends no codes on a
@@ -195,7 +195,7 @@ def quantize_state(
     tx: optax.GradientTransformation,
     *,
     block: int = BLOCK_SIZE,
-    min_size: int = MIN_SIZE,
+    min_size: int = MIN_8BIT_SIZE,
     rounding: Rounding = "table",
     unsigned: frozenset[str] = UNSIGNED_FIELDS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -310,7 +310,7 @@ def slice_by_slice(
         if x.ndim > 2:
             return x.shape[0]
         # A slice too small for `quantize_state` would have another state than the whole array.
-        counts = range(-(-x.size // max_size), min(x.shape[0] - 1, x.size // MIN_SIZE) + 1)
+        counts = range(-(-x.size // max_size), min(x.shape[0] - 1, x.size // MIN_8BIT_SIZE) + 1)
         return next((c for c in counts if x.shape[0] % c == 0), 1)
 
     def split(x: jax.Array, count: int) -> jax.Array:

@@ -88,7 +88,8 @@ class Sketch:
     gradients is the sum of their R's.
 
     Attributes:
-      low_rank: R = P^T M, (..., r, q); two-sided: P_in^T M P_out, (..., r, r).
+      low_rank: R = P^T M, (..., r, q); two-sided: P_out^T M P_in, (..., r, r), stored
+        transposed, because M is laid out as (input, output) here.
       statistics: The statistics by name.
       degrees: The degree of each statistic in M, by name; part of the tree's structure.
 
@@ -235,7 +236,8 @@ def as_in_subspace(mean: jax.Array, of_low_ranks: jax.Array, of_low_rank: jax.Ar
 def low_rank_gradient(basis: Basis, matrix: jax.Array) -> jax.Array:
     """R: (..., p, r), (..., p, q) -> (..., r, q); two-sided: (..., r, r); float32 or float64."""
     if isinstance(basis, TwoSided):
-        # Output side first, as in PyTorch: bfloat16 rounds the product with that basis.
+        # (P_out^T M P_in)^T, because M is (input, output) here. The output side first, as in
+        # PyTorch: bfloat16 rounds the product with that basis.
         half = contract("pq,qs->ps", matrix, basis.output)
         return contract("pr,ps->rs", basis.input, half)
     return contract("rp,pq->rq", written_transpose(basis), matrix)

@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.layout import (
-    Side,
-)
+from osd_names import Side
 
 NOT_SET = -1  # value of ProjectorState.set_at
 

@@ -28,10 +28,8 @@ from osd_jax.basis_rule import MOVE, REFRESH, BasisRule, check_rule
 from osd_jax.basis_step import move_basis, restarted, set_basis
 from osd_jax.cond import cond_once
 from osd_jax.layout import (
-    SIDES,
     DimensionNumbers,
     MatrixLayout,
-    Side,
     check_basis_dtype,
     check_dtype,
     check_rank,
@@ -72,6 +70,7 @@ from osd_jax.trees import (
     unboxed,
     unzip,
 )
+from osd_names import SIDES, Side
 
 
 class SubspaceTransformation(optax.GradientTransformationExtraArgs):
@@ -140,7 +139,7 @@ def scale_by_subspace(
         computed; after a move, at the end of that step, or, if P moves before W's step, before R is
         recomputed. None: `inner` keeps its state unchanged.
       side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
-        "longer" (ties: output) or "both" (`R = P_in^T M P_out`, not with online PCA).
+        "longer" (ties: output) or "both" (`R = P_out^T M P_in`, not with online PCA).
       dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
         from parameters to a tree. None: every parameter is a matrix (input, output).
       seed: Seed of projectors that draw random numbers.

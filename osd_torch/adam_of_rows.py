@@ -149,8 +149,8 @@ class AdamOfRows(Rule):
         return Adam(self.betas, self.eps)
 
 
-def axis_of_rows(like: Tensor) -> int | None:
+def axis_of_rows(x: Tensor) -> int | None:
     """The axis with one second moment per entry in `AdamOfRows`; None: plain Adam."""
-    if like.ndim != 2 or min(like.shape) < 2:
+    if x.ndim != 2 or min(x.shape) < 2:
         return None
-    return 0 if like.shape[0] >= like.shape[1] else 1
+    return 0 if x.shape[0] >= x.shape[1] else 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from osd_names import (
     LION_SIGNS,
+    FirstMoment,
+    LionSign,
+    SecondMoment,
     check_choice,
     check_moments,
 )
@@ -26,7 +29,6 @@ from osd_torch.rules import Adafactor, Adam, Lion, Rule
 from osd_torch.rules_8bit import Adam8bit
 from osd_torch.state import Group
 
-LionSign = Literal["lifted", "subspace"]
 _sign_after_lift = functools.cache(sign_after_lift)
 
 
@@ -76,8 +78,8 @@ class SubspaceAdamW(PublishedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
-        second_moment: str = "full",
-        first_moment: str = "full",
+        second_moment: SecondMoment = "full",
+        first_moment: FirstMoment = "full",
         **subspace: Unpack[Subspace],
     ) -> None:
         defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)

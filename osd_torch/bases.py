@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_names import MOVE_PROJECTOR, check_choice
-from osd_torch.basis_rule import BasisRule, Clock, Each, Order, StepSize
+from osd_names import MOVE_PROJECTOR, Order, ResolvedSide, check_choice
+from osd_torch.basis_rule import BasisRule, Clock, Each, StepSize
 from osd_torch.layout import to_matrix
 from osd_torch.numerics import (
     accumulator_dtype,
@@ -38,7 +38,7 @@ from osd_torch.sketch import (
     product,
 )
 
-FROM_SVD = "svd sets P from the gradient's singular vectors"
+_FROM_SVD = "svd sets P from the gradient's singular vectors"
 _ADAM, _SGD = Adam(), SGD()
 
 
@@ -99,7 +99,7 @@ def online_pca(
     check_number("projector_weight_decay", weight_decay)
     if not callable(step_size):
         check_number("step_size", step_size)
-    needs = Needs((CORRELATION, SQUARED_NORM), "at a refresh", FROM_SVD)
+    needs = Needs((CORRELATION, SQUARED_NORM), "at a refresh", _FROM_SVD)
     if order == "before":
         needs = needs._replace(
             gradient="always",
@@ -220,7 +220,7 @@ def svd(every: int) -> BasisRule:
         Clock(refresh_every=200, move_every=None)
     """
     check_period(every)
-    needs = Needs((), "at a refresh", FROM_SVD)
+    needs = Needs((), "at a refresh", _FROM_SVD)
     return BasisRule(
         Clock(every), leading_singular_vectors, needs, two_sided=True, name=f"svd({every})"
     )
@@ -246,7 +246,7 @@ def random(every: int) -> BasisRule:
         'random(200)'
     """
     check_period(every)
-    return BasisRule(Clock(every), drawn, two_sided=True, name=f"random({every})")
+    return BasisRule(Clock(every), _drawn, two_sided=True, name=f"random({every})")
 
 
 def gaussian(every: int) -> BasisRule:
@@ -272,10 +272,10 @@ def gaussian(every: int) -> BasisRule:
         'gaussian(200)'
     """
     check_period(every)
-    return BasisRule(Clock(every), drawn_gaussian, two_sided=True, name=f"gaussian({every})")
+    return BasisRule(Clock(every), _drawn_gaussian, two_sided=True, name=f"gaussian({every})")
 
 
-def drawn_gaussian(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
+def _drawn_gaussian(matrix: Tensor, old: Basis, side: ResolvedSide, key: str, each: Each) -> Basis:
     """A Gaussian matrix of P's shape; see `BasisRule.fresh`."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
 
@@ -287,7 +287,7 @@ def drawn_gaussian(matrix: Tensor, old: Basis, side: str, key: str, each: Each) 
     return TwoSided(*map(draw, old)) if isinstance(old, TwoSided) else draw(old)
 
 
-def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
+def _drawn(matrix: Tensor, old: Basis, side: ResolvedSide, key: str, each: Each) -> Basis:
     """The left singular vectors of a Gaussian matrix of P's shape; see `BasisRule.fresh`."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
 
@@ -299,13 +299,13 @@ def drawn(matrix: Tensor, old: Basis, side: str, key: str, each: Each) -> Basis:
     return TwoSided(*map(draw, old)) if isinstance(old, TwoSided) else draw(old)
 
 
-def on_whole_matrix(function: Callable[..., Any], *arrays: Tensor) -> Any:
+def each_matrix(function: Callable[..., Any], *arrays: Tensor) -> Any:
     """`each` of `BasisRule.fresh`: applies a function to arrays, gathered if they are sharded."""
     return function(*map(whole, arrays))
 
 
 def leading_singular_vectors(
-    matrix: Tensor, old: Basis, side: str, key: str = "", each: Each = on_whole_matrix
+    matrix: Tensor, old: Basis, side: ResolvedSide, key: str = "", each: Each = each_matrix
 ) -> Basis:
     """The leading left ("output") or right ("input") singular vectors of a gradient, or "both".
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from osd_names import MOVE_PROJECTOR, check_choice
+from osd_names import MOVE_PROJECTOR, Order, ResolvedSide, check_choice
 from osd_torch.numerics import (
     check_period,
 )
@@ -19,9 +19,8 @@ from osd_torch.sketch import (
 )
 
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
-Order = Literal["after", "before"]
 Each = Callable[..., Any]  # (function, *arrays) -> the result of the function
-FreshBasis = Callable[[Tensor, Basis, str, str, Each], Basis]
+Fresh = Callable[[Tensor, Basis, ResolvedSide, str, Each], Basis]
 StepSize = float | Callable[[float], float]
 
 
@@ -88,7 +87,7 @@ class BasisRule(NamedTuple):
     """
 
     clock: Clock
-    fresh: FreshBasis
+    fresh: Fresh
     needs: Needs = Needs()
     gradient: Callable[[Tensor, Sketch], Tensor] | None = None
     optimizer: Rule | None = None

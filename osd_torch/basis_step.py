@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from osd_torch.bases import on_whole_matrix
+from osd_names import ResolvedSide
+from osd_torch.bases import each_matrix
 from osd_torch.basis_rule import MOVE, REFRESH, BasisRule, check_fresh
 from osd_torch.layout import to_matrix
 from osd_torch.numerics import float32_or_more, has_direction
@@ -35,7 +36,7 @@ def set_basis_(
     rule: BasisRule,
     state: dict[str, Tensor],
     gradient: Tensor,
-    side: str,
+    side: ResolvedSide,
     key: str,
     name: str,
     square: Tensor | None = None,
@@ -59,7 +60,7 @@ def set_basis_(
     if not has_direction(float(square), square.dtype):
         return False
     old = basis_of(state)
-    basis = rule.fresh(gradient, old, side, key, on_whole_matrix)
+    basis = rule.fresh(gradient, old, side, key, each_matrix)
     check_fresh(name, basis, old)
     state.update({k: distributed_as(x, state[k]) for k, x in named_bases(basis).items()})
     state["set_at"].copy_(state["step"])
@@ -68,7 +69,7 @@ def set_basis_(
     return True
 
 
-def first_moments(rule: BasisRule, basis: Basis, side: str) -> dict[str, Tensor]:
+def first_moments(rule: BasisRule, basis: Basis, side: ResolvedSide) -> dict[str, Tensor]:
     """The state of P's optimizer before its first step."""
     if rule.optimizer is None:
         return {}
@@ -77,7 +78,12 @@ def first_moments(rule: BasisRule, basis: Basis, side: str) -> dict[str, Tensor]
 
 
 def move_basis_(
-    rule: BasisRule, state: dict[str, Tensor], side: str, sketch: Sketch, step: int, lr: float
+    rule: BasisRule,
+    state: dict[str, Tensor],
+    side: ResolvedSide,
+    sketch: Sketch,
+    step: int,
+    lr: float,
 ) -> bool:
     """Moves P in place, unless the gradient is zero; returns whether it did.
 

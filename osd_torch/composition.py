@@ -13,11 +13,12 @@ from torch.optim.optimizer import ParamsT, StateDict
 from osd_names import (
     MOVE_PROJECTOR,
     PROJ_TYPES,
+    ResolvedSide,
     Side,
     check_choice,
 )
 from osd_torch.bases import online_pca
-from osd_torch.basis_rule import BasisRule, Order
+from osd_torch.basis_rule import BasisRule
 from osd_torch.groups import (
     BASIS_OPTIONS,
     SUBSPACE_DEFAULTS,
@@ -34,8 +35,6 @@ from osd_torch.schedules import SEEN, first_rates, schedule_keys, seen_rates, wi
 from osd_torch.selection import Select
 from osd_torch.state import Group
 from osd_torch.subspace import SubspaceOptimizer, log
-
-MoveProjector = Order
 
 
 class Subspace(TypedDict, total=False):
@@ -144,7 +143,7 @@ class PublishedOptimizer(SubspaceOptimizer):
             raise ValueError(f"peak_lr is {group['peak_lr']!r}: expected None or a number above 0")
         super().check_group(group)
 
-    def side(self, group: Group, param: Tensor) -> Side:
+    def side(self, group: Group, param: Tensor) -> ResolvedSide:
         """The side of a matrix (output, input) that P projects, from `side` or `proj_type`."""
         return resolve_side(side_of(group), param)
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from osd_names import (
+    FirstMoment,
+    SecondMoment,
     check_moments,
 )
 from osd_torch.adam_of_rows import AdamOfRows
@@ -61,8 +63,8 @@ class FullRankAdam(PublishedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         l2: float = 0.0,
-        second_moment: str = "full",
-        first_moment: str = "full",
+        second_moment: SecondMoment = "full",
+        first_moment: FirstMoment = "full",
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:

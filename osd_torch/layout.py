@@ -5,36 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osd_names import Side
-from osd_torch.rules import Change
+from osd_names import ResolvedSide, Side
 from osd_torch.sharding import (
     has_plain_placement,
-)
-from osd_torch.sketch import (
-    Basis,
-    TwoSided,
-    product,
 )
 
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # axes of a matrix
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def resolve_side(side: Side, tensor: Tensor) -> Side:
+def resolve_side(side: Side, tensor: Tensor) -> ResolvedSide:
     """Resolves a `side` to "input", "output" or "both" for a matrix (output, input)."""
-    if side not in ("shorter", "longer"):
+    if side == "input" or side == "output" or side == "both":
         return side
     outputs, inputs = tensor.shape
     return "input" if (inputs <= outputs) == (side == "shorter") else "output"
-
-
-def change_of(old: Basis, new: Basis, side: Side) -> Change:
-    """P_new^T P_old of each side of a matrix (output, input) that P projects."""
-    if isinstance(old, TwoSided) and isinstance(new, TwoSided):
-        return Change(product(new.output.mT, old.output), product(new.input.mT, old.input))
-    assert isinstance(old, Tensor) and isinstance(new, Tensor)
-    change = product(new.mT, old)
-    return Change(change, None) if side == "output" else Change(None, change)
 
 
 def check_rank(rank: int) -> None:
@@ -69,7 +54,7 @@ def check_basis_dtype(dtype: torch.dtype | None, name: str = "basis_dtype") -> N
         raise ValueError(f"{name} is {dtype!r}: expected None, float32, bfloat16 or float64")
 
 
-def to_matrix(tensor: Tensor, side: str) -> Tensor:
+def to_matrix(tensor: Tensor, side: ResolvedSide) -> Tensor:
     """Views a weight or gradient (output, input) as M (p, q), the projected axis first; or back.
 
     Args:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osd_names import ResolvedSide
 from osd_torch.basis_rule import name_of_rule
 from osd_torch.numerics import (
     check_number,
@@ -53,7 +54,7 @@ class Seen(NamedTuple):
     sketch: Sketch
     gradient: Tensor | None
     state: Mapping[str, Tensor]
-    side: str = "output"
+    side: ResolvedSide = "output"
 
 
 class Lifted(NamedTuple):
@@ -186,7 +187,7 @@ def add_lifted_(
     direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
     is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
     if direction is None or not is_plain or is_narrow or rounding_key is not None:
-        add_(weight, update_of(basis, lifted), alpha, beta, rounding_key)
+        add_(weight, lifted_update(basis, lifted), alpha, beta, rounding_key)
         return
     if isinstance(basis, TwoSided):
         left, right = product(basis.output, direction), basis.input.mT
@@ -196,7 +197,7 @@ def add_lifted_(
     weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
 
 
-def update_of(basis: Basis, lifted: Lifted) -> Tensor:
+def lifted_update(basis: Basis, lifted: Lifted) -> Tensor:
     """then(P D + rest), (p, q)."""
     if lifted.low_rank is None:
         if lifted.rest is None:

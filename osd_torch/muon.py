@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from osd_names import (
+    FirstMoment,
+    MuonScale,
+    SecondMoment,
     check_moments,
     check_muon,
 )
@@ -36,7 +39,10 @@ MUON_DEFAULTS: dict[str, Any] = {
 
 @functools.cache
 def muon_lift(
-    steps: int, coefficients: tuple[float, float, float], dtype: torch.dtype | None, scale: str
+    steps: int,
+    coefficients: tuple[float, float, float],
+    dtype: torch.dtype | None,
+    scale: MuonScale,
 ) -> Lift:
     """The full gradient plus the momentum, orthogonalized: one object for equal options."""
     options: dict[str, Any] = {"steps": steps, "coefficients": coefficients, "dtype": dtype}
@@ -107,12 +113,12 @@ class SubspaceMuon(PublishedOptimizer):
         full_lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        second_moment: str = "full",
-        first_moment: str = "full",
+        second_moment: SecondMoment = "full",
+        first_moment: FirstMoment = "full",
         ns_steps: int = 5,
         ns_coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
         ns_dtype: torch.dtype | None = None,
-        muon_scale: str = "adamw",
+        muon_scale: MuonScale = "adamw",
         **subspace: Unpack[Subspace],
     ) -> None:
         defaults: dict[str, Any] = dict(

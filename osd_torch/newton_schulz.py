@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osd_names import MUON_SCALES, check_choice
-from osd_torch.layout import to_matrix
+from osd_names import MUON_SCALES, MuonScale, ResolvedSide, check_choice
 from osd_torch.lift import Lift, Lifted, Seen
 from osd_torch.sharding import distributed_as, whole
 
@@ -23,7 +22,7 @@ def orthogonalized(
     steps: int = 5,
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: torch.dtype | None = None,
-    scale: str = "adamw",
+    scale: MuonScale = "adamw",
 ) -> Lift:
     """Orthogonalizes the update of another lift as Muon does: all singular values become about 1.
 
@@ -80,12 +79,12 @@ def _orthogonalized(inner: Lift, options: dict[str, Any], direction: Tensor, see
 
 def orthogonalize(
     update: Tensor,
-    side: str,
+    side: ResolvedSide,
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: torch.dtype | None = None,
-    scale: str = "adamw",
+    scale: MuonScale = "adamw",
 ) -> Tensor:
     """Applies `newton_schulz` to a matrix and multiplies by its `scale`; gathers a sharded matrix.
 
@@ -107,15 +106,23 @@ def orthogonalize(
     """
     matrix = whole(update)
     found = newton_schulz(matrix, steps=steps, coefficients=coefficients, dtype=dtype)
-    return distributed_as(found.mul_(muon_scale(to_matrix(matrix, side), scale)), update)
+    return distributed_as(found.mul_(muon_scale(tuple(matrix.shape), side, scale)), update)
 
 
-def muon_scale(matrix: Tensor, scale: str) -> float:
-    """The factor of a `scale`; see `orthogonalized`."""
-    p, q = matrix.shape
-    return {"adamw": 0.2 * math.sqrt(max(p, q)), "muon": math.sqrt(max(1, p / q)), "none": 1.0}[
-        scale
-    ]
+def muon_scale(shape: tuple[int, ...], side: ResolvedSide, scale: MuonScale) -> float:
+    """The factor of a `scale`; see `orthogonalized`.
+
+    Args:
+        shape: Shape of M, (..., p, q).
+        side: The side of p; see `Seen`.
+        scale: One of `osd_names.MUON_SCALES`.
+    """
+    n_out, n_in = shape[-2:] if side == "output" else shape[:-3:-1]
+    return {
+        "adamw": 0.2 * math.sqrt(max(n_out, n_in)),
+        "muon": math.sqrt(max(1, n_out / n_in)),
+        "none": 1.0,
+    }[scale]
 
 
 def newton_schulz(

@@ -15,6 +15,11 @@ from osd_names import (
     MOVE_PROJECTOR,
     OPTIMIZERS,
     RESIDUALS,
+    FirstMoment,
+    LionSign,
+    MuonScale,
+    Order,
+    SecondMoment,
     check_choice,
     check_flag,
     check_moments,
@@ -23,14 +28,7 @@ from osd_names import (
     check_read,
     check_residual,
 )
-from osd_torch.aliases import (
-    LionSign,
-    SubspaceAdafactor,
-    SubspaceAdamW,
-    SubspaceAdamW8bit,
-    SubspaceLion,
-)
-from osd_torch.composition import MoveProjector
+from osd_torch.aliases import SubspaceAdafactor, SubspaceAdamW, SubspaceAdamW8bit, SubspaceLion
 from osd_torch.full_rank import FullRankAdam
 from osd_torch.groups import (
     check_beta,
@@ -75,13 +73,13 @@ def make_optimizer(
     eps: float | None = None,
     momentum: float | None = None,
     nesterov: bool = False,
-    muon_scale: str = "adamw",
+    muon_scale: MuonScale = "adamw",
     ns_dtype: torch.dtype | None = None,
     residual: str = "none",
     residual_scale: float | None = None,
     growth_limiter: bool = True,
-    second_moment: str = "full",
-    first_moment: str = "full",
+    second_moment: SecondMoment = "full",
+    first_moment: FirstMoment = "full",
     select: Select | None = None,
     seed: int = 0,
     penalty: float = 0.0,
@@ -89,7 +87,7 @@ def make_optimizer(
     projector_weight_decay: float | None = None,
     peak_lr: float | None = None,
     lion_sign: LionSign = "lifted",
-    move_projector: MoveProjector = "after",
+    move_projector: Order = "after",
     basis_dtype: torch.dtype | None = None,
     transport_moments: bool = False,
     stochastic_rounding: bool = False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from osd_names import PROJECTIONS
+from osd_names import PROJECTIONS, Order
 from osd_torch.bases import gaussian, oja, online_pca, random, svd
-from osd_torch.basis_rule import BasisRule, Order
+from osd_torch.basis_rule import BasisRule
 from osd_torch.lift import Lift
 from osd_torch.residuals import (
     column_ema,

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from osd_torch.sharding import (
     mean,
     parted_like,
 )
+from osd_torch.transport import Change, second_moment_after
 
 State = Mapping[str, Tensor]
 
@@ -31,26 +32,6 @@ def zeros_like(like: Tensor) -> Tensor:
     Code that loads and saves state (`torch.distributed`, safetensors) reads memory in order.
     """
     return torch.zeros_like(like, memory_format=torch.contiguous_format)
-
-
-class Change(NamedTuple):
-    """A change of P: Q = P_new^T P_old, (r, r), for each projected side; otherwise None."""
-
-    output: Tensor | None
-    input: Tensor | None
-
-    def of(self, moment: Tensor) -> Tensor:
-        """Transforms a moment of R, laid out as (output, input), to the new P: Q m."""
-        own = local(moment)
-        if self.output is not None:
-            own = local(self.output).to(own.dtype) @ own
-        if self.input is not None:
-            own = own @ local(self.input).to(own.dtype).mT
-        return own
-
-    def squared(self) -> Change:
-        """The elementwise square of Q."""
-        return Change(*(None if side is None else side.square() for side in self))
 
 
 class Rule(Protocol):
@@ -106,28 +87,6 @@ class Rule(Protocol):
         )
 
 
-def transported_second_moment(
-    first: Tensor, second: Tensor, change: Change, betas: tuple[float, float], t: int
-) -> Tensor:
-    """Adam's second moment in the new basis, estimated as in LDAdam (arXiv 2410.16103).
-
-    `v <- c2 |Q^2 (v / c2 - (m / c1)^2) + (Q m / c1)^2|`, where Q^2 holds the squared entries of Q,
-    and c1, c2 are the bias corrections after t steps: variances are transformed as for uncorrelated
-    entries, means exactly.
-
-    Args:
-        first: m before the change, (r, q) or its transpose.
-        second: v before the change.
-        change: The change of P.
-        betas: Decay of m and of v.
-        t: The number of steps taken.
-    """
-    c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
-    mean = local(first) / c1
-    variance = change.squared().of(local(second) / c2 - mean.square())
-    return variance.add_(change.of(mean).square()).abs_().mul_(c2)
-
-
 @dataclass(frozen=True)
 class Adam(Rule):
     """Adam (arXiv 1412.6980), without weight decay.
@@ -168,9 +127,9 @@ class Adam(Rule):
             own.copy_(moved)
 
     def transport_(self, state: State, change: Change, t: int) -> None:
-        """Both moments; see `transported_second_moment`."""
+        """Both moments; see `second_moment_after`."""
         first, second = state["exp_avg"], state["exp_avg_sq"]
-        new = transported_second_moment(first, second, change, self.betas, t)
+        new = second_moment_after(first, second, change, self.betas, t)
         local(second).copy_(new)
         local(first).copy_(change.of(first))
 

@@ -17,13 +17,14 @@ from osd_torch.quantization import (
     quantize,
     read_back,
 )
-from osd_torch.rules import Adam, Change, Rule, State, Trace, transported_second_moment
+from osd_torch.rules import Adam, Rule, State, Trace
 from osd_torch.sharding import (
     local,
     parted_like,
     placed_like,
     zeros_placed_as,
 )
+from osd_torch.transport import Change, second_moment_after
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Adam8bit(Rule):
         first, second = map(read_back, codes, scales, books)
         values = (
             change.of(first),
-            transported_second_moment(first, second, change, self.betas, t),
+            second_moment_after(first, second, change, self.betas, t),
         )
         for value, book, own, scale in zip(values, books, codes, scales, strict=True):
             new_codes, new_scales = quantize(value, book)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import StateDict
 
-from osd_names import Side
+from osd_names import ResolvedSide
 from osd_torch.basis_rule import BasisRule
 from osd_torch.basis_step import first_moments
 from osd_torch.guard import SkipsNonFinite
@@ -81,7 +81,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         """The rule that turns a gradient of this group into a direction."""
         raise NotImplementedError
 
-    def side(self, group: Group, param: Tensor) -> Side:
+    def side(self, group: Group, param: Tensor) -> ResolvedSide:
         """The side of a matrix (output, input) that P projects: "output", "input" or "both"."""
         raise NotImplementedError
 

@@ -41,10 +41,7 @@ from osd_torch.accumulation import (
 )
 from osd_torch.basis_step import is_due, move_basis_, moves, set_basis_
 from osd_torch.guard import check_dense
-from osd_torch.layout import (
-    change_of,
-    to_matrix,
-)
+from osd_torch.layout import to_matrix
 from osd_torch.lift import Seen, add_, add_lifted_, check_lift_state
 from osd_torch.numerics import (
     accumulator_dtype,
@@ -70,6 +67,7 @@ from osd_torch.state import (
     unwrapped,
 )
 from osd_torch.stateful import StatefulOptimizer
+from osd_torch.transport import change_of
 
 log = logging.getLogger("osd_torch")
 

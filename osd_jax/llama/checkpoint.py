@@ -271,7 +271,7 @@ def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first)
 
 
-def gathered(tree: Any) -> Any:
+def whole(tree: Any) -> Any:
     """All-gathers arrays that may be sharded over several processes, for the first to write.
 
     If an array has an axis of layers, one layer at a time: a device then holds at most one full
@@ -285,12 +285,12 @@ def gathered(tree: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> gathered({"w": jnp.arange(3)})
+      >>> whole({"w": jnp.arange(3)})
       {'w': array([0, 1, 2], dtype=int32)}
     """
     is_first = jax.process_index() == 0
 
-    def whole(array: jax.Array) -> np.ndarray | None:
+    def on_host(array: jax.Array) -> np.ndarray | None:
         if array.is_fully_addressable:
             return np.asarray(array) if is_first else None
         assert isinstance(array.sharding, jax.sharding.NamedSharding)
@@ -306,5 +306,5 @@ def gathered(tree: Any) -> Any:
                 found[index] = np.asarray(copy)
         return found
 
-    found = jax.tree.map(whole, tree)
+    found = jax.tree.map(on_host, tree)
     return found if is_first else None

@@ -155,7 +155,7 @@ def make_train_step(
     forward: torch.nn.Module = TokenLoss(model)
     if processes > 1 and whole_model and not reduce:
         forward = data_parallel(forward)
-    diagnostics = Diagnostics(optimizer, in_backward=per_layer)  # its hooks run before those below
+    diagnostics = Measurement(optimizer, in_backward=per_layer)  # its hooks run before those below
     updates = None
     if per_layer:
         updates = LayerwiseUpdates(
@@ -237,7 +237,7 @@ def _synchronised(forward: torch.nn.Module, is_last: bool) -> Iterator[None]:
         yield
 
 
-class Diagnostics:
+class Measurement:
     """Compares P with the gradients that it is about to project, by kind of kernel.
 
     Args:

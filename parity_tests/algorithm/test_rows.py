@@ -25,8 +25,9 @@ from osd_jax.quantization import Quantized
 from osd_jax.rules import on_matrices
 from osd_jax.sharding import state_sharding
 from osd_torch.adam_of_rows import AdamOfRows
-from osd_torch.rules import Adam, Change
+from osd_torch.rules import Adam
 from osd_torch.sharding import local, whole
+from osd_torch.transport import Change
 from parity_tests.support.two_processes import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,6 +21,7 @@ from osd_names import (
     RESIDUALS,
     SECOND_MOMENTS,
     SUBSPACE_OPTIMIZERS,
+    ProjectorInit,
 )
 
 SCHEDULERS = ("linear", "cosine", "cosine_restarts")
@@ -231,7 +232,7 @@ class Subspace:
     basis_dtype: str = flag(
         "float32", choices=DTYPES, type=dtype_name, help="dtype of the projector"
     )
-    projector_init: str = flag(
+    projector_init: ProjectorInit = flag(
         "svd",
         section="jax",
         choices=PROJECTOR_INITS,
