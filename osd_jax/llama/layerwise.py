@@ -210,7 +210,7 @@ class _LayerOptimizer:
         self.start = _Layers(weights, stacked, shared, {})
 
     def state(self, layers: _Layers, index: jax.typing.ArrayLike, key: Key) -> optax.OptState:
-        """The state of one parameter of a layer: its slices, and the shared part before the update."""
+        """The state of one parameter of a layer: its slices, and the shared part as it was."""
         like = self._like[key]
         leaves = [
             _take(layers.stacked[name], index) if name in layers.stacked else self._before[name]
