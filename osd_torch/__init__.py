@@ -22,7 +22,8 @@ from osd_torch.aliases import (
 from osd_torch.bases import gaussian, oja, online_pca, random, svd
 from osd_torch.basis_rule import BasisRule, Clock
 from osd_torch.clipping import clip_
-from osd_torch.diagnostics import projectors, skipped_steps
+from osd_torch.diagnostics import projectors
+from osd_torch.guard import skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_torch.muon import SubspaceMuon

@@ -23,7 +23,6 @@ from osd_torch.groups import (
     SUBSPACE_DEFAULTS,
     check_objects,
     check_seed,
-    check_spelling,
     projected_groups,
     side_of,
 )
@@ -91,8 +90,7 @@ class PublishedOptimizer(SubspaceOptimizer):
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
 
-    An unknown key that is similar to an optimizer's key raises as a typo; other unknown keys are
-    kept for the code that added them.
+    As in torch, a group keeps other keys for whoever put them there.
 
     Without `peak_lr` the peak of lr is estimated as `max_lr` (which `OneCycleLR` sets in the
     group), or else `initial_lr` (which PyTorch's other schedulers set), or else lr when the group
@@ -130,7 +128,6 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def check_group(self, group: Group) -> None:
         """Raises ValueError for an option that is out of range, naming it and the choices."""
-        check_spelling(group, self.defaults)
         check_choice("proj_type", group["proj_type"], PROJ_TYPES)
         check_choice("move_projector", group["move_projector"], MOVE_PROJECTOR)
         check_objects(group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +19,6 @@ from osd_names import (
 from osd_torch.basis_rule import BasisRule, check_rule, name_of_rule
 from osd_torch.lift import Lift
 from osd_torch.numerics import check_number
-from osd_torch.schedules import SCHEDULER_KEYS
 from osd_torch.selection import (
     Kinds,
     LinearSelection,
@@ -215,14 +213,6 @@ def check_seed(seed: int) -> None:
     """Raises ValueError unless `seed` is a whole number."""
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError(f"seed is {seed!r}: expected a whole number")
-
-
-def check_spelling(group: Group, known: Iterable[str]) -> None:
-    """Raises ValueError for an unknown key of a group that is similar to a known one."""
-    for key in group.keys() - set(known) - set(SCHEDULER_KEYS):
-        near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
-        if near:
-            raise ValueError(f"a parameter group has the key {key!r}: did you mean {near[0]!r}?")
 
 
 def check_beta(name: str, beta: Any) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import StateDict
 
 from osd_torch.sharding import all_finite
+from osd_torch.state import all_params, inner_optimizer
+
+KEY = "skipped_steps"  # of the counts in a state_dict and in a pickle
+Counts = tuple[int, int]  # (total, in a row)
 
 
 def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
@@ -20,69 +26,141 @@ def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -
         )
 
 
-def count_if_not_finite(
-    optimizer: torch.optim.Optimizer,
-    gradients: Sequence[Tensor],
-    squares: Sequence[Tensor] | None = None,
-) -> bool:
-    """Returns whether any gradient is non-finite, and counts it; one device synchronization.
+class SkipsNonFinite:
+    """Base class of optimizers that skip and count steps with a non-finite gradient.
+
+    The counts belong to the optimizer, not to a parameter group. Copies, pickles and `state_dict`
+    keep them. Earlier versions stored them in the first parameter group; their pickles and state
+    dicts still load.
+
+    Attributes:
+        skipped: (total, in a row).
+    """
+
+    skipped: Counts = (0, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), KEY: self.skipped}  # type: ignore[dict-item]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = {name: x for name, x in state.items() if name != KEY}
+        super().__setstate__(own)  # type: ignore[misc]
+        if KEY in state or "defaults" in state:  # a copy or a pickle; else from load_state_dict
+            self.skipped = saved_counts(state)
+        for group in self.param_groups:  # type: ignore[attr-defined]
+            group.pop(KEY, None)
+
+    def state_dict(self) -> StateDict:
+        """As in torch, with the counts under the key "skipped_steps"."""
+        return {**super().state_dict(), KEY: self.skipped}  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """As in torch, with the counts."""
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        self.skipped = saved_counts(state_dict)
+
+    def skips(self, gradients: Sequence[Tensor], squares: Sequence[Tensor] | None = None) -> bool:
+        """Whether the step of these gradients is skipped; counts it. One device synchronization.
+
+        Args:
+            gradients: Dense tensors.
+            squares: Their squared norms, if known.
+        """
+        is_finite = all_finite(gradients, squares)
+        total, in_a_row = self.skipped
+        self.skipped = (total, 0) if is_finite else (total + 1, in_a_row + 1)
+        return not is_finite
+
+
+def saved_counts(state: Mapping[str, Any]) -> Counts:
+    """The counts in a saved state; earlier versions stored them in the first parameter group."""
+    groups = state.get("param_groups") or [{}]
+    total, in_a_row = state.get(KEY) or groups[0].get(KEY) or (0, 0)
+    return int(total), int(in_a_row)
+
+
+def as_one_step(before: Counts, now: Counts) -> Counts:
+    """The counts after an update of several steps: it is one step, skipped if any of them was."""
+    total, in_a_row = before
+    return (total + 1, in_a_row + 1) if now[0] > total else (total, 0)
+
+
+def skipped_steps(optimizer: torch.optim.Optimizer) -> Counts:
+    """Number of steps that the optimizer skipped for a non-finite gradient.
 
     Args:
-        optimizer: The optimizer that counts.
-        gradients: Dense gradients.
-        squares: Their squared norms, if known.
+        optimizer: An optimizer of this library, or a wrapper around one.
+
+    Returns:
+        (total, in a row).
+
+    Raises:
+        ValueError: The optimizer does not count skipped steps.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> layer = torch.nn.Linear(24, 16)
+        >>> optimizer = osd_torch.SubspaceAdamW(layer.parameters(), lr=0.01, rank=4)
+        >>> (layer(torch.ones(2, 24)) * float("nan")).sum().backward()
+        >>> optimizer.step()
+        >>> osd_torch.skipped_steps(optimizer)
+        (1, 1)
     """
-    is_finite = all_finite(gradients, squares)
-    total, in_a_row = optimizer.param_groups[0].get("skipped_steps", (0, 0))
-    counts = (total, 0) if is_finite else (total + 1, in_a_row + 1)
-    optimizer.param_groups[0]["skipped_steps"] = counts
-    return not is_finite
+    optimizer = inner_optimizer(optimizer)
+    if not isinstance(optimizer, SkipsNonFinite):
+        raise ValueError(
+            f"{type(optimizer).__name__} counts no skipped steps: it is not make_optimizer's"
+        )
+    return optimizer.skipped
 
 
 @torch.compiler.disable(reason="the host decides whether a step is skipped")
 def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """A step pre-hook: drops all gradients and counts if one is not finite."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    present = [p for p in params if p.grad is not None]
-    gradients = [p.grad for p in present]
+    """Step pre-hook of a `SkipsNonFinite`: drops all gradients if one is not finite, and counts."""
+    present = [p for p in all_params(optimizer) if p.grad is not None]
+    gradients = [p.grad for p in present if p.grad is not None]
     check_dense(optimizer, gradients)
-    if count_if_not_finite(optimizer, gradients):
+    assert isinstance(optimizer, SkipsNonFinite)
+    if optimizer.skips(gradients):
         for param in present:
             param.grad = None
 
 
-def skip_if_not_finite(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Makes an optimizer of another library skip and count steps with a non-finite gradient.
+class _Hooked(SkipsNonFinite):
+    """`SkipsNonFinite` for classes of other libraries, by a hook; copies and pickles keep it.
 
-    It does not see what a closure computes inside `step`.
+    Gradients that a closure computes inside `step` are not checked.
     """
-    optimizer.param_groups[0].setdefault("skipped_steps", (0, 0))
-    optimizer.register_step_pre_hook(drop_if_not_finite)
-    return optimizer
-
-
-class _SkipsNonFinite:
-    """`skip_if_not_finite` for torch.optim classes; copies and pickles keep it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        skip_if_not_finite(self)  # type: ignore[arg-type]
+        self.register_step_pre_hook(drop_if_not_finite)  # type: ignore[attr-defined]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        # torch drops the hooks of a copy, and also calls this in load_state_dict.
+        super().__setstate__(state)
+        # torch drops the hooks of a copy, and calls this for load_state_dict too.
         hooks = self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
         if drop_if_not_finite not in hooks.values():
-            skip_if_not_finite(self)  # type: ignore[arg-type]
+            self.register_step_pre_hook(drop_if_not_finite)  # type: ignore[attr-defined]
 
 
-class TorchAdam(_SkipsNonFinite, torch.optim.Adam):
+class TorchAdam(_Hooked, torch.optim.Adam):
     """`torch.optim.Adam` that skips steps with a non-finite gradient."""
 
 
-class TorchAdamW(_SkipsNonFinite, torch.optim.AdamW):
+class TorchAdamW(_Hooked, torch.optim.AdamW):
     """`torch.optim.AdamW` that skips steps with a non-finite gradient."""
 
 
-class TorchSGD(_SkipsNonFinite, torch.optim.SGD):
+class TorchSGD(_Hooked, torch.optim.SGD):
     """`torch.optim.SGD` that skips steps with a non-finite gradient."""
+
+
+@functools.cache
+def skipping(kind: Any) -> Any:
+    """A subclass of another library's optimizer class that skips steps with a non-finite gradient.
+
+    For classes that are imported only where they are needed, such as bitsandbytes'. It keeps the
+    name, by which checkpoints say what they were made with.
+    """
+    return type(kind.__name__, (_Hooked, kind), {"__doc__": kind.__doc__})

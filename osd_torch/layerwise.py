@@ -38,10 +38,10 @@ from osd_torch.accumulation import (
     zero_where_others_have_gradients,
 )
 from osd_torch.clipping import clip_
-from osd_torch.diagnostics import inner_optimizer
+from osd_torch.guard import SkipsNonFinite, as_one_step
 from osd_torch.numerics import check_number, without_autocast
 from osd_torch.sharding import Reduce, is_distributed, means_of
-from osd_torch.state import all_params, name_of
+from osd_torch.state import all_params, inner_optimizer, name_of
 from osd_torch.subspace import SubspaceOptimizer
 
 # A second set of hooks would look for gradients that the first set has consumed.
@@ -299,8 +299,8 @@ class LayerwiseUpdates:
         if self.waits:
             return
         self._refuse_gradients([x for x in all_params(self.optimizer) if x is not param])
-        if self._skipped_before is None:
-            self._skipped_before = self._counts()
+        if self._skipped_before is None and isinstance(self.optimizer, SkipsNonFinite):
+            self._skipped_before = self.optimizer.skipped
         self._reduce_gradients()
         self._norms.append(clip_(self.optimizer, 0))
         self.optimizer.step()
@@ -341,18 +341,11 @@ class LayerwiseUpdates:
                 if param.grad is not None:
                     param.grad = self._reduce(param.grad)
 
-    def _counts(self) -> tuple[int, int]:
-        return self.optimizer.param_groups[0].get("skipped_steps", (0, 0))
-
     def _count_once(self) -> None:
-        """Counts an update with any number of skipped parameters as one skipped step."""
-        if self._skipped_before is None:
-            return
-        (total, in_a_row), (total_now, _) = self._skipped_before, self._counts()
-        self._skipped_before = None
-        group = self.optimizer.param_groups[0]
-        if "skipped_steps" in group:  # otherwise it does not count
-            group["skipped_steps"] = (total + 1, in_a_row + 1) if total_now > total else (total, 0)
+        """Counts an update in which any parameter was skipped as one skipped step."""
+        before, self._skipped_before = self._skipped_before, None
+        if before is not None and isinstance(self.optimizer, SkipsNonFinite):
+            self.optimizer.skipped = as_one_step(before, self.optimizer.skipped)
 
 
 def hooked(param: Tensor, hook: Callable[[Tensor], None]) -> Any:

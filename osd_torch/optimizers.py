@@ -45,7 +45,7 @@ from osd_torch.guard import (
     TorchAdam,
     TorchAdamW,
     TorchSGD,
-    skip_if_not_finite,
+    skipping,
 )
 from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
 from osd_torch.muon import SubspaceMuon
@@ -331,7 +331,7 @@ def _full_rank(
         case "sgd":
             return TorchSGD(groups, **common)
         case "adam8bit":
-            return skip_if_not_finite(import_bitsandbytes().optim.Adam8bit(groups, **common))
+            return skipping(import_bitsandbytes().optim.Adam8bit)(groups, **common)
         case "lion":
             return SubspaceLion(groups, **common, **rounding)
         case "adafactor":

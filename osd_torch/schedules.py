@@ -6,8 +6,6 @@ from typing import Any
 
 from osd_torch.state import Group
 
-# The keys that torch's schedulers add to groups.
-SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # What a group records of the learning rates that it saw; see `seen_rates`.
 SEEN = "seen_lr"
 

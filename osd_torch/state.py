@@ -140,3 +140,23 @@ OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
 def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters of all groups, in their order."""
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside wrappers such as `accelerate`'s.
+
+    Wrappers hold it as `optimizer`, those of `torch.distributed.optim` as `optim`.
+
+    Raises:
+        ValueError: The wrapper has its own parameter groups and steps other parameters than these.
+    """
+    inside = lambda x: getattr(x, "optimizer", None) or getattr(x, "optim", None)
+    while isinstance(inner := inside(optimizer), torch.optim.Optimizer):
+        if optimizer.param_groups is not inner.param_groups:
+            raise ValueError(
+                f"a {type(optimizer).__name__} around a {type(inner).__name__} has its own "
+                "parameter groups: expected an optimizer of osd_torch or torch, or a wrapper "
+                "that steps the same parameters"
+            )
+        optimizer = inner
+    return optimizer

@@ -15,6 +15,7 @@ from torch.optim.optimizer import StateDict
 from osd_names import Side
 from osd_torch.basis_rule import BasisRule
 from osd_torch.basis_step import first_moments
+from osd_torch.guard import SkipsNonFinite
 from osd_torch.layout import (
     INPUT_AXIS,
     OUTPUT_AXIS,
@@ -60,7 +61,7 @@ from osd_torch.state import (
 )
 
 
-class StatefulOptimizer(torch.optim.Optimizer):
+class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
     """An optimizer whose groups have a weight rule, a basis rule and a lift, with their state.
 
     See `osd_torch.subspace.SubspaceOptimizer`, which takes the steps.

@@ -40,7 +40,7 @@ from osd_torch.accumulation import (
     zero_where_others_have_gradients,
 )
 from osd_torch.basis_step import is_due, move_basis_, moves, set_basis_
-from osd_torch.guard import check_dense, count_if_not_finite
+from osd_torch.guard import check_dense
 from osd_torch.layout import (
     change_of,
     to_matrix,
@@ -207,7 +207,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
         check_dense(self, applied)
         squares = read_norms(applied, held.values())
-        if count_if_not_finite(self, applied, squares):
+        if self.skips(applied, squares):
             return
         for (group, param), square in zip(present, squares, strict=True):
             if group["rank"] is None:

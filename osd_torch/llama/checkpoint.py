@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 from osd_torch import llama
+from osd_torch.guard import SkipsNonFinite, saved_counts
 from osd_torch.sharding import gathered, is_first_process, process_count, process_index
 from osd_torch.state import named_parameters
 
@@ -101,7 +102,7 @@ class Checkpoints:
                 temporary / "state.json",
                 {
                     "step": step,
-                    "skipped_steps": optimizer.param_groups[0].get("skipped_steps", (0, 0)),
+                    "skipped_steps": getattr(optimizer, "skipped", (0, 0)),
                     "extra": extra,
                     "made_with": made_with(model, optimizer),
                 },
@@ -184,7 +185,8 @@ class Checkpoints:
             state = _together(lambda: read(_read_tensors, "optimizer.pt"))
             load_weights(model, weights)
             load_optimizer_state(optimizer, model, state)
-        optimizer.param_groups[0]["skipped_steps"] = tuple(saved["skipped_steps"])
+        if isinstance(optimizer, SkipsNonFinite):
+            optimizer.skipped = saved_counts(saved)
         if (rank := process_index()) < len(random):
             _set_random_state(random[rank])
         return saved["extra"]

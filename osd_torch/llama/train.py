@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from osd_torch import llama
 from osd_torch.clipping import clip_
-from osd_torch.diagnostics import inner_optimizer, skipped_steps
+from osd_torch.guard import skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
 from osd_torch.layout import to_matrix
 from osd_torch.numerics import accumulator_dtype, without_autocast
@@ -34,7 +34,7 @@ from osd_torch.sharding import (
     whole,
 )
 from osd_torch.sketch import TwoSided, low_rank_gradient
-from osd_torch.state import NOT_SET, basis_of, named_parameters
+from osd_torch.state import NOT_SET, basis_of, inner_optimizer, named_parameters
 from osd_torch.subspace import SubspaceOptimizer
 
 Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy

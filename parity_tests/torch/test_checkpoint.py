@@ -126,7 +126,7 @@ def test_the_files_are_plain(tmp_path: Path) -> None:
 
 def test_options_stay_and_skipped_steps_come_back(tmp_path: Path) -> None:
     model, optimizer = trained("adamw")
-    optimizer.param_groups[0]["skipped_steps"] = (4, 2)
+    optimizer.skipped = (4, 2)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(3, model, optimizer, {})
     model, optimizer = fresh("adamw")

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import pickle
 import subprocess
 import sys
 
@@ -631,12 +632,36 @@ def test_parameters_that_cannot_be_trained(optimizer: str) -> None:
         osd_torch.make_optimizer(model.named_parameters(), optimizer, lr=0.1)
 
 
-@pytest.mark.parametrize("key", ["proj_typ", "update_gap", "Rank", "penality"])
-def test_a_misspelt_key_of_a_group(key: str) -> None:
-    group = {"params": [make_params()["mlp.weight"]], "rank": 4}
-    osd_torch.SubspaceAdamW([{**group, "lr_scale": 1, "name": "mlp", "initial_lr": 0.1}])
-    with pytest.raises(ValueError, match=f"the key '{key}': did you mean"):
-        osd_torch.SubspaceAdamW([{**group, key: 3}])
+@pytest.mark.parametrize("name", ["galore_adamw", "adamw", "adam8bit"])
+def test_counts_of_skipped_steps_are_the_optimizers_own(name: str) -> None:
+    def build() -> torch.optim.Optimizer:
+        return osd_torch.make_optimizer(make_params().items(), name, lr=0.1)
+
+    built = build()
+    for param in built.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, math.nan)
+    built.step()
+    saved = built.state_dict()
+    assert not any(
+        "skipped_steps" in group for group in [*built.param_groups, *saved["param_groups"]]
+    )
+    # bitsandbytes' own class cannot step after a copy.
+    copies = [copy.deepcopy(built), pickle.loads(pickle.dumps(built))] if name != "adam8bit" else []
+    for copied in copies:
+        assert osd_torch.skipped_steps(copied) == (1, 1)
+        for param in copied.param_groups[0]["params"]:
+            param.grad = torch.full_like(param, math.nan)
+        copied.step()
+        assert osd_torch.skipped_steps(copied) == (2, 2)
+    # As earlier versions saved them; and a state without counts, as other tools save it.
+    groups = [{**saved["param_groups"][0], "skipped_steps": (3, 2)}, *saved["param_groups"][1:]]
+    earlier = {"state": saved["state"], "param_groups": groups}
+    plain = {key: saved[key] for key in ("state", "param_groups")}
+    for state, counts in ((saved, (1, 1)), (earlier, (3, 2)), (plain, (0, 0))):
+        built = build()
+        built.load_state_dict(copy.deepcopy(state))
+        assert osd_torch.skipped_steps(built) == counts
+        assert "skipped_steps" not in built.param_groups[0]
 
 
 def test_products_of_bfloat16_accumulate_in_float32() -> None:
