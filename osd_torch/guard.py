@@ -60,7 +60,7 @@ class SkipsNonFinite:
         self.skipped = saved_counts(state_dict)
 
     def skips(self, gradients: Sequence[Tensor], squares: Sequence[Tensor] | None = None) -> bool:
-        """Counts the step of these gradients; returns whether it is skipped. One device synchronization.
+        """Counts the step of these gradients; returns whether it is skipped. One device sync.
 
         Args:
             gradients: Dense tensors.
