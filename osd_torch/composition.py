@@ -89,7 +89,7 @@ class PublishedOptimizer(SubspaceOptimizer):
                                 `continuous` and 0 for the others (None)
         move_projector          whether P moves "after" W's step or "before" it ("after")
 
-    As in torch, a group keeps other keys for whoever put them there.
+    As in torch, a group keeps other keys for the code that added them.
 
     Without `peak_lr` the peak of lr is estimated as `max_lr` (which `OneCycleLR` sets in the
     group), or else `initial_lr` (which PyTorch's other schedulers set), or else lr when the group

@@ -60,7 +60,7 @@ class SkipsNonFinite:
         self.skipped = saved_counts(state_dict)
 
     def skips(self, gradients: Sequence[Tensor], squares: Sequence[Tensor] | None = None) -> bool:
-        """Whether the step of these gradients is skipped; counts it. One device synchronization.
+        """Counts the step of these gradients; returns whether it is skipped. One device sync.
 
         Args:
             gradients: Dense tensors.
@@ -80,7 +80,7 @@ def saved_counts(state: Mapping[str, Any]) -> Counts:
 
 
 def as_one_step(before: Counts, now: Counts) -> Counts:
-    """The counts after an update of several steps: it is one step, skipped if any of them was."""
+    """The counts after an update of several steps: one step, skipped if any of them was skipped."""
     total, in_a_row = before
     return (total + 1, in_a_row + 1) if now[0] > total else (total, 0)
 
@@ -109,7 +109,8 @@ def skipped_steps(optimizer: torch.optim.Optimizer) -> Counts:
     optimizer = inner_optimizer(optimizer)
     if not isinstance(optimizer, SkipsNonFinite):
         raise ValueError(
-            f"{type(optimizer).__name__} counts no skipped steps: it is not make_optimizer's"
+            f"{type(optimizer).__name__} counts no skipped steps: expected an optimizer of "
+            "make_optimizer or of osd_torch"
         )
     return optimizer.skipped
 
@@ -138,7 +139,7 @@ class _Hooked(SkipsNonFinite):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch drops the hooks of a copy, and calls this for load_state_dict too.
+        # torch drops the hooks of a copy, and also calls this in load_state_dict.
         hooks = self._optimizer_step_pre_hooks  # type: ignore[attr-defined]
         if drop_if_not_finite not in hooks.values():
             self.register_step_pre_hook(drop_if_not_finite)  # type: ignore[attr-defined]
@@ -161,6 +162,6 @@ def skipping(kind: Any) -> Any:
     """A subclass of another library's optimizer class that skips steps with a non-finite gradient.
 
     For classes that are imported only where they are needed, such as bitsandbytes'. It keeps the
-    name, by which checkpoints say what they were made with.
+    name, which checkpoints store.
     """
     return type(kind.__name__, (_Hooked, kind), {"__doc__": kind.__doc__})

@@ -355,7 +355,7 @@ def unreadable_models(path: Path, weights: Path) -> dict[str, tuple[Path, str]]:
     cases |= {
         "no weights": (config, neither + way_out),
         "no model at all": ({}, "is empty; give the directory of a run"),
-        "no config": ({"model.safetensors": whole}, r"has model\.safetensors and no config\.json"),
+        "no config": ({"model.safetensors": whole}, r"has model\.safetensors but no config\.json"),
         "no config, old weights": (
             {"pytorch_model.bin": b"x"},
             r"has pytorch_model\.bin but no config\.json, which describes .*; put the model's",
@@ -584,7 +584,7 @@ class RunTests:
         assert home.run("moved", resume=True, save_dir=places[0], keep=20) == 0
         assert timeless(run) == timeless(reference.path)
         with pytest.raises(
-            UsageError, match=r"kept.* in .*/elsewhere, and.*give --save_dir .*/els"
+            UsageError, match=r"saved.* in .*/elsewhere, but.*give --save_dir .*/els"
         ):
             home.run("moved", resume=True)
 
