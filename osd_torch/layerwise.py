@@ -25,8 +25,9 @@ graph at once: compile layer by layer, or the gradients of the whole model are a
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ from osd_torch.clipping import clip_
 from osd_torch.guard import SkipsNonFinite, as_one_step
 from osd_torch.numerics import check_number, without_autocast
 from osd_torch.sharding import Reduce, is_distributed, means_of
-from osd_torch.state import all_params, inner_optimizer, name_of
+from osd_torch.state import Group, all_params, inner_optimizer, name_of, named_parameters
 from osd_torch.subspace import SubspaceOptimizer
 
 # A second set of hooks would look for gradients that the first set has consumed.
@@ -60,6 +61,20 @@ class Met(NamedTuple):
     pass_is_done: bool
     update_is_done: bool
     had_pass: bool
+
+
+class Place(NamedTuple):
+    """Where an optimizer holds a parameter.
+
+    Attributes:
+        position: Among all parameters.
+        group: Index of its group.
+        name: Its name (`name_of`).
+    """
+
+    position: int
+    group: int
+    name: str
 
 
 class LayerwiseUpdates:
@@ -163,9 +178,14 @@ class LayerwiseUpdates:
         self._graphs: list[int] = []  # of this update's backward passes, one per hook
         # Gradients that not every process has yet, with their shares of the update.
         self._waiting: dict[Tensor, tuple[Tensor, float]] = {}
-        self._group_index = {
-            param: i for i, group in enumerate(optimizer.param_groups) for param in group["params"]
-        }
+        self._last: Tensor | None = None  # the parameter of the last step
+        self._groups = len(optimizer.param_groups)
+        named = [
+            (param, i, name)
+            for i, group in enumerate(optimizer.param_groups)
+            for name, param in named_parameters(group, prefix=f"{i}.")
+        ]
+        self._places = {param: Place(k, i, name) for k, (param, i, name) in enumerate(named)}
         self._handles = [hooked(param, self._hook) for param in params]
         _UPDATED.add(optimizer)
 
@@ -189,7 +209,7 @@ class LayerwiseUpdates:
                 "(micro_batches): run the remaining ones, or drop() the update"
             )
         self._begin()
-        self._refuse_gradients([p for p in self._group_index if not self._keeps_gradient(p)])
+        self._refuse_gradients([p for p in self._places if not self._keeps_gradient(p)])
         if self.waits:
             self._reduce_gradients()
             norm = clip_(self.optimizer, self.grad_clipping)
@@ -276,38 +296,93 @@ class LayerwiseUpdates:
         self, reduce: Reduce, pass_is_done: bool = False, update_is_done: bool = False
     ) -> Met:
         """Takes the gradients that now wait on every process; all of them if the pass is done."""
-        params = list(self._group_index)
+        # If each process waits with one gradient, and all with that of the same parameter, a few
+        # numbers show it: the variance of the positions is 0, and of n processes that differ at
+        # least (n - 1) / n^2. Otherwise they exchange a flag and a share of every parameter.
+        waits = len(self._waiting) == 1 and not pass_is_done
+        param, (gradient, share) = (
+            next(iter(self._waiting.items())) if waits else (self._first, (None, 0.0))
+        )
+        position = float(self._places[param].position)
+        flags = (waits, pass_is_done, update_is_done, bool(self._passes))
+        own = [position, position**2, share, *map(float, flags)]
+        mean, mean_square, share, *shares_of_flags = means_of(own, reduce, self._first.device)
+        on_all = 1 - 1e-9
+        all_wait, all_passed, all_updated, any_passed = shares_of_flags
+        met = Met(all_passed > on_all, all_updated > on_all, any_passed > 0)
+        if all_wait > on_all and mean_square - mean**2 < 1e-5:
+            del self._waiting[param]
+            param.grad = gradient
+            self._take(param, share)
+        else:
+            self._meet_in_full(reduce, 0 if met.pass_is_done else on_all)
+        return met
+
+    def _meet_in_full(self, reduce: Reduce, least: float) -> None:
+        """Takes the gradients that wait on more than a share `least` of the processes."""
+        params = list(self._places)
         flags = [float(param in self._waiting) for param in params]
         shares = [self._waiting[param][1] if param in self._waiting else 0.0 for param in params]
-        own = [float(x) for x in (pass_is_done, update_is_done, bool(self._passes))]
-        means = means_of([*flags, *shares, *own], reduce, params[0].device)
-        on_all = 1 - 1e-9
-        met = Met(means[-3] > on_all, means[-2] > on_all, means[-1] > 0)
+        means = means_of([*flags, *shares], reduce, self._first.device)
         for i, param in enumerate(params):
             having, share = means[i], means[len(params) + i]
-            if having > (0 if met.pass_is_done else on_all):
+            if having > least:
                 gradient, _ = self._waiting.pop(param, (None, 0.0))
                 param.grad = torch.zeros_like(param) if gradient is None else gradient
                 self._take(param, share / having)
-        return met
 
     def _take(self, param: Tensor, share: float) -> None:
         """Takes a step with a gradient, or adds its sketch if the step waits."""
-        if isinstance(self.optimizer, SubspaceOptimizer) and self._is_sketched(param):
-            part = share if self.waits else 1.0
-            self.optimizer.accumulate_agreed(self._group(param), param, part)
-        if self.waits:
-            return
-        self._refuse_gradients([x for x in all_params(self.optimizer) if x is not param])
-        if self._skipped_before is None and isinstance(self.optimizer, SkipsNonFinite):
-            self._skipped_before = self.optimizer.skipped
-        self._reduce_gradients()
-        self._norms.append(clip_(self.optimizer, 0))
-        self.optimizer.step()
-        param.grad = None
+        is_sketched = self._is_sketched(param)
+        if not self.waits:
+            # Gradients that hooks do not consume, where a constant number of looks finds them:
+            # `finish` looks at all parameters.
+            added = self.optimizer.param_groups[self._groups :]
+            seen = [self._last, *(x for group in added for x in group["params"])]
+            self._refuse_gradients(x for x in seen if x is not None and x is not param)
+            self._last = param
+        with self._alone(param) as group:
+            if is_sketched and isinstance(self.optimizer, SubspaceOptimizer):
+                part = share if self.waits else 1.0
+                self.optimizer.accumulate_agreed(group, param, part)
+            if self.waits:
+                return
+            if self._skipped_before is None and isinstance(self.optimizer, SkipsNonFinite):
+                self._skipped_before = self.optimizer.skipped
+            self._reduce_gradients()
+            self._norms.append(clip_(self.optimizer, 0))
+            self.optimizer.step()
+            param.grad = None
 
-    def _group(self, param: Tensor) -> dict[str, Any]:
-        return self.optimizer.param_groups[self._group_index[param]]
+    @contextlib.contextmanager
+    def _alone(self, param: Tensor) -> Iterator[Group]:
+        """Makes a parameter the optimizer's only one, so that its step visits no other; its group.
+
+        bitsandbytes' optimizers look their options up by a parameter's position: they visit all.
+        """
+        optimizer, place = self.optimizer, self._places[param]
+        groups = optimizer.param_groups
+        group = groups[place.group]
+        if hasattr(optimizer, "mng"):
+            yield group
+            return
+        params, names = group["params"], group.get("param_names")
+        group.update(params=[param], param_names=[place.name])
+        optimizer.param_groups = [group]
+        try:
+            yield group
+        finally:
+            group.update(params=params, param_names=names)
+            if names is None:
+                del group["param_names"]
+            optimizer.param_groups = groups
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self._places))
+
+    def _group(self, param: Tensor) -> Group:
+        return self.optimizer.param_groups[self._places[param].group]
 
     def _is_sketched(self, param: Tensor) -> bool:
         if not isinstance(self.optimizer, SubspaceOptimizer):

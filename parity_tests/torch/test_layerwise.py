@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -529,3 +533,57 @@ def test_accumulate_names_what_it_cannot_take() -> None:
     foreign = torch.nn.Parameter(torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"does not hold the parameter, of shape \(3, 2\)"):
         optimizer.accumulate(foreign)
+
+
+class Lines:
+    """Counts the lines of osd_torch and of torch.optim that run, in every pass of a loop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Lines:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.settrace(None)
+
+    def _enter(self, frame: Any, event: str, arg: Any) -> Any:
+        parts = Path(frame.f_code.co_filename).parts
+        return self._line if "osd_torch" in parts or "optim" in parts else None
+
+    def _line(self, frame: Any, event: str, arg: Any) -> Any:
+        self.count += event == "line"
+        return self._line
+
+
+@pytest.mark.parametrize("case", ["projected", "sketches", "full rank", "torch", "reduce"])
+def test_a_hook_visits_its_own_parameter(case: str) -> None:
+    """The work of an update is linear in the number of parameters."""
+
+    def lines(count: int) -> int:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(6, 6, bias=False) for _ in range(count)]
+        net = torch.nn.ModuleDict({f"mlp{i}": layer for i, layer in enumerate(layers)})
+        named = list(net.named_parameters())
+        more: dict[str, Any] = {"micro_batches": 2} if case == "sketches" else {}
+        if case == "torch":
+            optimizer: Any = torch.optim.SGD(net.parameters(), lr=1e-3)
+        elif case == "full rank":
+            optimizer = osd_torch.make_optimizer(named, "adamw", lr=1e-3)
+        else:
+            optimizer = osd_torch.make_optimizer(named, "galore_adamw", "random", lr=1e-3, rank=2)
+        if case == "reduce":
+            more["reduce"] = torch.clone
+        with osd_torch.LayerwiseUpdates(optimizer, **more) as updates:
+            for step in range(2):  # P is set in the first one
+                with Lines() if step else contextlib.nullcontext() as counted:
+                    for _ in range(updates.micro_batches):
+                        out = functools.reduce(lambda x, layer: layer(x), layers, torch.ones(1, 6))
+                        out.sum().backward()
+                updates.finish()
+        return counted.count
+
+    few, many = lines(8), lines(32)
+    assert few > 8 * 10
+    assert many < 4.05 * few
