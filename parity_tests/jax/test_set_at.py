@@ -321,13 +321,13 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each SVD of a gradient that runs."""
     ran: list[int] = []
     module = importlib.import_module("osd_jax.bases")
-    real: Callable[..., Any] = module.signed_svd
+    real: Callable[..., Any] = module._signed_svd
 
     def counted(matrix: jax.Array) -> Any:
         jax.debug.callback(lambda: ran.append(1))
         return real(matrix)
 
-    monkeypatch.setattr(module, "signed_svd", counted)
+    monkeypatch.setattr(module, "_signed_svd", counted)
     return ran
 
 
