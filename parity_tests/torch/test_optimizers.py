@@ -625,7 +625,7 @@ def test_no_parameters() -> None:
 def test_parameters_that_cannot_be_trained(optimizer: str) -> None:
     model = torch.nn.Linear(3, 2)
     for params in (model.parameters(), [{"params": list(model.parameters())}]):
-        with pytest.raises(ValueError, match=r"has a (Parameter|dict) in it.*named_parameters\(\)"):
+        with pytest.raises(ValueError, match=r"contains a (Parameter|dict).*named_parameters\(\)"):
             osd_torch.make_optimizer(params, optimizer, lr=0.1)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="none of the 2 parameters requires a gradient"):
