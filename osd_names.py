@@ -67,7 +67,7 @@ class Projection(NamedTuple):
         side: The side of a weight (output, input) that P projects; "shorter" is input if both are
             equal.
         basis: The basis rule: "svd", "random" or "gaussian", which set P every `update_proj_gap`
-            steps, or "online_pca" or "oja", which move P.
+            steps, or one of `MOVING_BASES`, which move P.
         rule: The optimizer of P, if P moves.
         weight_decay: The weight decay of P in the release.
     """
@@ -93,6 +93,9 @@ PROJECTIONS: dict[str, Projection] = {
     "continuous_sgd": Projection("shorter", "online_pca", "sgd"),
     "oja": Projection("shorter", "oja", "sgd"),
 }
+
+# Basis rules that move P.
+MOVING_BASES = ("online_pca", "oja")
 
 SUBSPACE_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if x.is_projected)
 FULL_RANK_OPTIMIZERS = tuple(name for name, x in OPTIMIZERS.items() if not x.is_projected)
@@ -138,8 +141,8 @@ class Reader(NamedTuple):
 
 
 def is_online(optimizer: str, proj_type: str) -> bool:
-    """Whether P moves with the gradients, by online PCA or Oja's rule."""
-    moves = PROJECTIONS[proj_type].basis in ("online_pca", "oja")
+    """Whether P moves with the gradients."""
+    moves = PROJECTIONS[proj_type].basis in MOVING_BASES
     return OPTIMIZERS[optimizer].is_projected and moves
 
 
@@ -154,7 +157,9 @@ _MOMENTS = Reader(
 _ONLINE = Reader("online PCA (a subspace optimizer with a continuous* proj_type) or oja", is_online)
 _PCA = Reader(
     "online PCA (a subspace optimizer with a continuous* proj_type)",
-    lambda optimizer, proj_type: is_online(optimizer, proj_type) and proj_type != "oja",
+    lambda optimizer, proj_type: (
+        is_online(optimizer, proj_type) and PROJECTIONS[proj_type].basis == "online_pca"
+    ),
 )
 _OWN_STEP = Reader(
     "an optimizer of this project (sgd and adam8bit are torch's and bitsandbytes' own in PyTorch)",

@@ -102,7 +102,7 @@ def online_pca(
     needs = Needs(
         (CORRELATION, SQUARED_NORM),
         "at a refresh",
-        "online PCA sets its first P from a gradient",
+        "the first P is set from a gradient",
     )
     if order == "before":
         needs = needs._replace(

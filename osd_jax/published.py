@@ -75,4 +75,6 @@ def published_basis(
     )
     if named.basis == "oja":
         return oja(optimizer, init=init, order=order, every=every)
-    return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)
+    if named.basis == "online_pca":
+        return online_pca(optimizer, penalty=penalty, init=init, order=order, every=every)
+    raise AssertionError(f"no basis rule for {named.basis!r}: add it to published_basis")

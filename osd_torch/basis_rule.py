@@ -62,7 +62,8 @@ class BasisRule(NamedTuple):
         needs: What the rule reads in addition to R: the statistics of the steps at which P moves,
             for `gradient`.
         gradient: (P (p, r), float32 or float64; Sketch) -> the gradient of P's loss, (p, r); None:
-            P does not move.
+            P does not move. Under FSDP2 they are DTensors: multiply with `sketch.product`, and
+            compute the rest on `sharding.local` parts.
         optimizer: The rule of P's step.
         weight_decay: Decoupled weight decay of P, before the step.
         two_sided: Whether the rule supports side "both".

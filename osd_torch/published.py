@@ -54,4 +54,6 @@ def published_basis(
         return oja(PROJECTOR_RULES[named.rule], order=order, every=every)
     decay = named.weight_decay if weight_decay is None else weight_decay
     rule = PROJECTOR_RULES[named.rule]
-    return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
+    if named.basis == "online_pca":
+        return online_pca(rule, penalty=penalty, weight_decay=decay, order=order, every=every)
+    raise AssertionError(f"no basis rule for {named.basis!r}: add it to published_basis")

@@ -63,8 +63,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 RATIO = np.concatenate([np.arange(4) / 4, np.cos(np.linspace(0, 1.4, STEPS - 4))])  # from 0
 
 # P at every third step: by each rule that moves it, with each of W, and with all that P takes.
+MOVING = [kind for kind in PROJ_TYPES if names.is_online("galore_adamw", kind)]
 EVERY_THIRD: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{kind: ("galore_adamw", kind, {}) for kind in PROJ_TYPES if kind.startswith("continuous")},
+    **{kind: ("galore_adamw", kind, {}) for kind in MOVING},
     "lion": ("galore_lion", "continuous", {}),
     "adafactor": ("galore_adafactor", "continuous", {}),
     "paper": ("galore_lion", "continuous", PAPER),

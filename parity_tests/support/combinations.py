@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from osd_names import PROJECTIONS
+
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("galore_adamw", {}),
     "lion": ("galore_lion", {}),
@@ -12,8 +14,5 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "adafactor, beta1": ("galore_adafactor", {"beta1": 0.9}),
     "muon": ("osd_muon", {}),
 }
-PROJ_TYPES = (
-    "std", "reverse_std", "left", "right", "full", "random", "gaussian",
-    "continuous", "continuous_lion", "continuous_adafactor", "continuous_sgd",
-    "oja",
-)  # fmt: skip
+# The oracle has no 8-bit state.
+PROJ_TYPES = tuple(kind for kind in PROJECTIONS if kind != "continuous_adam8bit")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from osd_names import PROJECTIONS
+from osd_names import MOVING_BASES, PROJECTIONS
 
 Array = np.ndarray
 Rule = Callable[[Array, dict[str, Any], int, float], Array]
@@ -217,7 +217,7 @@ class Oracle:
             self.weight = self._decayed(W, dW, lr)
             self.steps += 1
             return
-        continuous = PROJECTIONS[self.proj_type].basis in ("online_pca", "oja")
+        continuous = PROJECTIONS[self.proj_type].basis in MOVING_BASES
         if t == 0 or (t % self.update_proj_gap == 0 and not continuous):
             self.bases = self._fresh(G, reported)
         if continuous and self.move_projector == "before":

@@ -283,7 +283,7 @@ def test_muon_trains_the_rest_by_adamw_at_its_own_rate() -> None:
         ({"ns_dtype": torch.float16}, "ns_dtype is torch.float16: expected None, float32"),
         ({"momentum": 1.0}, "momentum is 1.0: expected a number in"),
         ({"full_lr": -1.0}, "full_lr is -1.0"),
-        ({"ns_steps": 3, "lift": osd_torch.scaled()}, "ns_steps is 3, and lift is given"),
+        ({"ns_steps": 3, "lift": osd_torch.scaled()}, "ns_steps is 3, but lift is given"),
     ],
 )
 def test_what_muon_does_not_take(options: dict[str, Any], message: str) -> None:
