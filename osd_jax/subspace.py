@@ -139,7 +139,8 @@ def scale_by_subspace(
         computed; after a move, at the end of that step, or, if P moves before W's step, before R is
         recomputed. None: `inner` keeps its state unchanged.
       side: The side of the matrix that P projects: "input", "output", "shorter" (ties: input),
-        "longer" (ties: output) or "both" (`R = P_out^T M P_in`, not with online PCA).
+        "longer" (ties: output) or "both" (not with online PCA): `R = P_out^T M P_in` for M (output,
+        input), and `inner` sees its transpose.
       dimension_numbers: Matrix axes of the parameters: one for all, a tree of them, or a function
         from parameters to a tree. None: every parameter is a matrix (input, output).
       seed: Seed of projectors that draw random numbers.

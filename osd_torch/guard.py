@@ -13,7 +13,9 @@ from torch.optim.optimizer import StateDict
 from osd_torch.sharding import all_finite
 from osd_torch.state import all_params, inner_optimizer
 
-KEY = "skipped_steps"  # of the counts in a state_dict and in a pickle
+# Of the counts in a pickle, and in the first group of a state_dict: torch.distributed.checkpoint
+# saves nothing but the groups and the parameters' states.
+KEY = "skipped_steps"
 Counts = tuple[int, int]  # (total, in a row)
 
 
@@ -29,9 +31,9 @@ def check_dense(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -
 class SkipsNonFinite:
     """Base class of optimizers that skip and count steps with a non-finite gradient.
 
-    The counts belong to the optimizer, not to a parameter group. Copies, pickles and `state_dict`
-    keep them. Earlier versions stored them in the first parameter group; their pickles and state
-    dicts still load.
+    The counts belong to the optimizer, not to a parameter group. Copies, pickles, `state_dict` and
+    `torch.distributed.checkpoint` keep them. (bitsandbytes' optimizers cannot be copied or
+    pickled.)
 
     Attributes:
         skipped: (total, in a row).
@@ -51,8 +53,10 @@ class SkipsNonFinite:
             group.pop(KEY, None)
 
     def state_dict(self) -> StateDict:
-        """As in torch, with the counts under the key "skipped_steps"."""
-        return {**super().state_dict(), KEY: self.skipped}  # type: ignore[misc]
+        """As in torch; the first group also has the counts, as "skipped_steps"."""
+        state_dict = super().state_dict()  # type: ignore[misc]
+        first, *others = state_dict["param_groups"]
+        return {**state_dict, "param_groups": [{**first, KEY: self.skipped}, *others]}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, with the counts."""
@@ -73,7 +77,7 @@ class SkipsNonFinite:
 
 
 def saved_counts(state: Mapping[str, Any]) -> Counts:
-    """The counts in a saved state; earlier versions stored them in the first parameter group."""
+    """The counts in a pickle or a state_dict; (0, 0) if another tool saved it without them."""
     groups = state.get("param_groups") or [{}]
     total, in_a_row = state.get(KEY) or groups[0].get(KEY) or (0, 0)
     return int(total), int(in_a_row)
@@ -128,7 +132,7 @@ def drop_if_not_finite(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 
 
 class _Hooked(SkipsNonFinite):
-    """`SkipsNonFinite` for classes of other libraries, by a hook; copies and pickles keep it.
+    """`SkipsNonFinite` for classes of other libraries, by a hook.
 
     Gradients that a closure computes inside `step` are not checked.
     """

@@ -25,9 +25,8 @@ graph at once: compile layer by layer, or the gradients of the whole model are a
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from osd_torch.accumulation import (
 from osd_torch.clipping import clip_
 from osd_torch.guard import SkipsNonFinite, as_one_step
 from osd_torch.numerics import check_number, without_autocast
+from osd_torch.one_parameter import alone, can_step_alone, group_sizes
 from osd_torch.sharding import Reduce, is_distributed, means_of
 from osd_torch.state import Group, all_params, inner_optimizer, name_of, named_parameters
 from osd_torch.subspace import SubspaceOptimizer
@@ -179,7 +179,7 @@ class LayerwiseUpdates:
         # Gradients that not every process has yet, with their shares of the update.
         self._waiting: dict[Tensor, tuple[Tensor, float]] = {}
         self._last: Tensor | None = None  # the parameter of the last step
-        self._groups = len(optimizer.param_groups)
+        self._sizes = group_sizes(optimizer)
         named = [
             (param, i, name)
             for i, group in enumerate(optimizer.param_groups)
@@ -209,7 +209,8 @@ class LayerwiseUpdates:
                 "(micro_batches): run the remaining ones, or drop() the update"
             )
         self._begin()
-        self._refuse_gradients([p for p in self._places if not self._keeps_gradient(p)])
+        kept = {param for param in self._places if self._keeps_gradient(param)}
+        self._refuse_gradients(p for p in all_params(self.optimizer) if p not in kept)
         if self.waits:
             self._reduce_gradients()
             norm = clip_(self.optimizer, self.grad_clipping)
@@ -335,13 +336,14 @@ class LayerwiseUpdates:
         """Takes a step with a gradient, or adds its sketch if the step waits."""
         is_sketched = self._is_sketched(param)
         if not self.waits:
-            # Gradients that hooks do not consume, where a constant number of looks finds them:
-            # `finish` looks at all parameters.
-            added = self.optimizer.param_groups[self._groups :]
-            seen = [self._last, *(x for group in added for x in group["params"])]
+            # A step that visits one parameter cannot include another gradient that no hook
+            # consumed; the last parameter shows one early, and `finish` looks at all.
+            is_one = can_step_alone(self.optimizer) and group_sizes(self.optimizer) == self._sizes
+            seen = [self._last] if is_one else all_params(self.optimizer)
             self._refuse_gradients(x for x in seen if x is not None and x is not param)
             self._last = param
-        with self._alone(param) as group:
+        place = self._places[param]
+        with alone(self.optimizer, place.group, param, place.name) as group:
             if is_sketched and isinstance(self.optimizer, SubspaceOptimizer):
                 part = share if self.waits else 1.0
                 self.optimizer.accumulate_agreed(group, param, part)
@@ -353,29 +355,6 @@ class LayerwiseUpdates:
             self._norms.append(clip_(self.optimizer, 0))
             self.optimizer.step()
             param.grad = None
-
-    @contextlib.contextmanager
-    def _alone(self, param: Tensor) -> Iterator[Group]:
-        """Makes a parameter the optimizer's only one, so that its step visits no other; its group.
-
-        bitsandbytes' optimizers look their options up by a parameter's position: they visit all.
-        """
-        optimizer, place = self.optimizer, self._places[param]
-        groups = optimizer.param_groups
-        group = groups[place.group]
-        if hasattr(optimizer, "mng"):
-            yield group
-            return
-        params, names = group["params"], group.get("param_names")
-        group.update(params=[param], param_names=[place.name])
-        optimizer.param_groups = [group]
-        try:
-            yield group
-        finally:
-            group.update(params=params, param_names=names)
-            if names is None:
-                del group["param_names"]
-            optimizer.param_groups = groups
 
     @property
     def _first(self) -> Tensor:

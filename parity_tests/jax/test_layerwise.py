@@ -322,14 +322,6 @@ def test_what_cannot_go_layer_by_layer_is_refused() -> None:
         step(init_state(llama.init(CONFIG, 0), flat), next(batches(CONFIG, 1)), False)
 
 
-@pytest.fixture
-def optimized() -> Iterator[None]:
-    """What is alive is what the optimized program keeps."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.usefixtures("optimized")
 def test_less_is_alive_than_in_the_plain_step() -> None:
     """By the compiler's count: what a further layer costs the layerwise step is its input.

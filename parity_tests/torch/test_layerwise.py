@@ -587,3 +587,25 @@ def test_a_hook_visits_its_own_parameter(case: str) -> None:
     few, many = lines(8), lines(32)
     assert few > 8 * 10
     assert many < 4.05 * few
+
+
+def test_a_user_s_hook_sees_the_optimizer_whole() -> None:
+    net = Net()
+    optimizer = build(net, "galore_adamw", "continuous")
+    wanted, seen = sum(len(g["params"]) for g in optimizer.param_groups), []
+    optimizer.register_step_post_hook(
+        lambda own, *_: seen.append(sum(len(g["params"]) for g in own.param_groups))
+    )
+    with osd_torch.LayerwiseUpdates(optimizer) as updates:
+        loss_of(net, micro_batches(0)[0], 5).backward()
+        updates.finish()
+    assert seen and set(seen) == {wanted}
+
+
+def test_a_parameter_that_joins_a_group_later_is_named() -> None:
+    net, late = Net(), torch.nn.Linear(7, 7).double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with osd_torch.LayerwiseUpdates(optimizer):
+        optimizer.param_groups[0]["params"].extend(late.parameters())
+        with pytest.raises(RuntimeError, match="has a gradient that no hook consumed"):
+            late(net(micro_batches(0)[0][0])).sum().backward()

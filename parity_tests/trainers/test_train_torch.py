@@ -572,7 +572,7 @@ def test_processes_that_see_other_checkpoints_end_together(pair: Pair, home: Hom
     assert "--resume: the log in" in first and second == 2
     first, second = pair("seen", spoil=sees_one, **settings, resume=True)
     assert re.match(
-        r"--save_dir: in .*/seen/checkpoints process 0 .* \[6, 3\], and .* \[6\];", first
+        r"--save_dir: in .*/seen/checkpoints process 0 .* \[6, 3\], but .* \[6\];", first
     )
     assert second == 2
 
