@@ -189,7 +189,7 @@ def test_public_names_of_twin_rooms_are_alike_but_for_the_list() -> None:
 
 @pytest.mark.parametrize("room", OTHER_MEANS)
 def test_a_room_of_other_means_is_one(room: str) -> None:
-    """A room of which most is alike belongs in the list of names."""
+    """A room whose names are mostly alike belongs in the list of names."""
     first, second = names_of(room)
     assert len(first & second) <= min(len(first - second), len(second - first))
 
@@ -210,7 +210,7 @@ def parameters(node: ast.FunctionDef) -> list[str]:
 
 # Functions of one name, in rooms that are alike, with other parameters.
 SIGNATURES = {
-    ("bases.py", "each_matrix"): "JAX has stacks, of which some are wanted",
+    ("bases.py", "each_matrix"): "JAX has stacks and recomputes some members only",
     ("bases.py", "leading_singular_vectors"): "in torch it is svd's `fresh` itself",
     ("bases.py", "oja"): "Optax's optimizer of P has its own learning rate",
     ("bases.py", "online_pca"): "as oja, and its own weight decay",
