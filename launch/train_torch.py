@@ -67,9 +67,7 @@ def refuse_jax_only(options: Options) -> None:
         "accumulate_sketches": "PyTorch accumulates sketches in layer-by-layer updates "
         "(--per_layer)",
     }
-    for name, reason in reasons.items():
-        if options.is_given(name):
-            raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_jax")
+    options.refuse(reasons, "launch.train_jax")
     if options.devices.fsdp and options.devices.per_layer:
         raise UsageError(
             "--fsdp: it reduces the gradients of a whole layer at a time, but --per_layer and "

@@ -8,12 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.numerics import (
-    accumulator_dtype,
-    bias_correction,
-    check_static,
-    float32_or_more,
-)
+from osd_jax.numerics import accumulator_dtype, bias_correction, check_static, float32_or_more
 from osd_jax.quantization import MIN_8BIT_SIZE, Quantized, dequantize, quantize
 from osd_jax.sharding import takes_shapes
 from osd_jax.transport import refuse_factored

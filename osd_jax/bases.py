@@ -25,14 +25,7 @@ from osd_jax.numerics import (
     replicated,
     written_transpose,
 )
-from osd_jax.sketch import (
-    CORRELATION,
-    SQUARED_NORM,
-    Basis,
-    Needs,
-    Sketch,
-    TwoSided,
-)
+from osd_jax.sketch import CORRELATION, SQUARED_NORM, Basis, Needs, Sketch, TwoSided
 from osd_names import (
     MOVE_PROJECTOR,
     PROJECTOR_INITS,

@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.numerics import (
-    check_period,
-)
-from osd_jax.sketch import (
-    Needs,
-    Sketch,
-)
+from osd_jax.numerics import check_period
+from osd_jax.sketch import Needs, Sketch
 from osd_names import MOVE_PROJECTOR, Order, ResolvedSide, check_choice
 
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock

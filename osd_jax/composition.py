@@ -37,13 +37,7 @@ from osd_jax.selection import Kinds, LinearSelection, Select, say_what_is_projec
 from osd_jax.subspace import SubspaceTransformation, scale_by_subspace
 from osd_jax.transport import Transport
 from osd_jax.transport import transport_moments as follow_basis
-from osd_jax.trees import (
-    boxed_like,
-    by_path,
-    path_of,
-    paths_by_name,
-    unboxed,
-)
+from osd_jax.trees import boxed_like, by_path, path_of, paths_by_name, unboxed
 from osd_names import Side, check_flag
 
 

@@ -9,9 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from osd_jax.trees import (
-    promotes,
-)
+from osd_jax.trees import promotes
 
 
 def cond_once(

@@ -11,22 +11,9 @@ import optax
 
 from osd_jax.layout import DimensionNumbers, MatrixLayout, dimension_numbers_by_path, matrix_layout
 from osd_jax.numerics import contract
-from osd_jax.sketch import (
-    Basis,
-    TwoSided,
-    is_two_sided,
-    low_rank_gradient,
-)
+from osd_jax.sketch import Basis, TwoSided, is_two_sided, low_rank_gradient
 from osd_jax.state import SubspaceState
-from osd_jax.trees import (
-    KeyPath,
-    by_path,
-    flatten,
-    names,
-    path_of,
-    promotes,
-    unboxed,
-)
+from osd_jax.trees import KeyPath, by_path, flatten, names, path_of, promotes, unboxed
 from osd_names import Side
 
 

@@ -7,13 +7,8 @@ from typing import Any
 
 import optax
 
-from osd_jax.composition import (
-    Decay,
-    in_8bit,
-)
-from osd_jax.layout import (
-    DimensionNumbers,
-)
+from osd_jax.composition import Decay, in_8bit
+from osd_jax.layout import DimensionNumbers
 from osd_jax.numerics import known_zero
 from osd_jax.rules import (
     Schedule,

@@ -13,16 +13,8 @@ from osd_jax.layout import check_dtype
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.rounding import round_updates
 from osd_jax.sharding import takes_shapes
-from osd_jax.sketch import (
-    as_leaves,
-    bare,
-)
-from osd_jax.trees import (
-    flatten,
-    path_name,
-    promotes,
-    unboxed,
-)
+from osd_jax.sketch import as_leaves, bare
+from osd_jax.trees import flatten, path_name, promotes, unboxed
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -12,15 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from osd_jax.trees import (
-    KeyPath,
-    by_path,
-    flatten,
-    names,
-    path_name,
-    path_of,
-    unboxed,
-)
+from osd_jax.trees import KeyPath, by_path, flatten, names, path_name, path_of, unboxed
 from osd_names import ResolvedSide, Side
 
 SUPPORTED_DTYPES = tuple(jnp.dtype(name) for name in ("float32", "bfloat16", "float64"))

@@ -14,21 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from osd_jax.layout import (
-    MatrixLayout,
-)
-from osd_jax.numerics import (
-    as_it_lies,
-    check_number,
-    contract,
-    written_transpose,
-)
-from osd_jax.sketch import (
-    Basis,
-    Needs,
-    Sketch,
-    TwoSided,
-)
+from osd_jax.layout import MatrixLayout
+from osd_jax.numerics import as_it_lies, check_number, contract, written_transpose
+from osd_jax.sketch import Basis, Needs, Sketch, TwoSided
 from osd_names import ResolvedSide
 
 

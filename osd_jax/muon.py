@@ -30,11 +30,7 @@ from osd_jax.newton_schulz import MUON_COEFFICIENTS, orthogonalize, orthogonaliz
 from osd_jax.numerics import check_number, known_zero
 from osd_jax.quantization import quantize_state
 from osd_jax.residuals import add_gradient
-from osd_jax.rules import (
-    decay_before_update,
-    in_float32,
-    on_matrices,
-)
+from osd_jax.rules import decay_before_update, in_float32, on_matrices
 from osd_jax.selection import Select
 from osd_jax.subspace import SubspaceTransformation
 from osd_names import FirstMoment, MuonScale, SecondMoment, Side, check_moments, check_muon

@@ -30,11 +30,7 @@ from osd_jax.composition import (
 )
 from osd_jax.full_rank import full_rank_rule
 from osd_jax.guard import guarded
-from osd_jax.layout import (
-    DimensionNumbers,
-    check_basis_dtype,
-    check_rank,
-)
+from osd_jax.layout import DimensionNumbers, check_basis_dtype, check_rank
 from osd_jax.lift import scaled
 from osd_jax.muon import full_rank_muon, muon_rule, scale_by_momentum
 from osd_jax.newton_schulz import orthogonalized
@@ -43,10 +39,7 @@ from osd_jax.parts import in_parts
 from osd_jax.published import RESIDUAL_LIFTS, published_basis
 from osd_jax.quantization import MIN_8BIT_SIZE
 from osd_jax.residuals import add_gradient
-from osd_jax.rules import (
-    Schedule,
-    in_float32,
-)
+from osd_jax.rules import Schedule, in_float32
 from osd_jax.selection import LinearSelection, Select
 from osd_jax.subspace import SubspaceTransformation
 from osd_jax.transport import transport_moments as follow_basis

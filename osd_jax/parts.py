@@ -19,15 +19,7 @@ from osd_jax.sketch import (
 )
 from osd_jax.state import SubspaceState
 from osd_jax.subspace import SubspaceTransformation
-from osd_jax.trees import (
-    Path,
-    boxed_like,
-    by_path,
-    is_box,
-    path_of,
-    promotes,
-    unboxed,
-)
+from osd_jax.trees import Path, boxed_like, by_path, is_box, path_of, promotes, unboxed
 
 
 def in_parts(

@@ -12,12 +12,7 @@ from osd_jax.basis_rule import BasisRule
 from osd_jax.composition import in_8bit
 from osd_jax.lift import Lift
 from osd_jax.numerics import known_zero
-from osd_jax.residuals import (
-    column_ema,
-    gradient_only,
-    norm_ratio,
-    residual_sign,
-)
+from osd_jax.residuals import column_ema, gradient_only, norm_ratio, residual_sign
 from osd_jax.rules import (
     Schedule,
     clip_by_matrix_rms,

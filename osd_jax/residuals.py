@@ -28,12 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from osd_jax.lift import Lift, Lifted, Seen, lift
-from osd_jax.numerics import (
-    check_number,
-    contract,
-    float32_or_more,
-    safe_sqrt,
-)
+from osd_jax.numerics import check_number, contract, float32_or_more, safe_sqrt
 from osd_jax.sketch import COLUMN_ENERGIES, Needs, Statistic, TwoSided
 
 EPS = 1e-8

@@ -14,11 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from osd_jax.layout import DimensionNumbers, dimension_numbers_by_path, matrix_layout
-from osd_jax.numerics import (
-    accumulator_dtype,
-    bias_correction,
-    known_zero,
-)
+from osd_jax.numerics import accumulator_dtype, bias_correction, known_zero
 from osd_jax.sharding import takes_shapes
 from osd_jax.transport import refuse_factored
 from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed

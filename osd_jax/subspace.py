@@ -64,12 +64,7 @@ from osd_jax.sketch import (
 )
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
-from osd_jax.trees import (
-    boxed_like,
-    promotes,
-    unboxed,
-    unzip,
-)
+from osd_jax.trees import boxed_like, promotes, unboxed, unzip
 from osd_names import SIDES, Side
 
 

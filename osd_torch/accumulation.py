@@ -8,21 +8,9 @@ from collections.abc import Container, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from osd_torch.sharding import (
-    Reduce,
-    means_of,
-    on_host,
-    squared_norms,
-)
-from osd_torch.sketch import (
-    Sketch,
-    reading_gradient,
-)
-from osd_torch.state import (
-    Group,
-    all_params,
-    name_of,
-)
+from osd_torch.sharding import Reduce, means_of, on_host, squared_norms
+from osd_torch.sketch import Sketch, reading_gradient
+from osd_torch.state import Group, all_params, name_of
 from osd_torch.stateful import StatefulOptimizer, needs_of
 
 

@@ -9,20 +9,10 @@ from typing import Any, Unpack
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from osd_names import (
-    LION_SIGNS,
-    FirstMoment,
-    LionSign,
-    SecondMoment,
-    check_choice,
-    check_moments,
-)
+from osd_names import LION_SIGNS, FirstMoment, LionSign, SecondMoment, check_choice, check_moments
 from osd_torch.composition import PublishedOptimizer, Subspace
 from osd_torch.full_rank import full_rank_adam
-from osd_torch.groups import (
-    check_beta,
-    check_betas,
-)
+from osd_torch.groups import check_beta, check_betas
 from osd_torch.lift import Lift, sign_after_lift
 from osd_torch.numerics import check_number
 from osd_torch.rules import Adafactor, Adam, Lion, Rule

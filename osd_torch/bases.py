@@ -28,15 +28,7 @@ from osd_torch.numerics import (
 )
 from osd_torch.rules import SGD, Adam, Rule
 from osd_torch.sharding import local, parted_like, whole
-from osd_torch.sketch import (
-    CORRELATION,
-    SQUARED_NORM,
-    Basis,
-    Needs,
-    Sketch,
-    TwoSided,
-    product,
-)
+from osd_torch.sketch import CORRELATION, SQUARED_NORM, Basis, Needs, Sketch, TwoSided, product
 
 _FROM_SVD = "svd sets P from the gradient's singular vectors"
 _ADAM, _SGD = Adam(), SGD()

@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from osd_names import MOVE_PROJECTOR, Order, ResolvedSide, check_choice
-from osd_torch.numerics import (
-    check_period,
-)
+from osd_torch.numerics import check_period
 from osd_torch.rules import Rule
-from osd_torch.sketch import (
-    Basis,
-    Needs,
-    Sketch,
-)
+from osd_torch.sketch import Basis, Needs, Sketch
 
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 Each = Callable[..., Any]  # (function, *arrays) -> the result of the function

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from osd_torch.numerics import (
-    check_number,
-    without_autocast,
-)
-from osd_torch.sharding import (
-    local,
-    total_norm,
-)
+from osd_torch.numerics import check_number, without_autocast
+from osd_torch.sharding import local, total_norm
 from osd_torch.state import all_params, inner_optimizer
 from osd_torch.subspace import SubspaceOptimizer
 

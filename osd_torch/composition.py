@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, StateDict
 
-from osd_names import (
-    MOVE_PROJECTOR,
-    PROJ_TYPES,
-    ResolvedSide,
-    Side,
-    check_choice,
-)
+from osd_names import MOVE_PROJECTOR, PROJ_TYPES, ResolvedSide, Side, check_choice
 from osd_torch.bases import online_pca
 from osd_torch.basis_rule import BasisRule
 from osd_torch.groups import (
@@ -100,7 +94,7 @@ class PublishedOptimizer(SubspaceOptimizer):
     """
 
     _has_named_peak = False  # not part of the saved state
-    _has_mended_peak = False
+    _has_corrected_peak = False
 
     def __init__(
         self,
@@ -179,8 +173,8 @@ class PublishedOptimizer(SubspaceOptimizer):
             )
         is_same_schedule = all(before[key] == group[SEEN][key] for key in schedule_keys(group))
         is_other = not math.isclose(peak, before["peak"], rel_tol=1e-6)
-        if is_same_schedule and is_other and not self._has_mended_peak:
-            self._has_mended_peak = True
+        if is_same_schedule and is_other and not self._has_corrected_peak:
+            self._has_corrected_peak = True
             log.warning(
                 "the peak of lr was estimated as %g, but the learning rates seen so far give %g: "
                 "P's step size, which is proportional to lr / peak, changes accordingly. Set it "

@@ -7,16 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from osd_names import (
-    FirstMoment,
-    SecondMoment,
-    check_moments,
-)
+from osd_names import FirstMoment, SecondMoment, check_moments
 from osd_torch.adam_of_rows import AdamOfRows
 from osd_torch.composition import PublishedOptimizer
-from osd_torch.groups import (
-    check_betas,
-)
+from osd_torch.groups import check_betas
 from osd_torch.numerics import check_number
 from osd_torch.rules import Adam, Rule
 from osd_torch.state import Group

@@ -9,22 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from osd_names import (
-    PROJECTIONS,
-    SIDES,
-    Side,
-    check_choice,
-    check_flag,
-)
+from osd_names import PROJECTIONS, SIDES, Side, check_choice, check_flag
 from osd_torch.basis_rule import BasisRule, check_rule, name_of_rule
 from osd_torch.lift import Lift
 from osd_torch.numerics import check_number
-from osd_torch.selection import (
-    Kinds,
-    LinearSelection,
-    Select,
-    say_what_is_projected,
-)
+from osd_torch.selection import Kinds, LinearSelection, Select, say_what_is_projected
 from osd_torch.state import Group
 
 # The options of a group that determine its basis rule.

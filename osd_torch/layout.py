@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from osd_names import ResolvedSide, Side
-from osd_torch.sharding import (
-    has_plain_placement,
-)
+from osd_torch.sharding import has_plain_placement
 
 OUTPUT_AXIS, INPUT_AXIS = 0, 1  # axes of a matrix
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -16,22 +16,9 @@ from torch import Tensor
 
 from osd_names import ResolvedSide
 from osd_torch.basis_rule import name_of_rule
-from osd_torch.numerics import (
-    check_number,
-    random_bits,
-    round_stochastically,
-)
-from osd_torch.sharding import (
-    local,
-    placed_like,
-)
-from osd_torch.sketch import (
-    Basis,
-    Needs,
-    Sketch,
-    TwoSided,
-    product,
-)
+from osd_torch.numerics import check_number, random_bits, round_stochastically
+from osd_torch.sharding import local, placed_like
+from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
 
 
 class Seen(NamedTuple):

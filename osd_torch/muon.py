@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from osd_names import (
-    FirstMoment,
-    MuonScale,
-    SecondMoment,
-    check_moments,
-    check_muon,
-)
+from osd_names import FirstMoment, MuonScale, SecondMoment, check_moments, check_muon
 from osd_torch.composition import PublishedOptimizer, Subspace
 from osd_torch.full_rank import full_rank_adam
-from osd_torch.groups import (
-    check_beta,
-    check_betas,
-)
+from osd_torch.groups import check_beta, check_betas
 from osd_torch.layout import check_basis_dtype
 from osd_torch.lift import Lift
 from osd_torch.newton_schulz import MUON_COEFFICIENTS, orthogonalize, orthogonalized

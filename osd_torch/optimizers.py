@@ -39,12 +39,7 @@ from osd_torch.groups import (
     split_by_selection,
     trained_parameters,
 )
-from osd_torch.guard import (
-    TorchAdam,
-    TorchAdamW,
-    TorchSGD,
-    skipping,
-)
+from osd_torch.guard import TorchAdam, TorchAdamW, TorchSGD, skipping
 from osd_torch.layout import check_basis_dtype, check_dtype, check_rank
 from osd_torch.muon import SubspaceMuon
 from osd_torch.numerics import check_number, check_period

@@ -9,12 +9,7 @@ from osd_names import PROJECTIONS, Order
 from osd_torch.bases import gaussian, oja, online_pca, random, svd
 from osd_torch.basis_rule import BasisRule
 from osd_torch.lift import Lift
-from osd_torch.residuals import (
-    column_ema,
-    gradient_only,
-    norm_ratio,
-    residual_sign,
-)
+from osd_torch.residuals import column_ema, gradient_only, norm_ratio, residual_sign
 from osd_torch.rules import SGD, Adafactor, Adam, Lion, Rule
 from osd_torch.rules_8bit import Adam8bit
 

@@ -16,11 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from osd_torch.sharding import (
-    local,
-    mean,
-    parted_like,
-)
+from osd_torch.sharding import local, mean, parted_like
 from osd_torch.transport import Change, second_moment_after
 
 State = Mapping[str, Tensor]

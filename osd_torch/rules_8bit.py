@@ -18,12 +18,7 @@ from osd_torch.quantization import (
     read_back,
 )
 from osd_torch.rules import Adam, Rule, State, Trace
-from osd_torch.sharding import (
-    local,
-    parted_like,
-    placed_like,
-    zeros_placed_as,
-)
+from osd_torch.sharding import local, parted_like, placed_like, zeros_placed_as
 from osd_torch.transport import Change, second_moment_after
 
 

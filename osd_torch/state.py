@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from osd_torch.basis_rule import name_of_rule
-from osd_torch.sketch import (
-    Basis,
-    TwoSided,
-)
+from osd_torch.sketch import Basis, TwoSided
 
 Group = dict[str, Any]
 # Prefixes of the names in a parameter's state: of P's optimizer and of the lift.

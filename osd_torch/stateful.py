@@ -25,22 +25,10 @@ from osd_torch.layout import (
     to_matrix,
 )
 from osd_torch.lift import Lift
-from osd_torch.numerics import (
-    accumulator_dtype,
-    check_number,
-)
+from osd_torch.numerics import accumulator_dtype, check_number
 from osd_torch.rules import Rule, check_can_transport
-from osd_torch.sharding import (
-    distributed_as,
-    is_distributed,
-    shape_of,
-    whole,
-    zeros_along,
-)
-from osd_torch.sketch import (
-    Needs,
-    merged,
-)
+from osd_torch.sharding import distributed_as, is_distributed, shape_of, whole, zeros_along
+from osd_torch.sketch import Needs, merged
 from osd_torch.state import (
     LATER_OPTIONS,
     LIFT_PREFIX,

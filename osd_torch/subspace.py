@@ -43,29 +43,10 @@ from osd_torch.basis_step import is_due, move_basis_, moves, set_basis_
 from osd_torch.guard import check_dense
 from osd_torch.layout import to_matrix
 from osd_torch.lift import Seen, add_, add_lifted_, check_lift_state
-from osd_torch.numerics import (
-    accumulator_dtype,
-    without_autocast,
-)
-from osd_torch.sharding import (
-    Reduce,
-    is_distributed,
-    part_of,
-)
-from osd_torch.sketch import (
-    Basis,
-    Sketch,
-    make_sketch,
-    merged,
-)
-from osd_torch.state import (
-    LIFT_PREFIX,
-    Group,
-    basis_of,
-    name_of,
-    of_prefix,
-    unwrapped,
-)
+from osd_torch.numerics import accumulator_dtype, without_autocast
+from osd_torch.sharding import Reduce, is_distributed, part_of
+from osd_torch.sketch import Basis, Sketch, make_sketch, merged
+from osd_torch.state import LIFT_PREFIX, Group, basis_of, name_of, of_prefix, unwrapped
 from osd_torch.stateful import StatefulOptimizer
 from osd_torch.transport import change_of
 

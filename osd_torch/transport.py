@@ -7,14 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from osd_names import Side
-from osd_torch.sharding import (
-    local,
-)
-from osd_torch.sketch import (
-    Basis,
-    TwoSided,
-    product,
-)
+from osd_torch.sharding import local
+from osd_torch.sketch import Basis, TwoSided, product
 
 
 class Change(NamedTuple):

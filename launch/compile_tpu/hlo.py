@@ -193,8 +193,3 @@ def _group_size(rest: str) -> int:
         return match[1].count(",") + 1
     # replica_groups={} means all devices, whose number the instruction does not contain
     raise ValueError(f"no replica groups in a supported notation: {rest[:300]}")
-
-
-def total_sent(found: Iterable[Collective]) -> float:
-    """Bytes that a device sends in one run; see `Collective.sent`."""
-    return sum(one.sent for one in found)

@@ -31,9 +31,7 @@ def refuse_torch_only(options: Options) -> None:
         "compile": "JAX always compiles",
         "timeout_minutes": "JAX has its own limit, in launch/trainer/jax_processes.py",
     }
-    for name, reason in reasons.items():
-        if options.is_given(name):
-            raise UsageError(f"--{name}: {reason}; leave it out, or use launch.train_torch")
+    options.refuse(reasons, "launch.train_torch")
 
 
 def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from osd_jax.accumulation import (
-    Held,
-)
+from osd_jax.accumulation import Held
 from osd_jax.selection import of_a_part
 
 Key = tuple[str, ...]  # the keys of one parameter, from the root

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from parity_tests.support import ROOT
+
 SUFFIXES = (".py", ".md", ".ipynb", ".sh", ".toml", ".yml", ".yaml", ".txt", ".cff")
 EXEMPT = ("parity_tests/golden/", "parity_tests/house/test_english.py")
 _UNITS = (

@@ -70,3 +70,10 @@ def test_no_test_imports_another_test() -> None:
     assert len(paths) > 50
     pattern = re.compile(r"^\s*(?:from|import)\s.*\btest_\w+", re.MULTILINE)
     assert not [str(path) for path in paths if pattern.search(path.read_text(encoding="utf-8"))]
+
+
+def test_the_readme_names_each_file_of_a_library_and_no_other() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("The files of each library") :].split("The libraries import nothing")[0]
+    paths = [path for library in ("osd_jax", "osd_torch") for path in (ROOT / library).glob("*.py")]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {x.name for x in paths} - {"__init__.py"}

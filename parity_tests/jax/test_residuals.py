@@ -28,11 +28,16 @@ from osd_jax.muon import MUON_STATIC_ARGUMENTS
 from osd_jax.newton_schulz import MUON_COEFFICIENTS, newton_schulz
 from osd_jax.residuals import residual_energies
 from osd_jax.rules import scale_by_adam_of_age
-from osd_jax.sharding import make_mesh
 from osd_jax.sketch import COLUMN_ENERGIES, make_sketch
 from osd_torch.rules import Adam
 from parity_tests.support.arrays import normal_jax
-from parity_tests.support.jax_toys import CONFIG, llama_run, llama_toy
+from parity_tests.support.jax_toys import (
+    CONFIG,
+    assert_sketches_are_refused,
+    llama_run,
+    llama_toy,
+)
+from parity_tests.support.lifts import lifts_of
 from parity_tests.support.residual_cases import ResidualCase, residual_cases
 
 pytestmark = [
@@ -41,22 +46,6 @@ pytestmark = [
 
 Tree = Any
 ALL = lambda name, x: True
-
-
-def lifts_of(library: Any, float64: Any) -> dict[str, Any]:
-    return {
-        "norm_ratio": library.norm_ratio(0.25),
-        "norm_ratio, release": library.norm_ratio(0.25, release=True),
-        "norm_ratio, free": library.norm_ratio(limiter=False),
-        "column_ema": library.column_ema(0.4),
-        "gradient_only": library.gradient_only(2.0),
-        "gradient_only, matrix": library.gradient_only(128.0, per="matrix", limiter=False),
-        "residual_sign": library.residual_sign(0.5, 0.25),
-        "muon": library.orthogonalized(library.add_gradient()),
-        "muon, float64": library.orthogonalized(
-            library.add_gradient(), steps=7, dtype=float64, scale="muon"
-        ),
-    }
 
 
 LIFTS = lifts_of(osd_jax, jnp.float64)
@@ -721,15 +710,7 @@ def test_moments_of_muon_follow_the_basis() -> None:
 @pytest.mark.parametrize("name", ["norm_ratio", "gradient_only, matrix", "residual_sign", "muon"])
 def test_where_gradients_are_gone_they_are_refused(name: str) -> None:
     tx = llama_toy(osd_jax.online_pca(optax.adam(0.01)), LIFTS[name])
-    refused = pytest.raises(ValueError, match="adds a part of the gradient itself.*plain lift")
-    with refused:
-        osd_jax.accumulate_sketches(tx, 2)
-    with refused:
-        make_train_step(CONFIG, tx, accumulate="sketches")
-    with refused:
-        make_train_step(CONFIG, tx, mesh=make_mesh(8), compress_gradients=True)
-    with refused:
-        llama_run(make_layerwise_train_step(CONFIG, tx), tx, 2)
+    assert_sketches_are_refused(tx, "adds a part of the gradient itself.*plain lift")
 
 
 @pytest.mark.parametrize("name", LIFTS)

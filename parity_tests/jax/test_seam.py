@@ -29,7 +29,12 @@ from osd_jax.quantization import code_book, dequantize
 from osd_jax.sharding import make_mesh, state_sharding
 from osd_jax.sketch import make_sketch
 from parity_tests.support.arrays import normal_jax
-from parity_tests.support.jax_toys import CONFIG, llama_run, llama_toy
+from parity_tests.support.jax_toys import (
+    CONFIG,
+    assert_sketches_are_refused,
+    llama_run,
+    llama_toy,
+)
 
 Tree = Any
 RANK, EVERY, GAP, EPS = 3, 2, 5, 1.0
@@ -336,16 +341,7 @@ def test_a_rule_that_reads_the_gradient_is_refused_by_its_own_reason(
 ) -> None:
     """In modes that free gradients, and only there."""
     tx = llama_toy(*make())
-    refused = pytest.raises(ValueError, match=f"{reason}.*only its sketch is kept")
-    with refused:
-        osd_jax.accumulate_sketches(tx, 2)
-    with refused:
-        make_train_step(CONFIG, tx, accumulate="sketches")
-    with refused:
-        make_train_step(CONFIG, tx, mesh=make_mesh(8), compress_gradients=True)
-    layerwise = make_layerwise_train_step(CONFIG, tx)
-    with refused:
-        llama_run(layerwise, tx, 2)
+    assert_sketches_are_refused(tx, f"{reason}.*only its sketch is kept")
     params = llama.init(CONFIG, 0)
     with pytest.raises(ValueError, match=f"{reason}.*: pass the gradients to apply as grads="):
         state = jax.eval_shape(tx.init, params)

@@ -21,14 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import osd_jax
 import osd_names
-from osd_jax import (
-    SubspaceDimensionNumbers,
-    diagnostics,
-    layout,
-    quantization,
-    rules,
-    trees,
-)
+from osd_jax import SubspaceDimensionNumbers, diagnostics, layout, quantization, rules, trees
 from osd_jax.sharding import make_mesh, state_sharding
 from parity_tests.support.arrays import normal_jax
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from launch.compile_tpu.hlo import Collective, collectives, total_sent
+from launch.compile_tpu.hlo import Collective, collectives
 
 FLOAT = 4
 
@@ -97,7 +97,7 @@ def test_a_tuple_is_an_entry_for_each_array() -> None:
 
     found = read(function, X)
     assert sorted(one.bytes for one in found) == [6 * FLOAT, 24 * FLOAT]
-    assert total_sent(found) == pytest.approx(2 * 3 / 4 * 30 * FLOAT)
+    assert sum(one.sent for one in found) == pytest.approx(2 * 3 / 4 * 30 * FLOAT)
 
 
 def test_one_device_exchanges_nothing() -> None:

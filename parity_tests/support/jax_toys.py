@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import osd_jax
 from osd_jax import llama
 from osd_jax.guard import guarded
-from osd_jax.llama.train import init_state
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.train import init_state, make_train_step
+from osd_jax.sharding import make_mesh
 from osd_jax.trees import path_name
 
 Tree = Any
@@ -35,6 +38,20 @@ def llama_toy(rule: Any, lift: Any, **more: Any) -> Any:
 
     parts = optax.partition({"in": subspace, "full": optax.scale_by_adam()}, labels)
     return osd_jax.in_parts(guarded(optax.chain(parts, optax.scale(-1e-3))), subspace)
+
+
+def assert_sketches_are_refused(tx: Any, match: str) -> None:
+    """Every mode that frees gradients rejects an optimizer that reads them."""
+    refused = pytest.raises(ValueError, match=match)
+    with refused:
+        osd_jax.accumulate_sketches(tx, 2)
+    with refused:
+        make_train_step(CONFIG, tx, accumulate="sketches")
+    with refused:
+        make_train_step(CONFIG, tx, mesh=make_mesh(8), compress_gradients=True)
+    layerwise = make_layerwise_train_step(CONFIG, tx)
+    with refused:
+        llama_run(layerwise, tx, 2)
 
 
 def llama_run(

@@ -251,6 +251,15 @@ def hide_all(batch: dict[str, np.ndarray]) -> None:
     batch["mask"][:] = False
 
 
+def assert_absent_directory_stays_absent(kind: Any, parent: Path) -> None:
+    """Checkpoints (of a library's class `kind`) of a directory that is not there are none."""
+    for keep in (None, 2):
+        checkpoints = kind(parent / "none", keep)
+        assert checkpoints.steps() == []
+        checkpoints.set_aside_after(0)
+    assert list(parent.iterdir()) == []
+
+
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writes beyond this size fail, as they do on a full disk."""

@@ -21,25 +21,14 @@ from osd_torch.residuals import residual_energies
 from osd_torch.rules import Adam, Trace
 from osd_torch.sharding import whole
 from osd_torch.sketch import COLUMN_ENERGIES, make_sketch
+from parity_tests.support.lifts import lifts_of
 from parity_tests.support.residual_cases import ResidualCase, residual_cases
 from parity_tests.support.two_processes import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = lambda name, param: True
-LIFTS = {
-    "norm_ratio": osd_torch.norm_ratio(0.25),
-    "norm_ratio, release": osd_torch.norm_ratio(0.25, release=True),
-    "norm_ratio, free": osd_torch.norm_ratio(limiter=False),
-    "column_ema": osd_torch.column_ema(0.4),
-    "gradient_only": osd_torch.gradient_only(2.0),
-    "gradient_only, matrix": osd_torch.gradient_only(128.0, per="matrix", limiter=False),
-    "residual_sign": osd_torch.residual_sign(0.5, 0.25),
-    "muon": osd_torch.orthogonalized(osd_torch.add_gradient()),
-    "muon, float64": osd_torch.orthogonalized(
-        osd_torch.add_gradient(), steps=7, dtype=torch.float64, scale="muon"
-    ),
-}
+LIFTS = lifts_of(osd_torch, torch.float64)
 
 
 # The released codes.

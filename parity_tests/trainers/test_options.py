@@ -16,11 +16,7 @@ from launch.trainer.options import FIXED, Options, count
 from launch.trainer.options.groups import FLAGS, GROUPS
 from osd_names import OPTIONS
 from parity_tests.support import ROOT
-from parity_tests.support.published_commands import (
-    PUBLISHED_7B,
-    PUBLISHED_7B_GALORE,
-    PUBLISHED_60M,
-)
+from parity_tests.support.published_commands import PUBLISHED_7B, PUBLISHED_7B_GALORE, PUBLISHED_60M
 
 # The published commands, verbatim except for the script's name.
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from launch.trainer.cli import UsageError
 from launch.trainer.options import checks, flags
 from launch.trainer.options.groups import FLAGS, GROUPS, Data, Devices, Model, Run
 from launch.trainer.options.method import PER_LAYER, Optimizer, Subspace
@@ -104,6 +105,20 @@ class Options:
     def is_given(self, name: str) -> bool:
         """Whether a flag differs from its default."""
         return self.values()[name] != FLAGS[name].default
+
+    def refuse(self, reasons: Mapping[str, str], other: str) -> None:
+        """Rejects flags of the other trainer.
+
+        Args:
+            reasons: By flag, why this trainer does not read it.
+            other: The trainer that does.
+
+        Raises:
+            UsageError: Such a flag is given.
+        """
+        for name, reason in reasons.items():
+            if self.is_given(name):
+                raise UsageError(f"--{name}: {reason}; leave it out, or use {other}")
 
     @property
     def continues_itself(self) -> bool:
