@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osd_torch.numerics import accumulator_dtype, float32_or_more
+from osd_torch.numerics import Number, accumulator_dtype, float32_or_more
 from osd_torch.quantization import (
     BLOCK_SIZE,
     MIN_8BIT_SIZE,
@@ -17,7 +17,7 @@ from osd_torch.quantization import (
     quantize_rows_,
     read_rows,
 )
-from osd_torch.rules import Adam, Rule, State, zeros_like
+from osd_torch.rules import Adam, Count, Rule, State, zeros_like
 from osd_torch.sharding import (
     local,
     parted_like,
@@ -88,16 +88,17 @@ class AdamOfRows(Rule):
             **second,
         }
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`."""
         gradient = float32_or_more(gradient)
         if axis_of_rows(gradient) is None:
             return self._adam.step(gradient, state, t, lr)
+        assert isinstance(t, int)
         first, denominator = self._moved(gradient, state, t)
         return parted_like(first / denominator, gradient), lr
 
     def step_(
-        self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
+        self, x: Tensor, gradient: Tensor, state: State, t: Count, lr: Number, weight_decay: float
     ) -> None:
         """Avoids a copy of x if it has the moments' dtype."""
         own, gradient = local(x), float32_or_more(gradient)
@@ -106,9 +107,10 @@ class AdamOfRows(Rule):
         elif own.dtype != gradient.dtype:
             super().step_(x, gradient, state, t, lr, weight_decay)
         else:
+            assert isinstance(t, int)
             if weight_decay:
                 own.mul_(1 - lr * weight_decay)
-            own.addcdiv_(*self._moved(gradient, state, t), value=-lr)
+            own.addcdiv_(*self._moved(gradient, state, t), value=-float(lr))
 
     def _moved(self, gradient: Tensor, state: State, t: int) -> tuple[Tensor, Tensor]:
         """Updates the moments of a matrix: (m, its divisor), for this process's shard.

@@ -25,6 +25,7 @@ from osd_torch.numerics import (
     check_period,
     float32_or_more,
     has_direction,
+    per_part,
 )
 from osd_torch.rules import SGD, Adam, Rule
 from osd_torch.sharding import local, parted_like, whole
@@ -110,6 +111,7 @@ def online_pca(
         step_size=step_size,
         name=f"online_pca({optimizer!r}, penalty={penalty}, weight_decay={weight_decay}, "
         f"order={order!r}, every={every})",
+        stacks=True,
     )
 
 
@@ -153,14 +155,29 @@ def oja(
 
 def oja_gradient(basis: Tensor, sketch: Sketch) -> Tensor:
     """`-A / s`, (p, r); zero if the squared norm s is zero or overflows."""
-    a, s = sketch.statistics["correlation"], float(sketch.statistics["squared_norm"])
-    return a / -s if has_direction(s, a.dtype) else torch.zeros_like(a)
+    a, s = _with_direction(sketch)
+    return a / -s
 
 
 def orthonormalized(basis: Tensor) -> Tensor:
     """The Q of P's QR decomposition, (p, r), with signs such that R's diagonal is positive."""
     q, r = torch.linalg.qr(basis)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    signs = torch.where(_diagonal(r) < 0, -1.0, 1.0)
+    return q * signs.to(q.dtype).unsqueeze(-2)
+
+
+def _with_direction(sketch: Sketch) -> tuple[Tensor, float | Tensor]:
+    """A and s = ||G||_F^2; zeros and infinity for a G whose squared norm is zero or overflows.
+
+    s is a number, which the host reads, or for a stack a tensor that broadcasts with A.
+    """
+    a, s = sketch.statistics["correlation"], sketch.statistics["squared_norm"]
+    if s.ndim:
+        has_one = has_direction(s, a.dtype)
+        # If s overflows, so may A, and infinity times 0 is NaN.
+        a = torch.where(per_part(has_one, a), a, 0)
+        return a, per_part(torch.where(has_one, s, math.inf), a)
+    return (a, float(s)) if has_direction(float(s), a.dtype) else (torch.zeros_like(a), math.inf)
 
 
 def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> Tensor:
@@ -174,22 +191,29 @@ def online_pca_gradient(basis: Tensor, sketch: Sketch, penalty: float = 0.0) -> 
     Args:
         basis: P, (p, r), float32 or float64.
         sketch: The sketch of the gradient for this P. If its squared norm is zero or overflows, the
-            first term is zero. Reading the norm synchronizes with the device if it is a GPU tensor.
+            first term is zero. Reading the norm of one matrix synchronizes with the device if it
+            is a GPU tensor.
         penalty: Lambda.
 
     Returns:
         The gradient, (p, r).
     """
-    a, s = sketch.statistics["correlation"], sketch.statistics["squared_norm"]
-    # If s overflows, so may A, and infinity times 0 is NaN.
-    a, scale = (a, 2 / float(s)) if has_direction(float(s), a.dtype) else (torch.zeros_like(a), 0.0)
+    a, s = _with_direction(sketch)
+    scale = 2 / s
     inner = local(product(basis.mT, a)).mul_(scale)
     gram = local(product(basis.mT, basis))
     if penalty:
-        inner.add_(gram, alpha=4 * penalty).diagonal().sub_(4 * penalty)
-    gram.diagonal().sub_(2)
-    gradient = (local(basis) @ inner).addmm_(local(a), gram, alpha=scale)
+        _diagonal(inner.add_(gram, alpha=4 * penalty)).sub_(4 * penalty)
+    _diagonal(gram).sub_(2)
+    if isinstance(scale, Tensor):
+        gradient = (basis @ inner).baddbmm_(a, gram.mul_(scale))
+    else:
+        gradient = (local(basis) @ inner).addmm_(local(a), gram, alpha=scale)
     return parted_like(gradient, basis)
+
+
+def _diagonal(square: Tensor) -> Tensor:
+    return square.diagonal(dim1=-2, dim2=-1)
 
 
 def svd(every: int) -> BasisRule:

@@ -15,7 +15,7 @@ from osd_torch.sketch import Basis, Needs, Sketch
 NOTHING, REFRESH, MOVE = 0, 1, 2  # events of a clock
 Each = Callable[..., Any]  # (function, *arrays) -> the result of the function
 Fresh = Callable[[Tensor, Basis, ResolvedSide, str, Each], Basis]
-StepSize = float | Callable[[float], float]
+StepSize = float | Callable[[Any], Any]  # of lr, which may be a tensor
 
 
 class Clock(NamedTuple):
@@ -67,6 +67,9 @@ class BasisRule(NamedTuple):
         name: A name for messages and saved states. If not given, the name of `fresh`.
         retract: (P (p, r), float32 or float64, not sharded) -> P after a step of its optimizer,
             such as `orthonormalized`. None: no retraction.
+        stacks: Whether `gradient` and `retract` accept stacks, whose tensors have one more axis in
+            front, and treat each matrix by itself. Otherwise matrices whose P moves are stepped one
+            at a time.
 
     Example:
         >>> import torch, osd_torch
@@ -93,6 +96,7 @@ class BasisRule(NamedTuple):
     name: str = ""
     # Newer fields come last: a pickle stores the fields of a tuple by position.
     retract: Callable[[Tensor], Tensor] | None = None
+    stacks: bool = False
 
 
 def name_of_rule(rule: Any) -> str:

@@ -8,7 +8,7 @@ from osd_names import ResolvedSide
 from osd_torch.bases import each_matrix
 from osd_torch.basis_rule import MOVE, REFRESH, BasisRule, check_fresh
 from osd_torch.layout import to_matrix
-from osd_torch.numerics import float32_or_more, has_direction
+from osd_torch.numerics import Number, float32_or_more, has_direction, select_
 from osd_torch.sharding import distributed_as, local, squared_norm, whole
 from osd_torch.sketch import Basis, Sketch
 from osd_torch.state import NOT_SET, PREFIX, basis_of, named_bases, of_prefix
@@ -26,10 +26,15 @@ def is_due(rule: BasisRule, state: dict[str, Tensor], is_held: bool) -> bool:
     return is_first_part or int(state["set_at"]) == NOT_SET
 
 
-def moves(rule: BasisRule, state: dict[str, Tensor]) -> bool:
-    """Whether P moves at the next step; it does not at the step that sets it."""
-    step, set_at = int(state["step"]), int(state["set_at"])
+def moves(rule: BasisRule, step: int, set_at: int) -> bool:
+    """Whether P moves at a step, from 0; it does not at the step that sets it."""
     return rule.clock.event(step) == MOVE and set_at not in (step, NOT_SET)
+
+
+def moves_on_device(rule: BasisRule, step: Tensor, set_at: Tensor) -> Tensor:
+    """`moves` for each matrix of a stack, whose P has been set if it was due."""
+    assert rule.clock.move_every is not None
+    return (step % rule.clock.move_every == 0) & (set_at != NOT_SET) & (set_at != step)
 
 
 def set_basis_(
@@ -62,7 +67,8 @@ def set_basis_(
     old = basis_of(state)
     basis = rule.fresh(gradient, old, side, key, each_matrix)
     check_fresh(name, basis, old)
-    state.update({k: distributed_as(x, state[k]) for k, x in named_bases(basis).items()})
+    for k, x in named_bases(basis).items():
+        local(state[k]).copy_(local(distributed_as(x, state[k])))
     state["set_at"].copy_(state["step"])
     for x in of_prefix(state, PREFIX).values():
         x.zero_()  # the state of P's optimizer belongs to the old P
@@ -82,36 +88,68 @@ def move_basis_(
     state: dict[str, Tensor],
     side: ResolvedSide,
     sketch: Sketch,
-    step: int,
-    lr: float,
-) -> bool:
+    step: int | Tensor,
+    lr: Number,
+    moving: Tensor | None = None,
+) -> bool | Tensor:
     """Moves P in place, unless the gradient is zero; returns whether it did.
 
     Args:
         rule: The rule of P.
-        state: State of the parameter; the state of P's optimizer is updated in place, also if P
-            stays unchanged.
+        state: State of the parameter or of a stack; the state of P's optimizer is updated in place,
+            also if P stays unchanged.
         side: The side that P projects.
         sketch: The sketch of the gradient for this P, with the statistics that the rule needs.
         step: Step of the parameter, from 0. The first step of P's optimizer is the first after P
             was set.
         lr: P's step size.
+        moving: For each matrix of a stack, whether its P moves at this step; None: all of them.
+
+    Returns:
+        Whether P moved; for a stack, one flag for each matrix.
     """
     basis, every, optimizer = basis_of(state), rule.clock.move_every, rule.optimizer
     assert isinstance(basis, Tensor) and every is not None
     assert rule.gradient is not None and optimizer is not None
-    t = step // every - int(state["set_at"]) // every
     gradient = rule.gradient(float32_or_more(basis), sketch)
-    # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
-    now = (to_matrix(gradient, side), of_prefix(state, PREFIX), t, lr)
+    moments = of_prefix(state, PREFIX)
     square = sketch.statistics.get("squared_norm")
     square = squared_norm(sketch.low_rank) if square is None else square
-    has_one = has_direction(float(square), gradient.dtype)
-    if has_one:
+    # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
+    gradient = to_matrix(gradient, side)
+    if not square.ndim:
+        assert not isinstance(step, Tensor)
+        now = (gradient, moments, step // every - int(state["set_at"]) // every, lr)
+        if not has_direction(float(square), gradient.dtype):
+            optimizer.step(*now)  # updates only its moments
+            return False
         optimizer.step_(to_matrix(basis, side), *now, rule.weight_decay)
-        if rule.retract is not None:
-            moved = rule.retract(float32_or_more(whole(basis))).to(basis.dtype)
-            local(basis).copy_(local(distributed_as(moved, basis)))
-    else:
-        optimizer.step(*now)  # updates only its moments
-    return has_one
+        _retract_(rule, basis)
+        return True
+    stacked = optimizer.stacked(gradient[0])
+    assert stacked is not None
+    t = steps_of_basis(step, state["set_at"], every)
+    before = {"basis": basis.clone()}
+    if moving is not None:
+        before |= {name: x.clone() for name, x in moments.items()}
+    stacked.step_(to_matrix(basis, side), gradient, moments, t, lr, rule.weight_decay)
+    _retract_(rule, basis)
+    has_moved = has_direction(square, gradient.dtype)
+    if moving is not None:
+        select_(moments, before, moving)
+        has_moved = has_moved & moving
+    select_({"basis": basis}, before, has_moved)
+    return has_moved
+
+
+def steps_of_basis(step: int | Tensor, set_at: Tensor, every: int) -> int | Tensor:
+    """The number of P's step at a step of a stack, from 1: a number if the host knows it."""
+    if isinstance(step, Tensor):
+        return (step // every - set_at // every).clamp(min=1)
+    return step // every - int(set_at[0]) // every
+
+
+def _retract_(rule: BasisRule, basis: Tensor) -> None:
+    if rule.retract is not None:
+        moved = rule.retract(float32_or_more(whole(basis))).to(basis.dtype)
+        local(basis).copy_(local(distributed_as(moved, basis)))

@@ -23,11 +23,11 @@ from osd_torch.groups import (
 )
 from osd_torch.layout import check_basis_dtype, check_rank, resolve_side
 from osd_torch.lift import Lift, scaled
-from osd_torch.numerics import check_number, check_period
+from osd_torch.numerics import Number, check_number, check_period
 from osd_torch.published import published_basis
 from osd_torch.schedules import SEEN, first_rates, schedule_keys, seen_rates, with_seen_rates
 from osd_torch.selection import Select
-from osd_torch.state import Group
+from osd_torch.state import Group, lr_of
 from osd_torch.subspace import SubspaceOptimizer, log
 
 
@@ -50,6 +50,11 @@ class Subspace(TypedDict, total=False):
             expectation is the float32 weight; see `make_optimizer`.
         basis_dtype: dtype of P. None: float32, float64 for float64 parameters.
         seed: Seed of random basis rules and of stochastic rounding.
+        foreach: Whether matrices of one shape are stepped together, as stacks: a few launches for
+            all of them, and temporaries of the stack's size (at most 1 GiB of gradients each).
+            None: on a GPU, for matrices of fewer than 2**24 values.
+        capturable: Whether a step reads nothing on the host, so that a CUDA graph can capture it
+            and `torch.compile` compile it; see `SubspaceOptimizer.refresh_`.
     """
 
     rank: int | None
@@ -61,6 +66,8 @@ class Subspace(TypedDict, total=False):
     stochastic_rounding: bool
     basis_dtype: torch.dtype | None
     seed: int
+    foreach: bool | None
+    capturable: bool
 
 
 class PublishedOptimizer(SubspaceOptimizer):
@@ -133,6 +140,12 @@ class PublishedOptimizer(SubspaceOptimizer):
         for name in ("projector_lr_multiple", "projector_weight_decay", "peak_lr"):
             if group[name] is not None:
                 check_number(name, group[name])
+        if group["capturable"] and isinstance(group["lr"], Tensor) and self.estimates_peak(group):
+            raise ValueError(
+                "capturable is True and lr is a tensor, which the host does not read, but P's "
+                f"step size with {group['proj_type']!r} is relative to the peak of lr: give "
+                "peak_lr, or projector_lr_multiple"
+            )
         if group["peak_lr"] is not None and not group["peak_lr"] > 0:
             raise ValueError(f"peak_lr is {group['peak_lr']!r}: expected None or a number above 0")
         super().check_group(group)
@@ -155,12 +168,16 @@ class PublishedOptimizer(SubspaceOptimizer):
         group = self.param_groups[-1]
         group[SEEN] = first_rates(group)
 
-    def observe(self, group: Group) -> None:
-        """Estimates the peak of the group's learning rate if it is read and not given."""
+    def estimates_peak(self, group: Group) -> bool:
+        """Whether P's step size reads the peak of the group's learning rate, which is not given."""
         is_named = group["rank"] is not None and group["basis"] is None
         if not is_named or group["peak_lr"] is not None or group["projector_lr_multiple"]:
-            return
-        if self.basis_rule(group).gradient is None:
+            return False
+        return self.basis_rule(group).gradient is not None
+
+    def observe(self, group: Group) -> None:
+        """Estimates the peak of the group's learning rate if it is read and not given."""
+        if not self.estimates_peak(group):
             return
         before, group[SEEN] = group[SEEN], seen_rates(group)
         peak = group[SEEN]["peak"]
@@ -183,9 +200,9 @@ class PublishedOptimizer(SubspaceOptimizer):
                 peak,
             )
 
-    def projector_lr(self, group: Group) -> float:
+    def projector_lr(self, group: Group) -> Number:
         """P's step size: as in the release, or a multiple of lr as in the paper."""
-        lr, rule = float(group["lr"]), group["basis"]
+        lr, rule = lr_of(group), group["basis"]
         if rule is not None:
             return rule.step_size(lr) if callable(rule.step_size) else rule.step_size
         if group["projector_lr_multiple"] is not None:

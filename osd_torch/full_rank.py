@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from osd_names import FirstMoment, SecondMoment, check_moments
 from osd_torch.adam_of_rows import AdamOfRows
+from osd_torch.buckets import Bucket
 from osd_torch.composition import PublishedOptimizer
 from osd_torch.groups import check_betas
 from osd_torch.numerics import check_number
@@ -42,6 +43,8 @@ class FullRankAdam(PublishedOptimizer):
         first_moment: For these with "row": "full", or "8bit".
         stochastic_rounding: Whether to round weights up or down at random; see `make_optimizer`.
         seed: Seed of stochastic rounding.
+        foreach: Whether parameters of one shape are stepped together; see `Subspace`.
+        capturable: Whether a step reads nothing on the host; see `Subspace`.
 
     Raises:
         ValueError: See `SubspaceAdamW`.
@@ -61,9 +64,12 @@ class FullRankAdam(PublishedOptimizer):
         first_moment: FirstMoment = "full",
         stochastic_rounding: bool = False,
         seed: int = 0,
+        foreach: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults: dict[str, Any] = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         defaults |= dict(l2=l2, second_moment=second_moment, first_moment=first_moment)
+        defaults |= dict(foreach=foreach, capturable=capturable)
         super().__init__(params, defaults, stochastic_rounding=stochastic_rounding, seed=seed)
 
     def check_group(self, group: Group) -> None:
@@ -77,7 +83,6 @@ class FullRankAdam(PublishedOptimizer):
         """Adam."""
         return full_rank_adam(group)
 
-    def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
+    def full_rank_gradient(self, group: Group, bucket: Bucket, gradient: Tensor) -> Tensor:
         """The gradient plus its L2 term."""
-        gradient = super().full_rank_gradient(group, param)
-        return gradient.add(param, alpha=group["l2"]) if group["l2"] else gradient
+        return gradient.add(bucket.weight(), alpha=group["l2"]) if group["l2"] else gradient

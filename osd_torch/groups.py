@@ -64,6 +64,28 @@ def rule_options(
     return {"betas": betas, "eps": default if eps is None else eps}
 
 
+def execution_options(optimizer: str, foreach: bool | None, capturable: bool) -> dict[str, Any]:
+    """`make_optimizer`'s options of how a step is executed, if they are given.
+
+    Raises:
+        ValueError: A value is not a flag, or the optimizer does not support it.
+    """
+    given: dict[str, Any] = {}
+    if foreach is not None:
+        check_flag("foreach", foreach)
+        given["foreach"] = foreach
+    check_flag("capturable", capturable)
+    if capturable:
+        given["capturable"] = capturable
+    for name, value in given.items():
+        if optimizer == "adam8bit" or (optimizer == "sgd" and name == "capturable"):
+            raise ValueError(
+                f"{name} is {value!r}, which optimizer='{optimizer}' of another library does not "
+                "read: leave it out, or choose an optimizer of osd_torch"
+            )
+    return given
+
+
 def split_by_decay(groups: Sequence[Group], no_decay: Select | None) -> list[Group]:
     """Groups of (name, parameter) pairs, each split in two if some have no weight decay."""
     if no_decay is None:
@@ -182,8 +204,10 @@ def check_objects(group: Group) -> None:
                     f"{option} is {group[option]!r}, but {name} is given, which does not read it: "
                     f"leave it out, or pass it to {name_of_rule(group[name])}"
                 )
-    for name in ("transport_moments", "stochastic_rounding"):
+    for name in ("transport_moments", "stochastic_rounding", "capturable"):
         check_flag(name, group[name])
+    if group["foreach"] is not None:
+        check_flag("foreach", group["foreach"])
     if group["side"] is not None:
         check_choice("side", group["side"], SIDES)
     if side_of(group) == "both" and group["basis"] and not group["basis"].two_sided:
@@ -232,6 +256,8 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "move_projector": "after",
     "basis_dtype": None,
     "transport_moments": False,
+    "foreach": None,
+    "capturable": False,
     "stochastic_rounding": False,
     "seed": 0,
     "basis": None,

@@ -35,11 +35,30 @@ class SkipsNonFinite:
     `torch.distributed.checkpoint` keep them. (bitsandbytes' optimizers cannot be copied or
     pickled.)
 
-    Attributes:
-        skipped: (total, in a row).
     """
 
-    skipped: Counts = (0, 0)
+    _skipped: Counts | Tensor = (0, 0)  # a tensor (2,) if the device counts
+
+    @property
+    def skipped(self) -> Counts:
+        """(total, in a row); synchronizes with the device if that counts."""
+        total, in_a_row = (int(x) for x in self._skipped)
+        return total, in_a_row
+
+    @skipped.setter
+    def skipped(self, counts: Counts) -> None:
+        if isinstance(self._skipped, Tensor):  # a CUDA graph knows its address
+            self._skipped.copy_(torch.tensor(counts))
+        else:
+            self._skipped = counts
+
+    def count_on_device(self, is_finite: Tensor) -> None:
+        """Counts a step that is taken if `is_finite`, without a device sync."""
+        if not isinstance(self._skipped, Tensor):
+            self._skipped = torch.tensor(self._skipped, device=is_finite.device)
+        is_skipped = (~is_finite).to(self._skipped.dtype)
+        self._skipped.add_(is_skipped)
+        self._skipped[1:].mul_(is_skipped)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), KEY: self.skipped}  # type: ignore[dict-item]

@@ -8,7 +8,7 @@ product and adds it to W.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor
 
 from osd_names import ResolvedSide
 from osd_torch.basis_rule import name_of_rule
-from osd_torch.numerics import check_number, random_bits, round_stochastically
+from osd_torch.numerics import (
+    Number,
+    accumulator_dtype,
+    check_number,
+    random_bits,
+    round_stochastically,
+)
 from osd_torch.sharding import local, placed_like
 from osd_torch.sketch import Basis, Needs, Sketch, TwoSided, product
 
@@ -85,6 +91,9 @@ class Lift(NamedTuple):
         two_sided: Whether it supports a P on both sides.
         linear: Whether its update is linear in the direction, so that the learning rate can be
             applied before or after it. Otherwise the lift does not see the learning rate.
+        stacks: Whether `apply` and the function `then` that it returns accept stacks, whose tensors
+            have one more axis in front, and treat each matrix by itself. Otherwise matrices are
+            stepped one at a time.
 
     Example:
         >>> import torch
@@ -102,6 +111,7 @@ class Lift(NamedTuple):
     name: str = ""
     two_sided: bool = True
     linear: bool = False
+    stacks: bool = False
 
 
 def scaled(factor: float = 1.0) -> Lift:
@@ -124,7 +134,8 @@ def scaled(factor: float = 1.0) -> Lift:
         'scaled(0.25)'
     """
     check_number("factor", factor)
-    return Lift(functools.partial(_plain, factor), name=f"scaled({factor})", linear=True)
+    apply = functools.partial(_plain, factor)
+    return Lift(apply, name=f"scaled({factor})", linear=True, stacks=True)
 
 
 def _plain(factor: float, direction: Tensor, seen: Seen) -> Lifted:
@@ -144,7 +155,7 @@ def sign_after_lift() -> Lift:
         >>> optimizer = osd_torch.OnlineSubspaceDescent(
         ...     layer.parameters(), 1e-4, rule=Lion(sign=False), rank=2, lift=sign_after_lift())
     """
-    return Lift(_signed, name="sign_after_lift()")
+    return Lift(_signed, name="sign_after_lift()", stacks=True)
 
 
 def _signed(direction: Tensor, seen: Seen) -> Lifted:
@@ -152,39 +163,97 @@ def _signed(direction: Tensor, seen: Seen) -> Lifted:
 
 
 def lift(basis: Basis, direction: Tensor) -> Tensor:
-    """Computes P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T, in float32 or float64."""
+    """P D: (p, r), (r, q) -> (p, q); two-sided: P_out D P_in^T; or of a stack.
+
+    In float32 or float64.
+    """
     if isinstance(basis, TwoSided):
         return product(product(basis.output, direction), basis.input.mT)
+    if direction.ndim > 2 and not direction.is_contiguous():  # the layout of M, as for R
+        return product(direction.mT, basis.mT).mT
     return product(basis, direction)
 
 
 def add_lifted_(
     weight: Tensor,
-    basis: Basis,
+    basis: Basis | None,
     lifted: Lifted,
     alpha: float,
-    beta: float,
-    rounding_key: str | None = None,
+    beta: Number,
+    rounding_keys: Sequence[str] = (),
 ) -> None:
-    """W <- beta W + alpha * then(P D + rest) in place, rounded once.
+    """W <- beta W + alpha * then(P D + rest) in place, rounded once; for a matrix or a stack.
 
     The plain lift needs no temporary of W's size, except for a weight that is rounded
     stochastically and for a bfloat16 weight on a CPU, where bfloat16 products are slow.
     """
     direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
     is_narrow = weight.dtype == torch.bfloat16 and not weight.is_cuda
-    if direction is None or not is_plain or is_narrow or rounding_key is not None:
-        add_(weight, lifted_update(basis, lifted), alpha, beta, rounding_key)
+    is_sum = is_plain and not is_narrow and not rounding_keys
+    if basis is None or direction is None or not is_sum or isinstance(beta, Tensor):
+        add_(weight, lifted_update(basis, lifted), alpha, beta, rounding_keys)
         return
     if isinstance(basis, TwoSided):
         left, right = product(basis.output, direction), basis.input.mT
     else:
         left, right = basis, direction
     weight, left, right = local(weight), local(left), local(right)
-    weight.addmm_(left.to(weight.dtype), right.to(weight.dtype), beta=beta, alpha=alpha)
+    left, right = left.to(weight.dtype), right.to(weight.dtype)
+    add_product_ = weight.addmm_ if weight.ndim == 2 else weight.baddbmm_
+    add_product_(left, right, beta=beta, alpha=alpha)
 
 
-def lifted_update(basis: Basis, lifted: Lifted) -> Tensor:
+def add_lifted_each_(
+    weights: Sequence[Tensor],
+    basis: Basis | None,
+    lifted: Lifted,
+    alpha: Number,
+    beta: Number,
+    rounding_keys: Sequence[str] = (),
+) -> None:
+    """`add_lifted_` for several matrices with one stack of updates, in temporaries of its size.
+
+    Args:
+        weights: The matrices, each (p, q).
+        basis: The stack of their P, (b, p, r); None without a lifted part.
+        lifted: The update of the stack.
+        alpha: The factor of the update, or one for each matrix, (b, 1, 1); a tensor's 0 leaves out
+            even an update of NaN.
+        beta: The factor of the weights.
+        rounding_keys: One for each weight, or none; see `add_`.
+    """
+    if isinstance(alpha, Tensor):
+        lifted, alpha = _times(alpha, lifted), 1.0
+    is_turned = not weights[0].is_contiguous()
+    own = [weight.mT for weight in weights] if is_turned else list(weights)
+    if rounding_keys or accumulator_dtype(own[0].dtype) != own[0].dtype:
+        stack = torch.stack(own)
+        matrices = stack.mT if is_turned else stack
+        add_lifted_(matrices, basis, lifted, alpha, beta, rounding_keys)
+        torch._foreach_copy_(own, stack.unbind())
+        return
+    update = lifted_update(basis, lifted)
+    update = (update.mT if is_turned else update).contiguous()
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(own, beta.to(update.dtype))
+    elif beta != 1:
+        torch._foreach_mul_(own, beta)
+    torch._foreach_add_(own, update.unbind(), alpha=alpha)
+
+
+def _times(factor: Tensor, lifted: Lifted) -> Lifted:
+    """An update of a stack, times one number or one for each matrix."""
+
+    def scaled(x: Tensor) -> Tensor:
+        return torch.where(factor == 0, 0, x * factor.to(x.dtype))
+
+    if lifted.rest is None and lifted.then is None and lifted.low_rank is not None:
+        return lifted._replace(low_rank=scaled(lifted.low_rank))
+    then = lifted.then or (lambda x: x)
+    return lifted._replace(then=lambda x: scaled(then(x)))
+
+
+def lifted_update(basis: Basis | None, lifted: Lifted) -> Tensor:
     """then(P D + rest), (p, q)."""
     if lifted.low_rank is None:
         if lifted.rest is None:
@@ -192,6 +261,7 @@ def lifted_update(basis: Basis, lifted: Lifted) -> Tensor:
         # `then` may modify its argument, and the rest may be the gradient.
         update = lifted.rest if lifted.then is None else lifted.rest.clone()
     else:
+        assert basis is not None
         update = lift(basis, lifted.low_rank)
         if lifted.rest is not None:
             local(update).add_(local(placed_like(lifted.rest, update)))
@@ -199,27 +269,36 @@ def lifted_update(basis: Basis, lifted: Lifted) -> Tensor:
 
 
 def add_(
-    weight: Tensor, direction: Tensor, alpha: float, beta: float, rounding_key: str | None = None
+    weight: Tensor,
+    direction: Tensor,
+    alpha: Number,
+    beta: Number,
+    rounding_keys: Sequence[str] = (),
 ) -> None:
     """W <- beta W + alpha D in place, computed in D's dtype and rounded once.
 
     Args:
-        weight: W.
+        weight: W, or a stack.
         direction: D.
         alpha: Its factor.
         beta: W's factor.
-        rounding_key: Rounds a bfloat16 W stochastically, from float32, with the bits that this key
-            identifies. None: to nearest.
+        rounding_keys: Rounds a bfloat16 W stochastically, from float32, with the bits that the key
+            identifies, or each matrix of a stack with its own. Empty: to nearest.
     """
     weight, direction = local(weight), local(direction)
-    if rounding_key is not None:
+    if rounding_keys:
         direction = direction.to(torch.float32)
     result = weight.to(direction.dtype)  # W itself if the dtypes are equal
-    if beta != 1:
+    if isinstance(beta, Tensor) or beta != 1:
         result.mul_(beta)
-    result.add_(direction, alpha=alpha)
-    if rounding_key is not None:
-        result = round_stochastically(result, random_bits(result, rounding_key))
+    if isinstance(alpha, Tensor):
+        result.add_((direction * alpha).to(result.dtype))
+    else:
+        result.add_(direction, alpha=alpha)
+    if rounding_keys:
+        parts = [result] if len(rounding_keys) == 1 else result.unbind()
+        bits = [random_bits(*pair) for pair in zip(parts, rounding_keys, strict=True)]
+        result = round_stochastically(result, bits[0] if len(bits) == 1 else torch.stack(bits))
     if result is not weight:
         weight.copy_(result)
 

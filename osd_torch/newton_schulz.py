@@ -11,6 +11,7 @@ from torch import Tensor
 
 from osd_names import MUON_SCALES, MuonScale, ResolvedSide, check_choice
 from osd_torch.lift import Lift, Lifted, Seen
+from osd_torch.numerics import plus_product
 from osd_torch.sharding import distributed_as, whole
 
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -132,7 +133,7 @@ def newton_schulz(
     coefficients: tuple[float, float, float] = MUON_COEFFICIENTS,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Approximates U V^T of a matrix U S V^T, (m, n): its singular values move close to 1.
+    """Approximates U V^T of a matrix U S V^T, (..., m, n): its singular values move close to 1.
 
     After a division by the Frobenius norm, each step applies the odd polynomial `a s + b s^3 + c
     s^5` to all singular values. With Muon's coefficients and 5 steps, values above 0.002 of that
@@ -146,7 +147,7 @@ def newton_schulz(
         dtype: Dtype of the iteration. None: the dtype of the matrix.
 
     Returns:
-        (m, n), with the matrix's dtype; zeros for zeros, and if the squared norm overflows.
+        (..., m, n), with the matrix's dtype; zeros for zeros, and if the squared norm overflows.
 
     Example:
         >>> import torch
@@ -155,11 +156,13 @@ def newton_schulz(
         True
     """
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if is_tall else matrix
+    norm = x.norm() if x.ndim == 2 else torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     # If the squared norm underflowed, values above 1 would remain and diverge.
-    x = (x / x.norm().clamp(min=torch.finfo(x.dtype).tiny ** 0.5)).to(dtype or x.dtype)
+    x = (x / norm.clamp(min=torch.finfo(x.dtype).tiny ** 0.5)).to(dtype or x.dtype)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = plus_product(gram, gram, gram, beta=b, alpha=c)
+        x = plus_product(x, polynomial, x, beta=a, alpha=1.0)
     return (x.mT if is_tall else x).to(matrix.dtype)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import numbers
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import overload
 
 import torch
 from torch import Tensor
+
+# A number of the host, or on the device: 0-dimensional, or one for each matrix of a stack.
+Number = float | Tensor
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,21 +76,50 @@ def random_bits(like: Tensor, key: str) -> Tensor:
     return bits.random_(0, 1 << 16, generator=generator)
 
 
-def has_direction(squared_norm: float, dtype: torch.dtype) -> bool:
+@overload
+def has_direction(squared_norm: float, dtype: torch.dtype) -> bool: ...
+@overload
+def has_direction(squared_norm: Tensor, dtype: torch.dtype) -> Tensor: ...
+def has_direction(squared_norm: float | Tensor, dtype: torch.dtype) -> bool | Tensor:
     """Whether G / ||G||_F is defined: ||G||_F^2 is not zero, subnormal or infinite.
 
     Args:
-        squared_norm: ||G||_F^2.
+        squared_norm: ||G||_F^2: a number, or a tensor, for which a tensor of bool is returned.
         dtype: The dtype in which it was computed.
     """
     limits = torch.finfo(dtype)
-    return limits.tiny <= squared_norm <= limits.max
+    return (limits.tiny <= squared_norm) & (squared_norm <= limits.max)
 
 
-@functools.cache
+def per_part(values: Tensor, stack: Tensor) -> Tensor:
+    """One value for each part of a stack, (b,), in a shape that broadcasts with the stack."""
+    return values.view(-1, *[1] * (stack.ndim - 1))
+
+
+def select_(kept: Mapping[str, Tensor], before: Mapping[str, Tensor], is_taken: Tensor) -> None:
+    """Restores earlier values in place, all of them or those of some matrices of a stack.
+
+    Args:
+        kept: Tensors by name.
+        before: Their earlier values.
+        is_taken: Whether the new values stay: 0-dimensional, or one flag for each matrix.
+    """
+    for name, x in kept.items():
+        flags = per_part(is_taken, x) if is_taken.ndim else is_taken
+        x.copy_(torch.where(flags, x, before[name]))
+
+
+def plus_product(x: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """beta x + alpha a b of matrices, or of stacks of matrices (b, ., .)."""
+    return (torch.addmm if x.ndim == 2 else torch.baddbmm)(x, a, b, beta=beta, alpha=alpha)
+
+
 def _device_types() -> tuple[str, ...]:
     accelerator = torch.accelerator.current_accelerator()
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+DEVICE_TYPES = _device_types()
 
 
 @contextlib.contextmanager
@@ -98,7 +130,7 @@ def without_autocast() -> Iterator[None]:
     in bfloat16.
     """
     with contextlib.ExitStack() as stack:
-        for device_type in _device_types():
+        for device_type in DEVICE_TYPES:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield

@@ -34,6 +34,7 @@ from osd_torch.groups import (
     check_beta,
     check_seed,
     divided,
+    execution_options,
     rule_options,
     split_by_decay,
     split_by_selection,
@@ -86,6 +87,8 @@ def make_optimizer(
     basis_dtype: torch.dtype | None = None,
     transport_moments: bool = False,
     stochastic_rounding: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds an optimizer by its published name.
 
@@ -157,6 +160,8 @@ def make_optimizer(
             spacing are not lost. The random bits depend on the seed, the parameter's name and its
             step, so a resumed run and every process repeat them; each shard of a sharded parameter
             has its own bits. No effect on float32 and float64. Not with `sgd` and `adam8bit`.
+        foreach: Whether parameters of one shape are stepped together; see `Subspace`.
+        capturable: Whether a step reads nothing on the host; see `Subspace`.
 
     Returns:
         A `torch.optim.Optimizer`. A step with any non-finite gradient changes nothing and is
@@ -249,6 +254,7 @@ def make_optimizer(
             "shard the model"
         )
     rounding = {"stochastic_rounding": True, "seed": seed} if stochastic_rounding else {}
+    execution = execution_options(optimizer, foreach, capturable)
     muon = {
         "momentum": momentum, "nesterov": nesterov, "muon_scale": muon_scale, "ns_dtype": ns_dtype,
     }  # fmt: skip
@@ -263,8 +269,9 @@ def make_optimizer(
             selected, others = split_by_selection(named_parameters, trained, select)
             given = [{"params": selected}, {"params": others, **apart}]
             given[0] |= {"use_muon": True} if optimizer == "muon" else {}
+        common |= execution
         return _full_rank(optimizer, split_by_decay(given, no_decay), common, rounding)
-    common |= rounding
+    common |= rounding | execution
 
     projected, others = divided(named_parameters, trained, select, rank)
     own_scale = RESIDUALS[residual].scale if residual_scale is None else residual_scale

@@ -44,8 +44,8 @@ def _needs(*statistics: Statistic) -> Needs:
 
 
 def column_norms(matrix: Tensor) -> Tensor:
-    """|x_j| of each column, (r, q) -> (q,)."""
-    return settled(matrix.square().sum(dim=0)).sqrt()
+    """|x_j| of each column, (..., r, q) -> (..., q)."""
+    return settled(matrix.square().sum(dim=-2)).sqrt()
 
 
 def residual_energies(seen: Seen, scale: float = 1.0) -> Tensor:
@@ -58,9 +58,9 @@ def residual_energies(seen: Seen, scale: float = 1.0) -> Tensor:
     basis, low_rank = seen.basis, seen.sketch.low_rank
     assert not isinstance(basis, TwoSided)
     gram = product(basis.mT, basis)
-    lifted = settled((low_rank * product(gram, low_rank)).sum(dim=0))
+    lifted = settled((low_rank * product(gram, low_rank)).sum(dim=-2))
     energies = seen.sketch.statistics["column_energies"]
-    return (energies - 2 * scale * low_rank.square().sum(dim=0) + scale**2 * lifted).clamp(min=0)
+    return (energies - 2 * scale * low_rank.square().sum(dim=-2) + scale**2 * lifted).clamp(min=0)
 
 
 def _limit(norm: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ def _limited(
     """
     if not limiter:
         return ratio, {}
-    norm = settled((ratio.square() * energies).sum()).sqrt()
+    norm = settled((ratio.square() * energies).sum(dim=-1)).sqrt()
     factor, kept = _limit(norm, seen.state["norm"])
-    return ratio * factor, {"norm": kept}
+    return ratio * factor[..., None], {"norm": kept}
 
 
 def _norm_state(limiter: bool, matrix: Tensor, low_rank: Tensor) -> dict[str, Tensor]:
@@ -129,7 +129,9 @@ def norm_ratio(scale: float = 1.0, *, limiter: bool = True, release: bool = Fals
     apply = functools.partial(_norm_ratio, scale, limiter, release)
     name = f"norm_ratio({scale}, limiter={limiter}, release={release})"
     needs = _needs(*((COLUMN_ENERGIES,) if limiter else ()))
-    return Lift(apply, needs, functools.partial(_norm_state, limiter), name, two_sided=False)
+    return Lift(
+        apply, needs, functools.partial(_norm_state, limiter), name, two_sided=False, stacks=True
+    )
 
 
 def _norm_ratio(
@@ -139,6 +141,7 @@ def _norm_ratio(
     ratio = column_norms(direction) / (column_norms(low_rank) + EPS)
     energies = residual_energies(seen, a) if limiter else ratio
     ratio, state = _limited(seen, ratio, energies, limiter)
+    ratio = ratio.unsqueeze(-2)
     inside = a * (direction - low_rank * ratio)
     return Lifted(inside, _wide(seen) * ratio, scale=1.0 if release else scale, state=state)
 
@@ -176,6 +179,7 @@ def column_ema(scale: float = 0.4, *, decay: float = 0.9) -> Lift:
         _column_ema_state,
         f"column_ema({scale}, decay={decay})",
         two_sided=False,
+        stacks=True,
     )
 
 
@@ -188,10 +192,10 @@ def _column_ema(scale: float, decay: float, direction: Tensor, seen: Seen) -> Li
     assert isinstance(basis, Tensor)
     steps = seen.state["steps"] + 1
     mean = decay * seen.state["energies"] + (1 - decay) * residual_energies(seen)
-    root = (mean / (1 - decay**steps)).sqrt()
+    root = (mean / (1 - decay ** steps[..., None])).sqrt()
     root = torch.maximum(root, 1e-3 * seen.sketch.statistics["column_energies"].sqrt())
-    reach = scale * math.sqrt(basis.shape[0] - basis.shape[1])
-    ratio = torch.where(root > 0, reach / root, torch.zeros_like(root))
+    reach = scale * math.sqrt(basis.shape[-2] - basis.shape[-1])
+    ratio = torch.where(root > 0, reach / root, torch.zeros_like(root)).unsqueeze(-2)
     state = {"energies": mean, "steps": steps}
     return Lifted(direction - low_rank * ratio, _wide(seen) * ratio, state=state)
 
@@ -234,18 +238,20 @@ def gradient_only(scale: float = 1.0, *, per: str = "column", limiter: bool = Tr
         functools.partial(_norm_state, limiter),
         f"gradient_only({scale}, per={per!r}, limiter={limiter})",
         two_sided=False,
+        stacks=True,
     )
 
 
 def _gradient_only(scale: float, per: str, limiter: bool, direction: Tensor, seen: Seen) -> Lifted:
     columns, of_low_rank = column_norms(direction), column_norms(seen.sketch.low_rank)
     if per == "matrix":
-        total = lambda x: settled(x.square().sum()).sqrt().expand(columns.shape)
+        total = lambda x: settled(x.square().sum(dim=-1)).sqrt()[..., None].expand(columns.shape)
         columns, of_low_rank = total(columns), total(of_low_rank)
     ratio = columns / (of_low_rank + EPS)
     energies = seen.sketch.statistics["column_energies"] if limiter else ratio
     ratio, state = _limited(seen, ratio, energies, limiter)
-    return Lifted(None, _wide(seen) * ratio, scale=math.sqrt(scale), state=state)
+    update = _wide(seen) * ratio.unsqueeze(-2)
+    return Lifted(None, update, scale=math.sqrt(scale), state=state)
 
 
 def residual_sign(weight: float = 1.0, scale: float = 1.0) -> Lift:
@@ -273,7 +279,7 @@ def residual_sign(weight: float = 1.0, scale: float = 1.0) -> Lift:
     check_number("weight", weight)
     check_number("scale", scale)
     apply = functools.partial(_residual_sign, weight, scale)
-    return Lift(apply, _needs(), name=f"residual_sign({weight}, {scale})")
+    return Lift(apply, _needs(), name=f"residual_sign({weight}, {scale})", stacks=True)
 
 
 def _residual_sign(weight: float, scale: float, direction: Tensor, seen: Seen) -> Lifted:
@@ -294,7 +300,7 @@ def add_gradient() -> Lift:
         >>> add_gradient().name
         'add_gradient()'
     """
-    return Lift(_add_gradient, _needs(), name="add_gradient()")
+    return Lift(_add_gradient, _needs(), name="add_gradient()", stacks=True)
 
 
 def _add_gradient(direction: Tensor, seen: Seen) -> Lifted:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from osd_torch.numerics import Number, per_part
 from osd_torch.sharding import local, mean, parted_like
-from osd_torch.transport import Change, second_moment_after
+from osd_torch.transport import Change, bias_corrections, second_moment_after
 
 State = Mapping[str, Tensor]
+Count = int | Tensor  # of steps; of a stack on the device, one for each matrix
 
 
 def zeros_like(like: Tensor) -> Tensor:
@@ -34,13 +36,19 @@ class Rule(Protocol):
     """How an optimizer turns gradients into steps.
 
     The state of a sharded gradient (a DTensor) consists of DTensors.
+
+    Attributes:
+        capturable: Whether a step of a stack reads nothing on the host; t is then a tensor (b,),
+            and lr may be one.
     """
+
+    capturable: ClassVar[bool] = False
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Contiguous zero moments for a gradient of this shape, dtype (float32/64) and device."""
         raise NotImplementedError
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """Updates the moments in `state` and returns the step.
 
         Args:
@@ -56,17 +64,30 @@ class Rule(Protocol):
         """
         raise NotImplementedError
 
+    def stacked(self, like: Tensor) -> Rule | None:
+        """The rule that steps each part of a stack (b, ...) as this one steps a gradient (...).
+
+        None if there is none: parameters are then stepped one at a time.
+
+        Args:
+            like: A tensor with the shape of one gradient.
+        """
+        return None
+
     def step_(
-        self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
+        self, x: Tensor, gradient: Tensor, state: State, t: Count, lr: Number, weight_decay: float
     ) -> None:
         """Applies the step to x: `x <- (1 - lr * weight_decay) x - rate * direction`."""
         direction, rate = self.step(gradient, state, t, lr)
         own = local(x)
         if weight_decay:
             own.mul_(1 - lr * weight_decay)
-        own.add_(local(direction).to(own.dtype), alpha=-rate)
+        if isinstance(rate, Tensor):
+            own.sub_((rate * local(direction)).to(own.dtype))
+        else:
+            own.add_(local(direction).to(own.dtype), alpha=-rate)
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """Carries the moments over to a changed P, in place.
 
         Args:
@@ -98,38 +119,59 @@ class Adam(Rule):
     eps: float = 1e-8
     eps_first: bool = False
 
+    capturable = True
+
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Two moments."""
         return {"exp_avg": zeros_like(like), "exp_avg_sq": zeros_like(like)}
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`."""
+        if isinstance(t, Tensor):
+            return self._step_on_device(gradient, state, t, lr)
         # Starting from 0 with lr = -1, the kernel writes the direction itself.
         direction = torch.zeros_like(local(state["exp_avg"]))
         self._move(direction, gradient, state, t, lr=-1.0)
         return parted_like(direction, gradient), self._rate(t, lr)
 
     def step_(
-        self, x: Tensor, gradient: Tensor, state: State, t: int, lr: float, weight_decay: float
+        self, x: Tensor, gradient: Tensor, state: State, t: Count, lr: Number, weight_decay: float
     ) -> None:
         """Uses one pass of the kernel."""
-        own, first, rate = local(x), local(state["exp_avg"]), self._rate(t, lr)
-        if not rate or own.dtype != first.dtype:
+        own, first = local(x), local(state["exp_avg"])
+        if isinstance(t, Tensor) or isinstance(lr, Tensor) or own.dtype != first.dtype or not lr:
             super().step_(x, gradient, state, t, lr, weight_decay)
             return
+        rate = self._rate(t, lr)
         moved = laid_out_as(own, first)
-        self._move(moved, gradient, state, t, lr=rate, weight_decay=weight_decay * lr / rate)
+        decay = weight_decay * lr / rate
+        self._move(moved, gradient, state, t, lr=float(rate), weight_decay=float(decay))
         if moved is not own:
             own.copy_(moved)
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself: it steps each value by itself."""
+        return self
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """Both moments; see `second_moment_after`."""
         first, second = state["exp_avg"], state["exp_avg_sq"]
         new = second_moment_after(first, second, change, self.betas, t)
         local(second).copy_(new)
         local(first).copy_(change.of(first))
 
-    def _rate(self, t: int, lr: float) -> float:
+    def _step_on_device(
+        self, gradient: Tensor, state: State, t: Tensor, lr: Number
+    ) -> tuple[Tensor, Number]:
+        """One step of a stack, of which only the device knows the number of the step."""
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        first.lerp_(gradient, 1 - self.betas[0])
+        second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        c1, c2 = (torch.as_tensor(c) for c in bias_corrections(self.betas, t, first))
+        eps = self.eps if self.eps_first else self.eps * c2.sqrt()
+        return first / (second.sqrt() + eps), lr * (c2.sqrt() / c1)
+
+    def _rate(self, t: int, lr: Number) -> Number:
         return lr * math.sqrt(1 - self.betas[1] ** t) / (1 - self.betas[0] ** t)
 
     def _move(
@@ -180,11 +222,13 @@ class Lion(Rule):
     betas: tuple[float, float] = (0.9, 0.99)
     sign: bool = True
 
+    capturable = True
+
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """One moment."""
         return {"exp_avg": zeros_like(like)}
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`."""
         beta1, beta2 = self.betas
         own, moment = local(gradient), local(state["exp_avg"])
@@ -192,7 +236,11 @@ class Lion(Rule):
         moment.mul_(beta2).add_(own, alpha=1 - beta2)
         return parted_like(direction.sign_() if self.sign else direction, gradient), lr
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself: it steps each value by itself."""
+        return self
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """The moment."""
         local(state["exp_avg"]).copy_(change.of(state["exp_avg"]))
 
@@ -209,12 +257,16 @@ class Adafactor(Rule):
         eps: Added to the squared gradient.
         clip_threshold: Maximum root mean square of a direction.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
+        of_stack: Whether gradients are stacks (b, m, n), of which each matrix has its own maximum.
     """
 
     beta1: float | None = None
     eps: float = 1e-30
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
+    of_stack: bool = field(default=False, repr=False)  # its name in a saved state stays the same
+
+    capturable = True
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """Two vectors for a matrix, one for a vector, and the first moment."""
@@ -227,25 +279,38 @@ class Adafactor(Rule):
             "exp_avg_sq_col": zeros_like(mean(like, dim=-2)),
         }
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`. The direction includes lr."""
-        new, own = t**self.decay_rate, local(gradient)
+        own = local(gradient)
+        new: Number = t**self.decay_rate
+        if isinstance(new, Tensor):
+            new = per_part(new.to(gradient.dtype), own)
         square = own.square().add_(self.eps)
-        if gradient.ndim < 2:
+        is_vector = gradient.ndim - self.of_stack < 2
+        if is_vector:
             update = local(state["exp_avg_sq"]).lerp_(square, new).rsqrt().mul_(own)
         else:
             square = parted_like(square, gradient)
             rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            new = new.squeeze(-1) if isinstance(new, Tensor) else new
             row = local(rows).lerp_(local(mean(square, dim=-1)), new)
             column = local(columns).lerp_(local(mean(square, dim=-2)), new)
             row_mean = local(mean(rows, dim=-1, keepdim=True))
             row_factor = (row / row_mean).rsqrt_().unsqueeze(-1)
             update = (own * row_factor).mul_(column.rsqrt().unsqueeze(-2))
-        rms = local(mean(parted_like(update.square(), gradient))).sqrt_()
+        square = update.square()
+        if self.of_stack:
+            rms = square.mean(dim=-1 if is_vector else (-2, -1), keepdim=True).sqrt_()
+        else:
+            rms = local(mean(parted_like(square, gradient))).sqrt_()
         update.div_((rms / self.clip_threshold).clamp_(min=1)).mul_(lr)
         if self.beta1 is not None:
             update = local(state["exp_avg"]).mul_(self.beta1).add_(update, alpha=1 - self.beta1)
         return parted_like(update, gradient), 1.0
+
+    def stacked(self, like: Tensor) -> Rule | None:
+        """The same with `of_stack`."""
+        return replace(self, of_stack=True) if like.ndim <= 2 else None
 
 
 @dataclass(frozen=True)
@@ -260,11 +325,13 @@ class Trace(Rule):
     momentum: float = 0.95
     nesterov: bool = False
 
+    capturable = True
+
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """One moment."""
         return {"exp_avg": zeros_like(like)}
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`."""
         own, moment = local(gradient), local(state["exp_avg"])
         moment.mul_(self.momentum).add_(own)
@@ -272,7 +339,11 @@ class Trace(Rule):
             return state["exp_avg"], lr
         return parted_like(own.add(moment, alpha=self.momentum), gradient), lr
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself: it steps each value by itself."""
+        return self
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """The moment."""
         local(state["exp_avg"]).copy_(change.of(state["exp_avg"]))
 
@@ -281,15 +352,21 @@ class Trace(Rule):
 class SGD(Rule):
     """Plain gradient descent."""
 
+    capturable = True
+
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """No state."""
         return {}
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """The gradient itself."""
         return gradient, lr
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself: it steps each value by itself."""
+        return self
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """Does nothing: there is no state."""
 
 

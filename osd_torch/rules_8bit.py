@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osd_torch.numerics import Number
 from osd_torch.quantization import (
     BLOCK_SIZE,
     MIN_8BIT_SIZE,
@@ -17,7 +18,7 @@ from osd_torch.quantization import (
     quantize,
     read_back,
 )
-from osd_torch.rules import Adam, Rule, State, Trace
+from osd_torch.rules import Adam, Count, Rule, State, Trace
 from osd_torch.sharding import local, parted_like, placed_like, zeros_placed_as
 from osd_torch.transport import Change, second_moment_after
 
@@ -54,7 +55,7 @@ class Adam8bit(Rule):
             state[f"{name}_absmax"] = zeros_placed_as(like, (blocks,), torch.float32, replicate)
         return state
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`."""
         gradient = gradient.to(torch.float32)
         if state["exp_avg"].dtype != torch.uint8:
@@ -62,12 +63,20 @@ class Adam8bit(Rule):
         placed = placed_like(gradient, state["exp_avg"])
         part = local(placed).contiguous()
         step = torch.zeros_like(part)
+        if isinstance(t, Tensor):
+            raise ValueError(
+                "bitsandbytes reads the number of a step on the host: capturable is off"
+            )
         if part.numel():
             self.move_(step, part, {name: local(x) for name, x in state.items()}, t, lr=1.0)
         # bitsandbytes has subtracted the step.
         return placed_like(parted_like(step.neg_(), placed), gradient), lr
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself, if no block of 256 values spans two matrices."""
+        return self if _stacks(like, self.min_8bit_size) else None
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """Dequantizes both moments, carries them over in float32 and quantizes them again."""
         if state["exp_avg"].dtype != torch.uint8:
             Adam(self.betas, self.eps).transport_(state, change, t)
@@ -84,7 +93,7 @@ class Adam8bit(Rule):
         for value, book, own, scale in zip(values, books, codes, scales, strict=True):
             new_codes, new_scales = quantize(value, book)
             own.copy_(new_codes)
-            scale.copy_(new_scales)
+            scale.copy_(new_scales.view(scale.shape))
 
     def move_(self, weight: Tensor, gradient: Tensor, state: State, t: int, lr: float) -> None:
         """One step of `weight` in place, with 8-bit moments and without weight decay.
@@ -113,8 +122,8 @@ class Adam8bit(Rule):
             lr=lr,
             qmap1=signed,
             qmap2=unsigned,
-            absmax1=state["exp_avg_absmax"],
-            absmax2=state["exp_avg_sq_absmax"],
+            absmax1=state["exp_avg_absmax"].view(-1),
+            absmax2=state["exp_avg_sq_absmax"].view(-1),
             weight_decay=0.0,
         )
 
@@ -149,7 +158,7 @@ class Trace8bit(Rule):
             "exp_avg_absmax": zeros_placed_as(like, (blocks,), torch.float32, replicate),
         }
 
-    def step(self, gradient: Tensor, state: State, t: int, lr: float) -> tuple[Tensor, float]:
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
         """One step; see `Rule`. The direction uses the moment before rounding."""
         gradient = gradient.to(torch.float32)
         if state["exp_avg"].dtype != torch.uint8:
@@ -161,7 +170,11 @@ class Trace8bit(Rule):
         direction = part.add(moment, alpha=self.momentum) if self.nesterov else moment
         return placed_like(parted_like(direction, placed), gradient), lr
 
-    def transport_(self, state: State, change: Change, t: int) -> None:
+    def stacked(self, like: Tensor) -> Rule | None:
+        """Itself, if no block of 256 values spans two matrices."""
+        return self if _stacks(like, self.min_8bit_size) else None
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
         """Dequantizes the moment, carries it over in float32 and quantizes it again."""
         if state["exp_avg"].dtype != torch.uint8:
             self._wide.transport_(state, change, t)
@@ -175,4 +188,9 @@ class Trace8bit(Rule):
     def _write(self, state: State, moment: Tensor) -> None:
         codes, scales = quantize(moment, code_books(moment.device)[0])
         local(state["exp_avg"]).copy_(codes)
-        local(state["exp_avg_absmax"]).copy_(scales)
+        own = local(state["exp_avg_absmax"])
+        own.copy_(scales.view(own.shape))
+
+
+def _stacks(like: Tensor, min_8bit_size: int) -> bool:
+    return like.numel() < min_8bit_size or like.numel() % BLOCK_SIZE == 0

@@ -266,23 +266,28 @@ def mean(tensor: Tensor, dim: int | None = None, keepdim: bool = False) -> Tenso
     return settled(total) / (tensor.numel() if dim is None else tensor.shape[dim])
 
 
-def squared_norm(tensor: Tensor) -> Tensor:
-    """||M||_F^2 as a plain 0-dimensional tensor, float32 (float64 for float64)."""
-    return squared_norms([tensor])[0]
+def squared_norm(matrix: Tensor) -> Tensor:
+    """||M||_F^2 of a matrix, or of each matrix of a stack, (..., p, q) -> (...,).
+
+    A plain tensor, float32 (float64 for float64).
+    """
+    if matrix.ndim < 3:
+        return squared_norms([matrix])[0]
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=wide).square()
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """||M||_F^2 of each tensor; the sums of tensors that are sharded alike use one reduction."""
-    norms = []
+    """The sum of squares of each tensor: one reduction for all that are placed alike."""
+    squares: list[Tensor] = list(tensors)
     alike: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        norms.append(torch.linalg.vector_norm(local(tensor), dtype=wide))
         layout = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
-        alike.setdefault((layout, norms[-1].device, wide), []).append(i)
-    squares = norms
-    for (layout, *_), places in alike.items():
-        together = torch.stack([norms[i] for i in places]).square()  # one kernel for all
+        alike.setdefault((layout, tensor.device, tensor.dtype), []).append(i)
+    for (layout, _, dtype), places in alike.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch._foreach_norm([local(tensors[i]) for i in places], 2, dtype=wide)
+        together = torch.stack(norms).square()  # one kernel for all
         if layout:
             together = _sum_of_parts(together, *layout)
         for i, square in zip(places, together.unbind(), strict=True):
@@ -291,12 +296,12 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def squared_columns(matrix: Tensor) -> Tensor:
-    """||M_j||^2 of each column: (p, q) -> (q,), in float32 (float64 for float64).
+    """||M_j||^2 of each column: (..., p, q) -> (..., q), in float32 (float64 for float64).
 
     A DTensor, sharded like the columns, if M is one.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(local(matrix), dim=0, dtype=wide).square()
+    squares = torch.linalg.vector_norm(local(matrix), dim=-2, dtype=wide).square()
     if not isinstance(matrix, DTensor):
         return squares
     along = lambda p: Partial() if p.is_shard(0) else Shard(0) if p.is_shard(1) else Replicate()
@@ -401,6 +406,17 @@ def all_finite(tensors: Sequence[Tensor], squares: Sequence[Tensor] | None = Non
     parts = [x for x in map(local, tensors) if x.numel()]
     largest = float(torch.nn.utils.get_total_norm(parts, norm_type=math.inf))
     return not _on_any(not math.isfinite(largest), tensors)
+
+
+def finite_on_device(tensors: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
+    """`all_finite` without a device sync: 0-dimensional, bool.
+
+    Args:
+        tensors: Plain tensors on one device.
+        squares: Their squared norms. Their sum may overflow; the largest absolute value cannot.
+    """
+    largest = torch.stack(list(torch._foreach_norm(list(tensors), math.inf)))
+    return torch.stack(list(squares)).sum().isfinite() | largest.isfinite().all()
 
 
 def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:

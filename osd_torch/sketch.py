@@ -229,7 +229,7 @@ def as_in_subspace(mean: Tensor, of_low_ranks: Tensor, of_low_rank: Tensor) -> T
 
 
 def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
-    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64.
+    """R: (p, r), (p, q) -> (r, q); two-sided: (r, r), in float32 or float64; or of a stack.
 
     R has the memory layout of M, which is that of the moments.
     """
@@ -241,7 +241,7 @@ def low_rank_gradient(basis: Basis, matrix: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product of a and b.
+    """The matrix product of a and b, or of each pair of two stacks (b, ., .).
 
     Both inputs are read in the narrower of their dtypes; the products are accumulated and returned
     in float32 (float64 for float64). Sharded inputs: see `sharding.matmul`.
@@ -255,7 +255,7 @@ def _plain_product(a: Tensor, b: Tensor) -> Tensor:
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     wide, a, b = accumulator_dtype(narrow), a.to(narrow), b.to(narrow)
     if a.is_cuda and narrow != wide:
-        return torch.mm(a, b, out_dtype=wide)
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=wide)
     return a.to(wide) @ b.to(wide)
 
 

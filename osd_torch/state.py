@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from osd_torch.basis_rule import name_of_rule
+from osd_torch.numerics import Number
 from osd_torch.sketch import Basis, TwoSided
 
 Group = dict[str, Any]
@@ -21,13 +22,19 @@ RULE_OPTIONS = (
 )  # fmt: skip
 OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by name
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
-# State kept on the CPU, where reading it needs no synchronization.
+# State kept on the CPU, where reading it needs no synchronization, unless a group is capturable.
 ON_HOST = ("step", "set_at")
+_CPU = torch.device("cpu")
 
 
-def step_number(step: int) -> Tensor:
-    """The number of a step, float32 on the CPU."""
-    return torch.tensor(step, dtype=torch.float32, device="cpu")
+def step_number(step: int, device: torch.device = _CPU) -> Tensor:
+    """The number of a step, float32."""
+    return torch.tensor(step, dtype=torch.float32, device=device)
+
+
+def lr_of(group: Group) -> Number:
+    """A group's learning rate; a tensor stays one if the host must not read it."""
+    return group["lr"] if group.get("capturable") else float(group["lr"])
 
 
 def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,6 +80,12 @@ def of_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in named}
 
 
+def moments_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the weight rule in a parameter's state."""
+    others = (*ON_HOST, "basis", PREFIX, LIFT_PREFIX)
+    return {name: x for name, x in state.items() if not name.startswith(others)}
+
+
 def refuse_state(optimizer: torch.optim.Optimizer, what: str, there: object, here: object) -> None:
     """Raises ValueError: a saved state differs from the optimizer into which it is loaded."""
     raise ValueError(
@@ -91,6 +104,11 @@ def basis_of(state: Mapping[str, Tensor]) -> Basis:
     if "basis" in state:
         return state["basis"]
     return TwoSided(state["basis_output"], state["basis_input"])
+
+
+def copied(basis: Basis) -> Basis:
+    """A copy of P."""
+    return basis.clone() if isinstance(basis, Tensor) else TwoSided(*(x.clone() for x in basis))
 
 
 def named_bases(basis: Basis) -> dict[str, Tensor]:
@@ -129,9 +147,12 @@ LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
     "basis": None, "lift": None, "side": None,
     "second_moment": "full", "first_moment": "full", "use_muon": False,
+    "foreach": None, "capturable": False,
 }  # fmt: skip
 # For these, if a state was saved without them, the optimizer keeps its own values.
 OWN_OPTIONS = ("transport_moments", "stochastic_rounding")
+# How a step is executed: the optimizer always keeps its own values.
+EXECUTION_OPTIONS = ("foreach", "capturable")
 
 
 def all_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:

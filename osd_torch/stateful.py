@@ -25,11 +25,12 @@ from osd_torch.layout import (
     to_matrix,
 )
 from osd_torch.lift import Lift
-from osd_torch.numerics import accumulator_dtype, check_number
+from osd_torch.numerics import Number, accumulator_dtype, check_number
 from osd_torch.rules import Rule, check_can_transport
 from osd_torch.sharding import distributed_as, is_distributed, shape_of, whole, zeros_along
 from osd_torch.sketch import Needs, merged
 from osd_torch.state import (
+    EXECUTION_OPTIONS,
     LATER_OPTIONS,
     LIFT_PREFIX,
     NOT_SET,
@@ -81,7 +82,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         """The rule that turns a direction in the subspace into an update of W."""
         raise NotImplementedError
 
-    def projector_lr(self, group: Group) -> float:
+    def projector_lr(self, group: Group) -> Number:
         """P's step size at the group's current learning rate."""
         raise NotImplementedError
 
@@ -149,8 +150,9 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             like: The parameter, or a tensor with its shape, dtype, device and placement.
         """
         rule, wide = self.rule(group), accumulator_dtype(like.dtype)
+        place = like.device if group.get("capturable") else torch.device("cpu")
         if group["rank"] is None:
-            return {"step": step_number(0), **rule.init(shape_of(like, wide))}
+            return {"step": step_number(0, place), **rule.init(shape_of(like, wide))}
         every_axis = tuple(range(like.ndim))
         side, rank = self.side(group, like), min(group["rank"], *like.shape)
 
@@ -171,8 +173,8 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             to_matrix(shape_of(like, wide), side), to_matrix(low_rank, side)
         )
         return {
-            "step": step_number(0),
-            "set_at": step_number(NOT_SET),
+            "step": step_number(0, place),
+            "set_at": step_number(NOT_SET, place),
             **bases,
             **{PREFIX + name: x for name, x in moments.items()},
             **{LIFT_PREFIX + name: x.contiguous() for name, x in kept.items()},
@@ -191,17 +193,22 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         It copies the tensors and keeps their dtypes, whereas `torch.optim.Optimizer` would cast the
         float32 moments of a bfloat16 parameter to bfloat16. Each tensor gets the placement of its
         parameter: unsharded state can be loaded into sharded parameters. As in torch, the groups'
-        options become the saved ones.
+        options become the saved ones, except for `foreach` and `capturable`.
 
         Raises:
             ValueError: The state belongs to another optimizer or other parameters; the message
                 names the first difference. Nothing is changed.
         """
         saved = state_dict["param_groups"]
-        own = [{k: g[k] for k in OWN_OPTIONS if k in g} for g in self.param_groups]
-        own += [{}] * (len(saved) - len(own))
+        own, how = (
+            [{k: g[k] for k in names if k in g} for g in self.param_groups]
+            + [{}] * (len(saved) - len(self.param_groups))
+            for names in (OWN_OPTIONS, EXECUTION_OPTIONS)
+        )
         later = {k: x for k, x in LATER_OPTIONS.items() if k in self.defaults}
-        groups = [{**later, **mine, **g} for mine, g in zip(own, saved, strict=False)]
+        groups = [
+            {**later, **mine, **g, **its} for mine, g, its in zip(own, saved, how, strict=False)
+        ]
         groups = with_objects(self, groups)
         state_dict = {**state_dict, "param_groups": groups}
         states = {index: completed(state) for index, state in state_dict["state"].items()}
@@ -221,7 +228,8 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
 
         def placed(name: str, value: Tensor) -> Tensor:
             if name in ON_HOST:
-                return value.to(device="cpu", copy=True)
+                place = param.device if group.get("capturable") else torch.device("cpu")
+                return value.to(device=place, copy=True)
             value = value.to(param.device)
             value = distributed_as(value, own[name]) if own else whole(value)
             return value.clone(memory_format=torch.contiguous_format)

@@ -39,21 +39,18 @@ from osd_torch.accumulation import (
     read_norms,
     zero_where_others_have_gradients,
 )
-from osd_torch.basis_step import is_due, move_basis_, moves, set_basis_
+from osd_torch.bucket_optimizer import gradient_of
+from osd_torch.capturable import CapturableOptimizer, check_capturable
 from osd_torch.guard import check_dense
-from osd_torch.layout import to_matrix
-from osd_torch.lift import Seen, add_, add_lifted_, check_lift_state
-from osd_torch.numerics import accumulator_dtype, without_autocast
-from osd_torch.sharding import Reduce, is_distributed, part_of
-from osd_torch.sketch import Basis, Sketch, make_sketch, merged
-from osd_torch.state import LIFT_PREFIX, Group, basis_of, name_of, of_prefix, unwrapped
-from osd_torch.stateful import StatefulOptimizer
-from osd_torch.transport import change_of
+from osd_torch.numerics import without_autocast
+from osd_torch.sharding import Reduce, is_distributed
+from osd_torch.sketch import Sketch
+from osd_torch.state import Group, name_of
 
 log = logging.getLogger("osd_torch")
 
 
-class SubspaceOptimizer(StatefulOptimizer):
+class SubspaceOptimizer(CapturableOptimizer):
     """Base of the optimizer classes: a weight rule in a subspace that a basis rule moves.
 
         R = P^T M,   D = rule(R),   W <- W - lr * scale * P D
@@ -98,7 +95,6 @@ class SubspaceOptimizer(StatefulOptimizer):
         >>> optimizer.step()
     """
 
-    decays_first = False  # whether weight decay comes before the update
     _has_said_uncompiled = False
     _reduce: Reduce | None = None
     _is_reduced = False  # whether what the next step applies is already equal on every process
@@ -138,6 +134,11 @@ class SubspaceOptimizer(StatefulOptimizer):
                 "reduce is set, but the parameters are DTensors, whose gradients fully_shard "
                 "already reduces: leave reduce None"
             )
+        if reduce is not None and self.is_capturable:
+            raise ValueError(
+                "reduce is set, but capturable is True, and sketches are reduced by the host: "
+                "build the optimizer without capturable"
+            )
         self._reduce = reduce
 
     def observe(self, group: Group) -> None:
@@ -164,8 +165,20 @@ class SubspaceOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(torch.compiler.is_compiling())
+        if self.is_capturable:
+            self._step_on_device()
+        else:
+            self._step(torch.compiler.is_compiling())
         return loss
+
+    @torch.no_grad()
+    @without_autocast()
+    def _step_on_device(self) -> None:
+        if not torch.compiler.is_compiling():
+            for group in self.param_groups:
+                if not isinstance(group["lr"], Tensor):
+                    self.observe(group)
+        self.step_on_device()
 
     @torch.compiler.disable(reason="steps of osd_torch's optimizers run uncompiled")
     @torch.no_grad()
@@ -174,7 +187,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         if is_compiling and not self._has_said_uncompiled:
             self._has_said_uncompiled = True
             log.warning(
-                "torch.compile: steps of %s run uncompiled; compile only the model",
+                "torch.compile: steps of %s run uncompiled; compile only the model, or build it "
+                "with capturable=True",
                 type(self).__name__,
             )
         for group in self.param_groups:
@@ -183,19 +197,15 @@ class SubspaceOptimizer(StatefulOptimizer):
         self._is_reduced = False
         present = list(self.present())
         held, self.held = self.held, {}
-        applied = [held[p].low_rank if p in held else _gradient(p) for _, p in present]
+        applied = [held[p].low_rank if p in held else gradient_of(p) for _, p in present]
         check_dense(self, applied)
         squares = read_norms(applied, held.values())
         if self.skips(applied, squares):
             return
-        for (group, param), square in zip(present, squares, strict=True):
-            if group["rank"] is None:
-                self.step_full_rank(group, param)
-            elif param in held:
-                self.apply(group, param, held.pop(param))
-            else:
-                self.refresh(group, param, square)
-                self.apply(group, param, self.project(group, param, square))
+        known = dict(zip((param for _, param in present), squares, strict=True))
+        for group in self.param_groups:
+            params = [param for its, param in present if its is group]
+            self.step_group(group, params, held, known)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients and the held sketches."""
@@ -238,7 +248,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: The share is outside [0, 1]; the parameter is not projected, has no gradient
                 or is not the optimizer's; a rule needs the gradient itself when the step is taken;
-                or with `reduce` set the processes call it for different parameters or shares.
+                capturable is True; or with `reduce` set the processes call it for different
+                parameters or shares.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share!r}: expected a number in [0, 1]")
@@ -250,6 +261,11 @@ class SubspaceOptimizer(StatefulOptimizer):
                 "backward passes add to it"
             )
         check_sketch_suffices(self, group)
+        if self.is_capturable:
+            raise ValueError(
+                "capturable is True, but sketches of micro-batches are accumulated by the host: "
+                "build the optimizer without capturable"
+            )
         if param.grad is None:
             raise ValueError(f"parameter '{name}' has no gradient: call accumulate after backward")
         if self._reduce is not None:
@@ -263,7 +279,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         if share:
             if self.is_due(group, param):
                 if self._reduce is not None:
-                    param.grad = self._reduce(_gradient(param))
+                    param.grad = self._reduce(gradient_of(param))
                 self.refresh(group, param)
             part, held = self.project(group, param).part(share), self.held.get(param)
             self.held[param] = part if held is None else held.add_(part)
@@ -282,148 +298,17 @@ class SubspaceOptimizer(StatefulOptimizer):
         zero_where_others_have_gradients(self, self._reduce, self.held)
         for group, param in self.present():
             if not is_sketched(self, group):
-                param.grad = self._reduce(_gradient(param))
+                param.grad = self._reduce(gradient_of(param))
             elif param.grad is not None:
                 self.accumulate_agreed(group, param)
         self._is_reduced = True
 
-    def is_due(self, group: Group, param: Tensor) -> bool:
-        """Whether the next nonzero gradient sets P.
-
-        True at the first part of an update whose step is a refresh of the rule's clock, and from
-        then on until a nonzero gradient arrives.
-        """
-        return is_due(self.basis_rule(group), self.state_of(group, param), param in self.held)
-
-    @torch.no_grad()
-    @without_autocast()
-    def refresh(self, group: Group, param: Tensor, square: Tensor | None = None) -> None:
-        """Sets P from the gradient if P is due and the gradient is nonzero.
-
-        Args:
-            group: The parameter's group.
-            param: A parameter with a `grad`.
-            square: The squared norm of its gradient, if known.
-        """
-        if not self.is_due(group, param):
-            return
-        side, state, name = self.side(group, param), self.state[param], name_of(self, param)
-        old, key = basis_of(state), f"{group['seed']}/{unwrapped(name)}/{int(state['step'])}"
-        gradient = to_matrix(_gradient(param), side)
-        if set_basis_(self.basis_rule(group), state, gradient, side, key, name, square):
-            self._transport(group, param, old)
-
-    def moves(self, group: Group, param: Tensor) -> bool:
-        """Whether P moves at the next step; it does not at the step that sets it."""
-        return moves(self.basis_rule(group), self.state_of(group, param))
-
-    @torch.no_grad()
-    @without_autocast()
-    def project(self, group: Group, param: Tensor, square: Tensor | None = None) -> Sketch:
-        """Computes the sketch of one projected parameter's gradient, with what its rules need.
-
-        Args:
-            group: The parameter's group.
-            param: A parameter with a `grad`.
-            square: The squared norm of its gradient, if known.
-        """
-        state = self.state_of(group, param)
-        matrix = to_matrix(_gradient(param), self.side(group, param))
-        statistics = merged(self.lift(group).needs.statistics)
-        if self.moves(group, param):
-            statistics = merged(statistics, self.basis_rule(group).needs.statistics)
-        known = {} if square is None else {"squared_norm": square}
-        return make_sketch(basis_of(state), matrix, statistics, self._reduce, known)
-
-    @torch.no_grad()
-    @without_autocast()
-    def apply(self, group: Group, param: Tensor, sketch: Sketch) -> None:
-        """One step of W and of P from a sketch, in place.
-
-        Reads the gradient itself only if a rule needs it.
-        """
-        basis_rule, rule, lift = self.basis_rule(group), self.rule(group), self.lift(group)
-        state, side = self.state_of(group, param), self.side(group, param)
-        basis, step, moves = basis_of(state), int(state["step"]), self.moves(group, param)
-        gradient = None if param.grad is None else to_matrix(param.grad, side)
-        if moves and basis_rule.order == "before":
-            self._move(group, param, sketch, step)
-            assert gradient is not None
-            sketch = make_sketch(basis, gradient, merged(lift.needs.statistics))
-        low_rank, lr = to_matrix(sketch.low_rank, side), float(group["lr"])
-        direction, rate = rule.step(low_rank, state, step + 1, lr if lift.linear else 1.0)
-        rate = rate if lift.linear else rate * lr
-        own = of_prefix(state, LIFT_PREFIX)
-        lifted = lift.apply(to_matrix(direction, side), Seen(basis, sketch, gradient, own, side))
-        check_lift_state(lift, lifted.state, own)
-        alpha, beta = self.coefficients(group, rate * lifted.scale)
-        key = self.rounding_key(group, param, step)
-        add_lifted_(to_matrix(param, side), basis, lifted, alpha, beta, key)
-        for name, value in lifted.state.items():
-            own[name].copy_(value)
-        state["step"] += 1
-        if moves and basis_rule.order == "after":
-            self._move(group, param, sketch, step)
-
-    def _move(self, group: Group, param: Tensor, sketch: Sketch, step: int) -> None:
-        """Moves P at a step, from 0. Its optimizer's first step is the first after P was set."""
-        state, side, lr = self.state[param], self.side(group, param), self.projector_lr(group)
-        basis = basis_of(state)
-        assert isinstance(basis, Tensor)
-        old = basis.clone() if group.get("transport_moments") else basis
-        moved = move_basis_(self.basis_rule(group), state, side, sketch, step, lr)
-        if moved and lr:  # with a step size of 0 P stays unchanged
-            self._transport(group, param, old)
-
-    def _transport(self, group: Group, param: Tensor, old: Basis) -> None:
-        """Carries the moments of R over from the old P to the current one, if requested."""
-        state = self.state[param]
-        taken = int(state["step"])
-        if group.get("transport_moments") and taken:
-            change = change_of(old, basis_of(state), self.side(group, param))
-            self.rule(group).transport_(state, change, taken)
-
-    def step_full_rank(self, group: Group, param: Tensor) -> None:
-        """One step of a parameter that is not projected, in place."""
-        gradient = self.full_rank_gradient(group, param)
-        state, rule = self.state_of(group, param), self.rule(group)
-        key = self.rounding_key(group, param, int(state["step"]))
-        state["step"] += 1
-        direction, rate = rule.step(gradient, state, int(state["step"]), float(group["lr"]))
-        direction = self.full_rank_direction(group, direction)
-        add_(param, direction, *self.coefficients(group, rate), key)
-
-    def full_rank_direction(self, group: Group, direction: Tensor) -> Tensor:
-        """Transforms the rule's direction for a parameter that is not projected."""
-        return direction
-
-    def full_rank_gradient(self, group: Group, param: Tensor) -> Tensor:
-        """The input of the rule for a parameter that is not projected, in float32 or float64."""
-        return _gradient(param).to(accumulator_dtype(param.dtype))
-
-    def rounding_key(self, group: Group, param: Tensor, step: int) -> str | None:
-        """Identifies the random bits that round a weight at a step, from 0; None: to nearest.
-
-        A resumed run repeats the bits, and so does every process that holds the same shard of the
-        weight. Different shards have different bits.
-        """
-        if not group.get("stochastic_rounding") or param.dtype != torch.bfloat16:
-            return None
-        name, part = unwrapped(name_of(self, param)), part_of(param)
-        return f"stochastic_rounding/{group['seed']}/{name}/{step}/{','.join(map(str, part))}"
-
-    def coefficients(self, group: Group, rate: float) -> tuple[float, float]:
-        """(alpha, beta) of `W <- beta * W + alpha * D`, a step with decoupled weight decay."""
-        keep = 1 - float(group["lr"]) * group["weight_decay"]
-        return (-rate if self.decays_first else -rate * keep), keep
+    def check_group(self, group: Group) -> None:
+        """Raises ValueError for an option that is out of range, naming it and the choices."""
+        super().check_group(group)
+        check_capturable(self, group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restores a `state_dict`; see `StatefulOptimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
         forward_reduce()  # called by accelerate, which may not have been imported before
-
-
-def _gradient(param: Tensor) -> Tensor:
-    if param.grad is None:
-        raise ValueError("this parameter has no gradient")
-    return param.grad

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from osd_names import Side
+from osd_torch.numerics import Number, per_part
 from osd_torch.sharding import local
 from osd_torch.sketch import Basis, TwoSided, product
 
@@ -31,8 +32,18 @@ class Change(NamedTuple):
         return Change(*(None if side is None else side.square() for side in self))
 
 
+def bias_corrections(
+    betas: tuple[float, float], t: int | Tensor, moment: Tensor
+) -> tuple[Number, Number]:
+    """`1 - beta ** t` for both betas: numbers, or for a stack tensors that broadcast with it."""
+    if isinstance(t, Tensor):  # in float64, as on the host: in float32, 1 - 0.999 has 4 digits
+        of_parts = [per_part(1 - beta**t, moment).to(moment.dtype) for beta in betas]
+        return of_parts[0], of_parts[1]
+    return 1 - betas[0] ** t, 1 - betas[1] ** t
+
+
 def second_moment_after(
-    first: Tensor, second: Tensor, change: Change, betas: tuple[float, float], t: int
+    first: Tensor, second: Tensor, change: Change, betas: tuple[float, float], t: int | Tensor
 ) -> Tensor:
     """Adam's second moment in the new basis, estimated as in LDAdam (arXiv 2410.16103).
 
@@ -45,9 +56,9 @@ def second_moment_after(
         second: v before the change.
         change: The change of P.
         betas: Decay of m and of v.
-        t: The number of steps taken.
+        t: The number of steps taken; of a stack on the device, one for each matrix.
     """
-    c1, c2 = 1 - betas[0] ** t, 1 - betas[1] ** t
+    c1, c2 = bias_corrections(betas, t, first)
     mean = local(first) / c1
     variance = change.squared().of(local(second) / c2 - mean.square())
     return variance.add_(change.of(mean).square()).abs_().mul_(c2)

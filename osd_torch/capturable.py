@@ -1,0 +1,186 @@
+"""Steps that read nothing on the host: for CUDA graphs and `torch.compile`.
+
+With `capturable=True` the number of steps, the learning rate and P's step size may be tensors on
+the device, and `torch.where` decides what the host decides otherwise: whether a step is skipped,
+whether P moves, whether a gradient has a direction. Setting P from a gradient is the exception. It
+needs the host, as an SVD does, and happens in `refresh_`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osd_torch.basis_rule import name_of_rule
+from osd_torch.bucket_optimizer import BucketOptimizer, gradient_of
+from osd_torch.bucket_step import Method
+from osd_torch.buckets import Bucket, in_buckets
+from osd_torch.numerics import without_autocast
+from osd_torch.rules import Rule
+from osd_torch.sharding import (
+    all_finite,
+    finite_on_device,
+    is_distributed,
+    on_host,
+    squared_norms,
+)
+from osd_torch.state import NOT_SET, Group, named_parameters
+
+Present = Sequence[tuple[Group, Tensor]]
+
+
+class CapturableOptimizer(BucketOptimizer):
+    """An optimizer that can step without the host.
+
+    See `osd_torch.subspace.SubspaceOptimizer`, which takes the steps.
+    """
+
+    _plan: list[tuple[Group, Bucket, Method]] | None = None  # the buckets of the next step
+    _planned_for: tuple[int, ...] = ()  # the parameters of which they consist
+    # Steps until P of one of them may be due; None: the host has to read the numbers of steps.
+    _steps_to_refresh: int | None = None
+
+    def present(self) -> Iterator[tuple[Group, Tensor]]:
+        """The parameters that the next step updates, each with its group."""
+        raise NotImplementedError
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether steps read nothing on the host."""
+        return any(group.get("capturable") for group in self.param_groups)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy, a loaded state or a pickle; the buckets are formed again."""
+        super().__setstate__(state)
+        self._plan = None
+
+    @torch.no_grad()
+    @without_autocast()
+    def refresh_(self) -> None:
+        """Sets P of each matrix that is due, and prepares the next step, with `capturable=True`.
+
+        `step` calls it, except while a CUDA graph is captured and inside `torch.compile`. There,
+        call it after each backward pass, before the graph is replayed or the compiled step is
+        called. It reads the device only if P may be due.
+
+        Example:
+            >>> import torch, osd_torch
+            >>> layer = torch.nn.Linear(8, 6)
+            >>> optimizer = osd_torch.SubspaceAdamW(
+            ...     layer.parameters(), torch.tensor(0.01), rank=2, capturable=True,
+            ...     basis=osd_torch.online_pca(step_size=lambda lr: 5 * lr))
+            >>> compiled_step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+            >>> for _ in range(2):
+            ...     optimizer.zero_grad()
+            ...     layer(torch.ones(1, 8)).sum().backward()
+            ...     optimizer.refresh_()
+            ...     compiled_step()
+        """
+        present = list(self.present())
+        params = tuple(id(param) for _, param in present)
+        if params != self._planned_for or self._plan is None:
+            for group, param in present:
+                self.state_of(group, param)
+            self._plan = [
+                (group, bucket, self.method(group, bucket))
+                for group in self.param_groups
+                for bucket in in_buckets(self, group, [p for g, p in present if g is group], {})
+            ]
+            self._planned_for, self._steps_to_refresh = params, None
+        if self._steps_to_refresh is None or self._steps_to_refresh <= 0:
+            self._refresh_where_due([pair for pair in present if pair[0]["rank"] is not None])
+        if self._steps_to_refresh is not None:
+            self._steps_to_refresh -= 1
+
+    def _refresh_where_due(self, present: Present) -> None:
+        """Reads the numbers of steps and sets P where it is due."""
+        counts = [self.state[param][name] for _, param in present for name in ("step", "set_at")]
+        numbers = [int(x) for x in on_host(counts)]
+        remaining = [2**31]
+        due = []
+        for (group, param), step, set_at in zip(present, numbers[::2], numbers[1::2], strict=True):
+            every = self.basis_rule(group).clock.refresh_every
+            is_due = step == 0 or set_at == NOT_SET or (every is not None and step % every == 0)
+            if is_due and set_at != step:
+                due.append((group, param))
+            if every is not None:
+                remaining.append(every - step % every)
+        self._steps_to_refresh = min(remaining)
+        if not due:
+            return
+        gradients = [gradient_of(param) for _, param in self.present()]
+        if not all_finite(gradients):
+            self._steps_to_refresh = None  # the step will be skipped
+        else:
+            squares = on_host(squared_norms([gradient_of(param) for _, param in due]))
+            for (group, param), square in zip(due, squares, strict=True):
+                self.refresh(group, param, square)
+                if int(self.state[param]["set_at"]) == NOT_SET:
+                    self._steps_to_refresh = None  # it waits for a gradient
+
+    def step_on_device(self) -> None:
+        """One step without the host."""
+        if self._is_recorded():
+            if self._plan is None:
+                raise RuntimeError(
+                    "a step is captured or compiled before its buckets are known: call "
+                    "optimizer.refresh_() after the backward pass, before the step"
+                )
+        else:
+            self.refresh_()
+        assert self._plan is not None
+        params = [param for _, bucket, _ in self._plan for param in bucket.params]
+        gradients = [gradient_of(param) for param in params]
+        squares = squared_norms(gradients)
+        is_finite = finite_on_device(gradients, squares)
+        self.count_on_device(is_finite)
+        start = 0
+        for group, bucket, planned in self._plan:
+            method, end = self.at_current_rates(group, planned), start + len(bucket.params)
+            square = torch.where(is_finite, torch.stack(squares[start:end]), 0)
+            self.step_bucket(group, bucket, method, None, square, is_finite)
+            start = end
+
+    def _is_recorded(self) -> bool:
+        """Whether the step is captured by a CUDA graph or compiled, instead of executed."""
+        if torch.compiler.is_compiling():
+            return True
+        is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if is_captured:
+            self._steps_to_refresh = None  # replays are not counted
+        return is_captured
+
+
+def check_capturable(optimizer: CapturableOptimizer, group: Group) -> None:
+    """Raises ValueError for a group with `capturable=True` whose step needs the host."""
+    if len({bool(each.get("capturable")) for each in optimizer.param_groups}) > 1:
+        raise ValueError("capturable is True for some groups only: expected the same for all")
+    reason = _reason_for_the_host(optimizer, group)
+    if group.get("capturable") and reason is not None:
+        raise ValueError(f"capturable is True, but {reason}")
+
+
+def _reason_for_the_host(optimizer: CapturableOptimizer, group: Group) -> str | None:
+    """Why a step of a group needs the host; None if it does not."""
+    if group.get("foreach") is False:
+        return "foreach is False, and such steps are those of stacks: leave foreach out"
+    if group.get("stochastic_rounding"):
+        return "stochastic_rounding is True, whose bits depend on the number of the step"
+    for name, param in named_parameters(group):
+        if is_distributed(param):
+            return f"parameter '{name}' is a DTensor: shard the model, or capture its steps"
+    rules: list[Rule | None] = [optimizer.rule(group)]
+    if group["rank"] is not None:
+        lift, basis_rule = optimizer.lift(group), optimizer.basis_rule(group)
+        if not lift.stacks:
+            return f"the lift {name_of_rule(lift)} does not accept stacks (Lift.stacks)"
+        if basis_rule.gradient is not None and not basis_rule.stacks:
+            return f"the basis rule {name_of_rule(basis_rule)} does not accept stacks"
+        rules.append(basis_rule.optimizer)
+    for rule in rules:
+        if rule is not None and not rule.capturable:
+            return f"{name_of_rule(rule)} reads the number of the step on the host"
+    return None
