@@ -25,6 +25,7 @@ from osd_torch.clipping import clip_
 from osd_torch.diagnostics import projectors
 from osd_torch.guard import skipped_steps
 from osd_torch.layerwise import LayerwiseUpdates
+from osd_torch.layout import SubspaceDimensionNumbers
 from osd_torch.lift import Lift, Lifted, Seen, scaled, sign_after_lift
 from osd_torch.muon import SubspaceMuon
 from osd_torch.newton_schulz import orthogonalized
@@ -60,6 +61,7 @@ __all__ = [
     "SubspaceAdafactor",
     "SubspaceAdamW",
     "SubspaceAdamW8bit",
+    "SubspaceDimensionNumbers",
     "SubspaceLion",
     "SubspaceMuon",
     "SubspaceOptimizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from osd_names import ResolvedSide
@@ -9,21 +11,27 @@ from osd_torch.bases import each_matrix
 from osd_torch.basis_rule import MOVE, REFRESH, BasisRule, check_fresh
 from osd_torch.layout import to_matrix
 from osd_torch.numerics import Number, float32_or_more, has_direction, select_
+from osd_torch.rules import Count, of_stack
 from osd_torch.sharding import distributed_as, local, squared_norm, whole
 from osd_torch.sketch import Basis, Sketch
-from osd_torch.state import NOT_SET, PREFIX, basis_of, named_bases, of_prefix
+from osd_torch.state import NOT_SET, ON_HOST, PREFIX, basis_of, named_bases, of_prefix
 
 
-def is_due(rule: BasisRule, state: dict[str, Tensor], is_held: bool) -> bool:
-    """Whether the next nonzero gradient sets P.
+def is_due(rule: BasisRule, state: Mapping[str, Tensor], is_held: bool) -> bool:
+    """Whether the next nonzero gradient sets P, or one P of a stack.
 
     Args:
         rule: The rule of P.
-        state: State of the parameter.
+        state: State of the parameter, or this process's part of a stack's.
         is_held: Whether a sketch of a part of the update is already held.
     """
-    is_first_part = rule.clock.event(int(state["step"])) == REFRESH and not is_held
-    return is_first_part or int(state["set_at"]) == NOT_SET
+    for step, set_at in zip(
+        *(local(state[name]).flatten().tolist() for name in ON_HOST), strict=True
+    ):
+        is_first_part = rule.clock.event(int(step)) == REFRESH and not is_held
+        if is_first_part or set_at == NOT_SET:
+            return True
+    return False
 
 
 def moves(rule: BasisRule, step: int, set_at: int) -> bool:
@@ -31,10 +39,12 @@ def moves(rule: BasisRule, step: int, set_at: int) -> bool:
     return rule.clock.event(step) == MOVE and set_at not in (step, NOT_SET)
 
 
-def moves_on_device(rule: BasisRule, step: Tensor, set_at: Tensor) -> Tensor:
+def moves_each(rule: BasisRule, step: Count, set_at: Count) -> Tensor:
     """`moves` for each matrix of a stack, whose P has been set if it was due."""
     assert rule.clock.move_every is not None
-    return (step % rule.clock.move_every == 0) & (set_at != NOT_SET) & (set_at != step)
+    is_set = (set_at != NOT_SET) & (set_at != step)
+    assert isinstance(is_set, Tensor)
+    return is_set & (step % rule.clock.move_every == 0)
 
 
 def set_basis_(
@@ -88,7 +98,8 @@ def move_basis_(
     state: dict[str, Tensor],
     side: ResolvedSide,
     sketch: Sketch,
-    step: int | Tensor,
+    step: Count,
+    set_at: Count,
     lr: Number,
     moving: Tensor | None = None,
 ) -> bool | Tensor:
@@ -100,8 +111,8 @@ def move_basis_(
             also if P stays unchanged.
         side: The side that P projects.
         sketch: The sketch of the gradient for this P, with the statistics that the rule needs.
-        step: Step of the parameter, from 0. The first step of P's optimizer is the first after P
-            was set.
+        step: Step of the parameter, from 0; of a stack, a tensor if they differ.
+        set_at: The step at which P was set; P's optimizer takes its first step after that.
         lr: P's step size.
         moving: For each matrix of a stack, whether its P moves at this step; None: all of them.
 
@@ -118,21 +129,21 @@ def move_basis_(
     # The release stores the basis of the input side as rows, and 8-bit blocks run along them.
     gradient = to_matrix(gradient, side)
     if not square.ndim:
-        assert not isinstance(step, Tensor)
-        now = (gradient, moments, step // every - int(state["set_at"]) // every, lr)
+        now = (gradient, moments, step // every - set_at // every, lr)
         if not has_direction(float(square), gradient.dtype):
             optimizer.step(*now)  # updates only its moments
             return False
         optimizer.step_(to_matrix(basis, side), *now, rule.weight_decay)
         _retract_(rule, basis)
         return True
-    stacked = optimizer.stacked(gradient[0])
-    assert stacked is not None
-    t = steps_of_basis(step, state["set_at"], every)
+    t = step // every - set_at // every
+    t = t.clamp(min=1) if isinstance(t, Tensor) else t
     before = {"basis": basis.clone()}
     if moving is not None:
         before |= {name: x.clone() for name, x in moments.items()}
-    stacked.step_(to_matrix(basis, side), gradient, moments, t, lr, rule.weight_decay)
+    of_stack(optimizer, gradient[0]).step_(
+        to_matrix(basis, side), gradient, moments, t, lr, rule.weight_decay
+    )
     _retract_(rule, basis)
     has_moved = has_direction(square, gradient.dtype)
     if moving is not None:
@@ -140,13 +151,6 @@ def move_basis_(
         has_moved = has_moved & moving
     select_({"basis": basis}, before, has_moved)
     return has_moved
-
-
-def steps_of_basis(step: int | Tensor, set_at: Tensor, every: int) -> int | Tensor:
-    """The number of P's step at a step of a stack, from 1: a number if the host knows it."""
-    if isinstance(step, Tensor):
-        return (step // every - set_at // every).clamp(min=1)
-    return step // every - int(set_at[0]) // every
 
 
 def _retract_(rule: BasisRule, basis: Tensor) -> None:

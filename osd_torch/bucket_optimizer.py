@@ -14,10 +14,9 @@ from torch import Tensor
 
 from osd_torch.basis_step import is_due, set_basis_
 from osd_torch.bucket_step import Method, apply_, project, step_full_rank_, transport_
-from osd_torch.buckets import Bucket, in_buckets, rule_of
-from osd_torch.layout import to_matrix
+from osd_torch.buckets import Bucket, bucket_of, in_buckets, rule_of
 from osd_torch.numerics import Number, float32_or_more, without_autocast
-from osd_torch.sharding import Reduce, part_of
+from osd_torch.sharding import Reduce, first_index, on_host, part_of, squared_norm
 from osd_torch.sketch import Sketch
 from osd_torch.state import Group, basis_of, copied, lr_of, name_of, unwrapped
 from osd_torch.stateful import StatefulOptimizer
@@ -58,7 +57,7 @@ class BucketOptimizer(StatefulOptimizer):
         for bucket in in_buckets(self, group, params, held):
             sketches = [held.pop(param) for param in bucket.params if param in held]
             sketch = bucket.joined_sketch(sketches) if sketches else None
-            square = bucket.joined([squares[param] for param in bucket.params])
+            square = bucket.joined_squares([squares[param] for param in bucket.params])
             self.step_bucket(group, bucket, self.method(group, bucket), sketch, square)
 
     def step_bucket(
@@ -67,7 +66,7 @@ class BucketOptimizer(StatefulOptimizer):
         bucket: Bucket,
         method: Method,
         sketch: Sketch | None,
-        square: Tensor,
+        square: Tensor | None,
         is_finite: Tensor | None = None,
     ) -> None:
         """One step of a bucket, in place.
@@ -77,7 +76,7 @@ class BucketOptimizer(StatefulOptimizer):
             bucket: The parameters.
             method: How they are stepped.
             sketch: Of the gradients, if it is held.
-            square: The squared norm of each gradient.
+            square: The squared norm of each gradient, if known.
             is_finite: Whether the step is taken, if only the device knows it.
         """
         gradient = bucket.gradient(method.side)
@@ -97,8 +96,8 @@ class BucketOptimizer(StatefulOptimizer):
     def method(self, group: Group, bucket: Bucket) -> Method:
         """How a bucket of a group is stepped, at the current rates."""
         rule, first = rule_of(self, group, bucket), bucket.params[0]
-        step = 0 if bucket.on_device else int(bucket.step)
-        keys = self.rounding_keys(group, bucket.params, step)
+        step = bucket.step
+        keys = () if isinstance(step, Tensor) else self.rounding_keys(group, bucket.params, step)
         coefficients = functools.partial(self.coefficients, group)
         method = Method(rule, coefficients, keys)
         if group["rank"] is not None:
@@ -136,15 +135,44 @@ class BucketOptimizer(StatefulOptimizer):
         """
         if not self.is_due(group, param):
             return
-        bucket = Bucket((param,), self.state[param])
-        method, name, old = self.method(group, bucket), name_of(self, param), basis_of(bucket.state)
+        bucket, side, name = (
+            self._alone(group, param),
+            self.side(group, param),
+            name_of(self, param),
+        )
+        gradient = bucket.gradient(side)
+        if gradient is None:
+            raise ValueError(f"parameter '{name}' has no gradient")
+        start = f"{group['seed']}/{unwrapped(name)}"
+        if not bucket.is_stack:
+            self._refresh(group, bucket, gradient, f"{start}/{bucket.step}", name, square)
+            return
+        squares, first = on_host(squared_norm(gradient).unbind()), first_index(param)
+        for i, matrix in enumerate(bucket.matrices()):
+            if is_due(self.basis_rule(group), matrix.state, param in self.held):
+                key, name_of_part = f"{start}/{matrix.step}/{first + i}", f"{name}[{first + i}]"
+                self._refresh(group, matrix, gradient[i], key, name_of_part, squares[i])
+
+    def _refresh(
+        self,
+        group: Group,
+        matrix: Bucket,
+        gradient: Tensor,
+        key: str,
+        name: str,
+        square: Tensor | None,
+    ) -> None:
+        """Sets P of one matrix, if the gradient is nonzero; see `set_basis_`."""
+        method, old = self.method(group, matrix), basis_of(matrix.state)
         if method.transports:
             old = copied(old)
-        key = f"{group['seed']}/{unwrapped(name)}/{bucket.step}"
-        gradient = to_matrix(gradient_of(param), method.side)
         rule = self.basis_rule(group)
-        if set_basis_(rule, bucket.state, gradient, method.side, key, name, square):
-            transport_(method, bucket, old)
+        if set_basis_(rule, matrix.state, gradient, method.side, key, name, square):
+            transport_(method, matrix, old)
+
+    def _alone(self, group: Group, param: Tensor) -> Bucket:
+        """The bucket of one parameter."""
+        return bucket_of({**group, "capturable": False}, [param], [self.state_of(group, param)])
 
     @torch.no_grad()
     @without_autocast()
@@ -156,10 +184,13 @@ class BucketOptimizer(StatefulOptimizer):
             param: A parameter with a `grad`.
             square: The squared norm of its gradient, if known.
         """
-        bucket = Bucket((param,), self.state_of(group, param))
+        bucket = self._alone(group, param)
         method = self.method(group, bucket)
-        gradient = to_matrix(gradient_of(param), method.side)
-        return project(method, bucket, gradient, self._reduce, square)
+        gradient = bucket.gradient(method.side)
+        if gradient is None:
+            raise ValueError(f"parameter '{name_of(self, param)}' has no gradient")
+        known = None if bucket.is_stack else square
+        return project(method, bucket, gradient, self._reduce, known)
 
     @torch.no_grad()
     @without_autocast()
@@ -168,7 +199,7 @@ class BucketOptimizer(StatefulOptimizer):
 
         Reads the gradient itself only if a rule needs it.
         """
-        bucket = Bucket((param,), self.state_of(group, param))
+        bucket = self._alone(group, param)
         method = self.method(group, bucket)
         apply_(method, bucket, sketch, bucket.gradient(method.side))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from osd_names import ResolvedSide
 from osd_torch.basis_rule import BasisRule
-from osd_torch.basis_step import move_basis_, moves, moves_on_device
+from osd_torch.basis_step import move_basis_, moves, moves_each
 from osd_torch.buckets import Bucket
 from osd_torch.layout import to_matrix
 from osd_torch.lift import (
@@ -18,13 +18,13 @@ from osd_torch.lift import (
     Lifted,
     Seen,
     add_lifted_,
-    add_lifted_each_,
     check_lift_state,
+    lifted_update,
     scaled,
 )
-from osd_torch.numerics import Number, select_
+from osd_torch.numerics import Number, accumulator_dtype, select_
 from osd_torch.rules import Rule
-from osd_torch.sharding import Reduce
+from osd_torch.sharding import Reduce, local
 from osd_torch.sketch import Basis, Sketch, make_sketch, merged
 from osd_torch.state import LIFT_PREFIX, basis_of, moments_of, of_prefix
 from osd_torch.transport import change_of
@@ -86,9 +86,9 @@ def is_moving(rule: BasisRule, bucket: Bucket) -> bool | Tensor:
     if rule.gradient is None:
         return False
     step, set_at = bucket.step, bucket.set_at
-    if isinstance(step, Tensor) and isinstance(set_at, Tensor):
-        return moves_on_device(rule, step, set_at)
-    return moves(rule, int(step), int(set_at))
+    if isinstance(step, Tensor) or isinstance(set_at, Tensor):
+        return moves_each(rule, step, set_at)
+    return moves(rule, step, set_at)
 
 
 def apply_(
@@ -161,15 +161,27 @@ def _add_(
     is_finite: Tensor | None,
 ) -> None:
     alpha, beta = method.coefficients(rate)
-    weights, keys = bucket.weights(method.side), method.rounding_keys
     if is_finite is not None:
         taken = is_finite.to(torch.float64)
         alpha, beta = alpha * taken, 1 - (1 - beta) * taken
-    if bucket.is_stack:
-        add_lifted_each_(weights, basis, lifted, alpha, beta, keys)
+    if isinstance(alpha, Tensor):
+        lifted, alpha = lifted.times(alpha), 1.0
+    side, keys, own = method.side, method.rounding_keys, [local(param) for param in bucket.params]
+    if not bucket.is_stack:
+        add_lifted_(to_matrix(bucket.params[0], side), basis, lifted, alpha, beta, keys)
+    elif len(own) > 1 and not keys and accumulator_dtype(own[0].dtype) == own[0].dtype:
+        update = lifted_update(basis, lifted)
+        updates = bucket.parted(to_matrix(update, side).contiguous())
+        if isinstance(beta, Tensor):
+            torch._foreach_mul_(own, beta.to(update.dtype))
+        elif beta != 1:
+            torch._foreach_mul_(own, beta)
+        torch._foreach_add_(own, updates, alpha=alpha)
     else:
-        assert not isinstance(alpha, Tensor) and not isinstance(beta, Tensor)
-        add_lifted_(weights[0], basis, lifted, alpha, beta, keys)
+        stack = bucket.joined(bucket.params)
+        add_lifted_(to_matrix(stack, side), basis, lifted, alpha, beta, keys)
+        if stack.data_ptr() != own[0].data_ptr():  # it is not a view
+            torch._foreach_copy_(own, bucket.parted(stack))
 
 
 def _count_(bucket: Bucket, is_finite: Tensor | None) -> None:
@@ -201,7 +213,7 @@ def _move_(
     assert isinstance(basis, Tensor) and method.basis_rule is not None
     old = basis.clone() if method.transports else basis
     moved = move_basis_(
-        method.basis_rule, state, method.side, sketch, step, lr,
+        method.basis_rule, state, method.side, sketch, step, bucket.set_at, lr,
         moving if isinstance(moving, Tensor) else None,
     )  # fmt: skip
     if not method.transports:

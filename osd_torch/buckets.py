@@ -8,16 +8,22 @@ stack's; its names and shapes stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from osd_names import ResolvedSide
-from osd_torch.layout import to_matrix
-from osd_torch.rules import Count, Rule
-from osd_torch.sharding import is_distributed
+from osd_torch.layout import (
+    SubspaceDimensionNumbers,
+    from_stack,
+    matrix_shape,
+    to_matrix,
+    to_stack,
+)
+from osd_torch.rules import Count, Rule, of_stack
+from osd_torch.sharding import is_distributed, local
 from osd_torch.sketch import Sketch
 from osd_torch.state import ON_HOST, Group
 from osd_torch.stateful import StatefulOptimizer
@@ -30,24 +36,27 @@ class Bucket(NamedTuple):
     """Parameters that are stepped together.
 
     Attributes:
-        params: One parameter, or those of a stack.
-        state: The state of the parameter; of a stack, its tensors with one more axis in front, of
-            which the parameters' states are views.
-        on_device: Whether the host does not read the step numbers, which may then differ.
+        params: One matrix, or the parameters of a stack: several matrices, or parameters that are
+            stacks by their dimension numbers.
+        state: The state of the matrix; of a stack, its tensors with one more axis in front, of
+            which the parameters' states are views. Of sharded parameters, this process's part.
+        numbers: The parameters' dimension numbers, if they are stacks.
+        on_device: Whether the host does not read the numbers of steps.
     """
 
     params: tuple[Tensor, ...]
     state: dict[str, Tensor]
+    numbers: SubspaceDimensionNumbers | None = None
     on_device: bool = False
 
     @property
     def is_stack(self) -> bool:
-        """Whether the tensors of the state have one more axis in front."""
+        """Whether the tensors have one more axis in front."""
         return self.state["step"].ndim > 0
 
     @property
     def step(self) -> Count:
-        """The number of steps taken, the same for all; on the device, one for each matrix."""
+        """The number of steps taken: one for all, or a tensor with one for each matrix."""
         return self._count("step")
 
     @property
@@ -57,40 +66,78 @@ class Bucket(NamedTuple):
 
     def _count(self, name: str) -> Count:
         counts = self.state[name]
-        return counts.double() if self.on_device else int(counts[0] if counts.ndim else counts)
+        if not counts.ndim and not self.on_device:
+            return int(counts)
+        if not self.on_device:
+            different = set(counts.flatten().tolist())
+            if len(different) == 1:
+                return int(different.pop())
+        return counts.double().to(self.params[0].device)
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Parameters or gradients as one matrix or stack, a view if possible."""
+        if self.numbers is not None:
+            stacks = [to_stack(local(tensor), self.numbers) for tensor in tensors]
+            return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
+        return torch.stack(list(tensors)) if self.is_stack else tensors[0]
+
+    def parted(self, stack: Tensor) -> list[Tensor]:
+        """The parameters of a stack."""
+        if self.numbers is None:
+            return list(stack.unbind())
+        parts = stack.chunk(len(self.params))
+        shapes = [local(param).shape for param in self.params]
+        return [from_stack(x, self.numbers, shape) for x, shape in zip(parts, shapes, strict=True)]
 
     def gradient(self, side: ResolvedSide) -> Tensor | None:
-        """M, or the stack of each parameter's; None if they have no gradient."""
+        """M, or the stack of each matrix's; None if the parameters have no gradient."""
         gradients = [param.grad for param in self.params if param.grad is not None]
-        if not gradients:
+        return to_matrix(self.joined(gradients), side) if gradients else None
+
+    def joined_squares(self, squares: Sequence[Tensor]) -> Tensor | None:
+        """The squared norm of each matrix, on the device of a stack; None if not known.
+
+        Args:
+            squares: The squared norm of each parameter's gradient.
+        """
+        if self.numbers is not None:
             return None
-        return to_matrix(torch.stack(gradients) if self.is_stack else gradients[0], side)
-
-    def weight(self) -> Tensor:
-        """The parameter, or the stack of them."""
-        return torch.stack(list(self.params)) if self.is_stack else self.params[0]
-
-    def weights(self, side: ResolvedSide) -> list[Tensor]:
-        """Each parameter, laid out as M."""
-        return [to_matrix(param, side) for param in self.params]
-
-    def joined(self, values: Sequence[Tensor]) -> Tensor:
-        """A number for each parameter, such as a squared norm, on the device of a stack."""
         if not self.is_stack:
-            return values[0]
-        return torch.stack(list(values)).to(self.params[0].device, non_blocking=True)
+            return squares[0]
+        return torch.stack(list(squares)).to(self.params[0].device, non_blocking=True)
 
     def joined_sketch(self, sketches: Sequence[Sketch]) -> Sketch:
         """The sketch of the stack from those of its parameters."""
         first = sketches[0]
-        if not self.is_stack:
+        if len(sketches) == 1 and (self.numbers is not None or not self.is_stack):
             return first
+        join = torch.stack if self.numbers is None else torch.cat
+        device = first.low_rank.device
         statistics = {
-            name: self.joined([sketch.statistics[name] for sketch in sketches])
+            name: join([sketch.statistics[name] for sketch in sketches]).to(device)
             for name in first.statistics
         }
-        low_rank = torch.stack([sketch.low_rank for sketch in sketches])
-        return Sketch(low_rank, statistics, first.degrees)
+        return Sketch(join([sketch.low_rank for sketch in sketches]), statistics, first.degrees)
+
+    def matrices(self) -> Iterator[Bucket]:
+        """Each matrix of a parameter by itself."""
+        if not self.is_stack:
+            yield self
+            return
+        for i in range(len(self.state["step"])):
+            yield Bucket(self.params, {name: x[i] for name, x in self.state.items()})
+
+
+def bucket_of(
+    group: Group, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
+) -> Bucket:
+    """The bucket of parameters with these states, which become views of the bucket's."""
+    numbers, capturable = group.get("dimension_numbers"), bool(group.get("capturable"))
+    if len(states) == 1 and (numbers is not None or not capturable):
+        state = {name: local(x) for name, x in states[0].items()} if numbers else states[0]
+    else:
+        state = stacked(states, is_batch=numbers is not None)
+    return Bucket(tuple(params), state, numbers, capturable)
 
 
 def in_buckets(
@@ -112,13 +159,7 @@ def in_buckets(
         key = _kind(optimizer, group, param, param in held)
         alike.setdefault(param if key is None else key, []).append(param)
     parts = [part for same in alike.values() for part in _of_limited_size(same)]
-    return [_together(optimizer, part, bool(group.get("capturable"))) for part in parts]
-
-
-def _together(optimizer: StatefulOptimizer, params: list[Tensor], capturable: bool) -> Bucket:
-    states = [optimizer.state[param] for param in params]
-    is_stack = len(params) > 1 or capturable
-    return Bucket(tuple(params), stacked(states) if is_stack else states[0], capturable)
+    return [bucket_of(group, part, [optimizer.state[param] for param in part]) for part in parts]
 
 
 def _kind(
@@ -129,7 +170,7 @@ def _kind(
         return None
     gradient = None if param.grad is None else param.grad.dtype
     kind = (tuple(param.shape), param.is_contiguous(), param.dtype, param.device, gradient, is_held)
-    if group.get("capturable"):
+    if group.get("capturable") or group.get("dimension_numbers") is not None:
         return kind
     state = optimizer.state[param]
     return (*kind, *(int(state[name]) for name in ON_HOST if name in state))
@@ -157,19 +198,18 @@ def can_stack(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> bool
 
 
 def rule_of(optimizer: StatefulOptimizer, group: Group, bucket: Bucket) -> Rule:
-    """The weight rule of a bucket: that of its group, or the one that steps its stack."""
+    """The weight rule of a bucket: that of its group, or one that steps its stack."""
     rule, like = optimizer.rule(group), bucket.params[0]
     if not bucket.is_stack:
         return rule
-    stacked = rule.stacked(like if group["rank"] is None else low_rank_like(optimizer, group, like))
-    assert stacked is not None
-    return stacked
+    return of_stack(rule, like if group["rank"] is None else low_rank_like(optimizer, group, like))
 
 
 def low_rank_like(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> Tensor:
-    """A tensor with the shape of a parameter's R, in the layout of the weight; takes no memory."""
-    side, rank = optimizer.side(group, param), min(group["rank"], *param.shape)
-    output, inputs = param.shape
+    """A tensor with the shape of a matrix's R, in the layout of the weight; takes no memory."""
+    side = optimizer.side(group, param)
+    output, inputs = matrix_shape(param.shape, group.get("dimension_numbers"))
+    rank = min(group["rank"], output, inputs)
     shape = (output if side == "input" else rank, inputs if side == "output" else rank)
     return torch.empty(shape, device="meta")
 
@@ -180,22 +220,28 @@ def _of_limited_size(params: list[Tensor]) -> list[list[Tensor]]:
     return [params[i : i + count] for i in range(0, len(params), count)]
 
 
-def stacked(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The states of several parameters as one, of which theirs become views."""
-    return {name: _stacked(states, name) for name in states[0]}
+def stacked(states: Sequence[dict[str, Tensor]], is_batch: bool) -> dict[str, Tensor]:
+    """The states of several parameters as one, of which theirs become views.
+
+    Args:
+        states: The states.
+        is_batch: Whether each is that of a stack already.
+    """
+    return {name: _stacked(states, name, is_batch) for name in states[0]}
 
 
-def _stacked(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+def _stacked(states: Sequence[dict[str, Tensor]], name: str, is_batch: bool) -> Tensor:
     parts = [state[name] for state in states]
-    stack = _of_views(parts)
+    stack = _of_views(parts, is_batch)
     if stack is None:
-        stack = torch.stack(parts)
-        for state, part in zip(states, stack.unbind(), strict=True):
-            state[name] = part
+        stack = torch.cat(parts) if is_batch else torch.stack(parts)
+        views = stack.chunk(len(parts)) if is_batch else stack.unbind()
+        for state, view in zip(states, views, strict=True):
+            state[name] = view
     return stack
 
 
-def _of_views(parts: Sequence[Tensor]) -> Tensor | None:
+def _of_views(parts: Sequence[Tensor], is_batch: bool) -> Tensor | None:
     """The stack of which tensors are the consecutive parts; None if there is none."""
     first = parts[0]
     size, start, memory = first.numel(), first.storage_offset(), first.untyped_storage()
@@ -205,4 +251,7 @@ def _of_views(parts: Sequence[Tensor]) -> Tensor | None:
             return None
     if (start + len(parts) * size) * first.element_size() > memory.nbytes():
         return None  # empty tensors share the address 0
+    if is_batch:
+        shape = (len(parts) * first.shape[0], *first.shape[1:])
+        return first.as_strided(shape, first.stride(), start)
     return first.as_strided((len(parts), *first.shape), (size, *first.stride()), start)

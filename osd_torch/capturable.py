@@ -97,7 +97,9 @@ class CapturableOptimizer(BucketOptimizer):
 
     def _refresh_where_due(self, present: Present) -> None:
         """Reads the numbers of steps and sets P where it is due."""
-        counts = [self.state[param][name] for _, param in present for name in ("step", "set_at")]
+        counts = [
+            self.state[param][name].min() for _, param in present for name in ("step", "set_at")
+        ]
         numbers = [int(x) for x in on_host(counts)]
         remaining = [2**31]
         due = []
@@ -118,7 +120,7 @@ class CapturableOptimizer(BucketOptimizer):
             squares = on_host(squared_norms([gradient_of(param) for _, param in due]))
             for (group, param), square in zip(due, squares, strict=True):
                 self.refresh(group, param, square)
-                if int(self.state[param]["set_at"]) == NOT_SET:
+                if int(self.state[param]["set_at"].min()) == NOT_SET:
                     self._steps_to_refresh = None  # it waits for a gradient
 
     def step_on_device(self) -> None:
@@ -140,7 +142,8 @@ class CapturableOptimizer(BucketOptimizer):
         start = 0
         for group, bucket, planned in self._plan:
             method, end = self.at_current_rates(group, planned), start + len(bucket.params)
-            square = torch.where(is_finite, torch.stack(squares[start:end]), 0)
+            square = bucket.joined_squares(squares[start:end])
+            square = None if square is None else torch.where(is_finite, square, 0)
             self.step_bucket(group, bucket, method, None, square, is_finite)
             start = end
 

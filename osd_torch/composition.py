@@ -21,7 +21,13 @@ from osd_torch.groups import (
     projected_groups,
     side_of,
 )
-from osd_torch.layout import check_basis_dtype, check_rank, resolve_side
+from osd_torch.layout import (
+    SubspaceDimensionNumbers,
+    check_basis_dtype,
+    check_rank,
+    matrix_shape,
+    resolve_side,
+)
 from osd_torch.lift import Lift, scaled
 from osd_torch.numerics import Number, check_number, check_period
 from osd_torch.published import published_basis
@@ -55,6 +61,8 @@ class Subspace(TypedDict, total=False):
             None: on a GPU, for matrices of fewer than 2**24 values.
         capturable: Whether a step reads nothing on the host, so that a CUDA graph can capture it
             and `torch.compile` compile it; see `SubspaceOptimizer.refresh_`.
+        dimension_numbers: The axes of the parameters' matrices, if they are stacks of matrices
+            (experts) or have more axes than a matrix (convolutions). Each matrix has its own P.
     """
 
     rank: int | None
@@ -68,6 +76,7 @@ class Subspace(TypedDict, total=False):
     seed: int
     foreach: bool | None
     capturable: bool
+    dimension_numbers: SubspaceDimensionNumbers | None
 
 
 class PublishedOptimizer(SubspaceOptimizer):
@@ -152,7 +161,7 @@ class PublishedOptimizer(SubspaceOptimizer):
 
     def side(self, group: Group, param: Tensor) -> ResolvedSide:
         """The side of a matrix (output, input) that P projects, from `side` or `proj_type`."""
-        return resolve_side(side_of(group), param)
+        return resolve_side(side_of(group), matrix_shape(param.shape, group["dimension_numbers"]))
 
     def basis_rule(self, group: Group) -> BasisRule:
         """The basis rule: `basis`, or the one of `proj_type`."""

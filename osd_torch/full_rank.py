@@ -85,4 +85,8 @@ class FullRankAdam(PublishedOptimizer):
 
     def full_rank_gradient(self, group: Group, bucket: Bucket, gradient: Tensor) -> Tensor:
         """The gradient plus its L2 term."""
-        return gradient.add(bucket.weight(), alpha=group["l2"]) if group["l2"] else gradient
+        return (
+            gradient.add(bucket.joined(bucket.params), alpha=group["l2"])
+            if group["l2"]
+            else gradient
+        )

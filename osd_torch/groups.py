@@ -258,6 +258,7 @@ SUBSPACE_DEFAULTS: dict[str, Any] = {
     "transport_moments": False,
     "foreach": None,
     "capturable": False,
+    "dimension_numbers": None,
     "stochastic_rounding": False,
     "seed": 0,
     "basis": None,

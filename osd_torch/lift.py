@@ -18,7 +18,6 @@ from osd_names import ResolvedSide
 from osd_torch.basis_rule import name_of_rule
 from osd_torch.numerics import (
     Number,
-    accumulator_dtype,
     check_number,
     random_bits,
     round_stochastically,
@@ -72,6 +71,20 @@ class Lifted(NamedTuple):
     then: Callable[[Tensor], Tensor] | None = None
     scale: float = 1.0
     state: Mapping[str, Tensor] = {}
+
+    def times(self, factor: Tensor) -> Lifted:
+        """The update of a stack times a number, or one for each matrix, (b, 1, 1).
+
+        A factor of 0 leaves out even an update of NaN.
+        """
+
+        def scaled(x: Tensor) -> Tensor:
+            return torch.where(factor == 0, 0, x * factor.to(x.dtype))
+
+        if self.rest is None and self.then is None and self.low_rank is not None:
+            return self._replace(low_rank=scaled(self.low_rank))
+        then = self.then or (lambda x: x)
+        return self._replace(then=lambda x: scaled(then(x)))
 
 
 def no_state(matrix: Tensor, low_rank: Tensor) -> dict[str, Tensor]:
@@ -203,56 +216,6 @@ def add_lifted_(
     add_product_(left, right, beta=beta, alpha=alpha)
 
 
-def add_lifted_each_(
-    weights: Sequence[Tensor],
-    basis: Basis | None,
-    lifted: Lifted,
-    alpha: Number,
-    beta: Number,
-    rounding_keys: Sequence[str] = (),
-) -> None:
-    """`add_lifted_` for several matrices with one stack of updates, in temporaries of its size.
-
-    Args:
-        weights: The matrices, each (p, q).
-        basis: The stack of their P, (b, p, r); None without a lifted part.
-        lifted: The update of the stack.
-        alpha: The factor of the update, or one for each matrix, (b, 1, 1); a tensor's 0 leaves out
-            even an update of NaN.
-        beta: The factor of the weights.
-        rounding_keys: One for each weight, or none; see `add_`.
-    """
-    if isinstance(alpha, Tensor):
-        lifted, alpha = _times(alpha, lifted), 1.0
-    is_turned = not weights[0].is_contiguous()
-    own = [weight.mT for weight in weights] if is_turned else list(weights)
-    if rounding_keys or accumulator_dtype(own[0].dtype) != own[0].dtype:
-        stack = torch.stack(own)
-        matrices = stack.mT if is_turned else stack
-        add_lifted_(matrices, basis, lifted, alpha, beta, rounding_keys)
-        torch._foreach_copy_(own, stack.unbind())
-        return
-    update = lifted_update(basis, lifted)
-    update = (update.mT if is_turned else update).contiguous()
-    if isinstance(beta, Tensor):
-        torch._foreach_mul_(own, beta.to(update.dtype))
-    elif beta != 1:
-        torch._foreach_mul_(own, beta)
-    torch._foreach_add_(own, update.unbind(), alpha=alpha)
-
-
-def _times(factor: Tensor, lifted: Lifted) -> Lifted:
-    """An update of a stack, times one number or one for each matrix."""
-
-    def scaled(x: Tensor) -> Tensor:
-        return torch.where(factor == 0, 0, x * factor.to(x.dtype))
-
-    if lifted.rest is None and lifted.then is None and lifted.low_rank is not None:
-        return lifted._replace(low_rank=scaled(lifted.low_rank))
-    then = lifted.then or (lambda x: x)
-    return lifted._replace(then=lambda x: scaled(then(x)))
-
-
 def lifted_update(basis: Basis | None, lifted: Lifted) -> Tensor:
     """then(P D + rest), (p, q)."""
     if lifted.low_rank is None:
@@ -296,9 +259,9 @@ def add_(
     else:
         result.add_(direction, alpha=alpha)
     if rounding_keys:
-        parts = [result] if len(rounding_keys) == 1 else result.unbind()
+        parts = result.chunk(len(rounding_keys))
         bits = [random_bits(*pair) for pair in zip(parts, rounding_keys, strict=True)]
-        result = round_stochastically(result, bits[0] if len(bits) == 1 else torch.stack(bits))
+        result = round_stochastically(result, bits[0] if len(bits) == 1 else torch.cat(bits))
     if result is not weight:
         weight.copy_(result)
 

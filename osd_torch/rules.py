@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
@@ -374,3 +374,53 @@ def check_can_transport(rule: Rule) -> None:
     """Raises ValueError for a rule that cannot carry its state over to another P."""
     if type(rule).transport_ is Rule.transport_:
         rule.transport_({}, Change(None, None), 1)
+
+
+@dataclass(frozen=True)
+class EachPart(Rule):
+    """Steps the parts of a stack one at a time, for a rule that does not accept stacks.
+
+    Attributes:
+        rule: The rule.
+    """
+
+    rule: Rule
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The state of each part."""
+        one = self.rule.init(like[0])
+        return {name: x.new_zeros((len(like), *x.shape)) for name, x in one.items()}
+
+    def step(self, gradient: Tensor, state: State, t: Count, lr: Number) -> tuple[Tensor, Number]:
+        """One step; see `Rule`. The parts have taken the same number of steps."""
+        assert not isinstance(t, Tensor)
+        steps = [self.rule.step(gradient[i], own, t, lr) for i, own in _parts(state, gradient)]
+        if not steps:
+            return torch.zeros_like(gradient), lr
+        return torch.stack([direction for direction, _ in steps]), steps[0][1]
+
+    def step_(
+        self, x: Tensor, gradient: Tensor, state: State, t: Count, lr: Number, weight_decay: float
+    ) -> None:
+        """Applies the step to each part of x."""
+        for i, own in _parts(state, gradient):
+            of_part = int(t[i]) if isinstance(t, Tensor) else t
+            self.rule.step_(x[i], gradient[i], own, of_part, lr, weight_decay)
+
+    def transport_(self, state: State, change: Change, t: Count) -> None:
+        """Carries over the moments of each part."""
+        sides = [side for side in change if side is not None]
+        for i, own in _parts(state, sides[0]):
+            part = Change(*(None if side is None else side[i] for side in change))
+            self.rule.transport_(own, part, int(t[i]) if isinstance(t, Tensor) else t)
+
+
+def _parts(state: State, stack: Tensor) -> Iterator[tuple[int, State]]:
+    """The index and the state of each part of a stack."""
+    for i in range(len(stack)):
+        yield i, {name: x[i] for name, x in state.items()}
+
+
+def of_stack(rule: Rule, like: Tensor) -> Rule:
+    """A rule that steps the parts of a stack as a rule steps a gradient like this one."""
+    return rule.stacked(like) or EachPart(rule)

@@ -43,6 +43,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 Reduce = Callable[[Tensor], Tensor]
@@ -325,6 +326,14 @@ def is_distributed(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def first_index(tensor: Tensor) -> int:
+    """The index along the first axis of the first entry that this process holds."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    placements = (tensor.device_mesh, tensor.placements)
+    return compute_local_shape_and_global_offset(tensor.shape, *placements)[1][0]
+
+
 def has_plain_placement(tensor: Tensor) -> bool:
     """Whether no axis of a tensor is sharded over two dimensions of a mesh."""
     if not isinstance(tensor, DTensor):
@@ -332,6 +341,11 @@ def has_plain_placement(tensor: Tensor) -> bool:
     sharded = [p for p in tensor.placements if p.is_shard()]
     axes = [p.dim for p in sharded]  # type: ignore[attr-defined]
     return all(type(p) is Shard for p in sharded) and len(set(axes)) == len(axes)
+
+
+def is_along_first_axis(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded along its first axis only, over one dimension of a mesh."""
+    return isinstance(tensor, DTensor) and first_axis_parts(tensor) is not None
 
 
 def first_axis_parts(tensor: Tensor) -> int | None:

@@ -20,7 +20,8 @@ RULE_OPTIONS = (
     "betas", "eps", "lion_sign", "beta1", "clip_threshold", "decay_rate", "min_8bit_size", "l2",
     "rule", "momentum",
 )  # fmt: skip
-OBJECTS = ("rule", "basis", "lift")  # options of a group that are objects, saved by name
+# Options of a group that are objects, saved by name.
+OBJECTS = ("rule", "basis", "lift", "dimension_numbers")
 NOT_SET = -1  # the step at which P was set, while it waits for a gradient
 # State kept on the CPU, where reading it needs no synchronization, unless a group is capturable.
 ON_HOST = ("step", "set_at")
@@ -147,7 +148,7 @@ LATER_OPTIONS = {
     "update_proj_every": 1, "transport_moments": False, "stochastic_rounding": False,
     "basis": None, "lift": None, "side": None,
     "second_moment": "full", "first_moment": "full", "use_muon": False,
-    "foreach": None, "capturable": False,
+    "foreach": None, "capturable": False, "dimension_numbers": None,
 }  # fmt: skip
 # For these, if a state was saved without them, the optimizer keeps its own values.
 OWN_OPTIONS = ("transport_moments", "stochastic_rounding")

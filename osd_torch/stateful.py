@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -13,21 +14,32 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from osd_names import ResolvedSide
-from osd_torch.basis_rule import BasisRule
+from osd_torch.basis_rule import BasisRule, name_of_rule
 from osd_torch.basis_step import first_moments
 from osd_torch.guard import SkipsNonFinite
 from osd_torch.layout import (
     INPUT_AXIS,
     OUTPUT_AXIS,
+    SubspaceDimensionNumbers,
+    axes_of,
     check_dtype,
     check_placement,
     check_rank,
+    matrix_shape,
     to_matrix,
 )
 from osd_torch.lift import Lift
 from osd_torch.numerics import Number, accumulator_dtype, check_number
 from osd_torch.rules import Rule, check_can_transport
-from osd_torch.sharding import distributed_as, is_distributed, shape_of, whole, zeros_along
+from osd_torch.sharding import (
+    distributed_as,
+    is_along_first_axis,
+    is_distributed,
+    local,
+    shape_of,
+    whole,
+    zeros_along,
+)
 from osd_torch.sketch import Needs, merged
 from osd_torch.state import (
     EXECUTION_OPTIONS,
@@ -48,6 +60,8 @@ from osd_torch.state import (
     unwrapped,
     with_objects,
 )
+
+_COUNTS = {"step": 0.0, "set_at": float(NOT_SET)}
 
 
 class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
@@ -98,11 +112,16 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         merged(*(needs.statistics for needs in needs_of(self, group)))
         if group.get("transport_moments"):
             check_can_transport(self.rule(group))
+        numbers = group.get("dimension_numbers")
+        if numbers is not None:
+            check_stackable(self, group, numbers)
+            return
         for name, param in named_parameters(group):
             if param.ndim != 2:
                 raise ValueError(
                     f"parameter '{name}' has shape {tuple(param.shape)}, which is not a matrix: put"
-                    " it into a group without rank"
+                    " it into a group without rank, or give the axes of its matrices in "
+                    "dimension_numbers"
                 )
             check_placement(name, param)
 
@@ -131,7 +150,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         option of the group has changed.
         """
         state = self.state[param]
-        if not state or (int(state["step"]) == 0 and not self._fits(group, param)):
+        if not state or (not local(state["step"]).any() and not self._fits(group, param)):
             state.clear()
             state.update(self.init_state(group, param))
         return state
@@ -149,10 +168,36 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             group: The parameter's group.
             like: The parameter, or a tensor with its shape, dtype, device and placement.
         """
-        rule, wide = self.rule(group), accumulator_dtype(like.dtype)
+        numbers = group.get("dimension_numbers")
         place = like.device if group.get("capturable") else torch.device("cpu")
         if group["rank"] is None:
+            rule, wide = self.rule(group), accumulator_dtype(like.dtype)
             return {"step": step_number(0, place), **rule.init(shape_of(like, wide))}
+        if numbers is None:
+            counts = {"step": step_number(0, place), "set_at": step_number(NOT_SET, place)}
+            return {**counts, **self._init_matrix(group, like)}
+        # A stack: the state of a matrix, with one more axis in front, sharded like the parameter.
+        shape = matrix_shape(like.shape, numbers)
+        count = like.numel() // math.prod(shape)
+        of_matrix = {**group, "dimension_numbers": None}
+        matrix = torch.empty(shape, dtype=like.dtype, device="meta")
+        of_one = self._init_matrix(of_matrix, matrix)
+        counts = {
+            name: torch.full((count,), value, device=place) for name, value in _COUNTS.items()
+        }
+        if is_distributed(like):
+            counts = {name: distributed_as(x.to(like.device), like) for name, x in counts.items()}
+        return {
+            **counts,
+            **{
+                name: zeros_along(like, (count, *x.shape), x.dtype, (0, *[None] * x.ndim))
+                for name, x in of_one.items()
+            },
+        }
+
+    def _init_matrix(self, group: Group, like: Tensor) -> dict[str, Tensor]:
+        """The state of a projected matrix without its numbers of steps; see `init_state`."""
+        rule, wide = self.rule(group), accumulator_dtype(like.dtype)
         every_axis = tuple(range(like.ndim))
         side, rank = self.side(group, like), min(group["rank"], *like.shape)
 
@@ -173,8 +218,6 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             to_matrix(shape_of(like, wide), side), to_matrix(low_rank, side)
         )
         return {
-            "step": step_number(0, place),
-            "set_at": step_number(NOT_SET, place),
             **bases,
             **{PREFIX + name: x for name, x in moments.items()},
             **{LIFT_PREFIX + name: x.contiguous() for name, x in kept.items()},
@@ -227,7 +270,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         own = self.init_state(group, param) if is_distributed(param) else {}
 
         def placed(name: str, value: Tensor) -> Tensor:
-            if name in ON_HOST:
+            if name in ON_HOST and not is_distributed(own.get(name, value)):
                 place = param.device if group.get("capturable") else torch.device("cpu")
                 return value.to(device=place, copy=True)
             value = value.to(param.device)
@@ -276,6 +319,35 @@ def check_state(optimizer: StatefulOptimizer, state_dict: StateDict) -> None:
                 if there != wanted.get(part):
                     shapes = (None if x is None else tuple(x) for x in (there, wanted.get(part)))
                     refuse(f"the shape of {part!r} of parameter '{name}'", *shapes)
+
+
+def check_stackable(
+    optimizer: StatefulOptimizer, group: Group, numbers: SubspaceDimensionNumbers
+) -> None:
+    """Raises ValueError unless a group's parameters are stacks that its rules can step."""
+    if not isinstance(numbers, SubspaceDimensionNumbers):
+        raise ValueError(
+            f"dimension_numbers is {numbers!r}: expected "
+            "SubspaceDimensionNumbers(reduction_axis, output_axis)"
+        )
+    lift, basis_rule = optimizer.lift(group), optimizer.basis_rule(group)
+    is_stackable = basis_rule.stacks or basis_rule.gradient is None
+    for rule, stacks in ((lift, lift.stacks), (basis_rule, is_stackable)):
+        if not stacks:
+            raise ValueError(
+                f"dimension_numbers are given, but {name_of_rule(rule)} does not accept stacks of "
+                "matrices: use a rule that does, and says so by stacks=True"
+            )
+    for name, param in named_parameters(group):
+        axes = axes_of(numbers, param.shape, name)
+        if not is_distributed(param):
+            continue
+        if axes.batch != (0,) or numbers.parts != 1 or not is_along_first_axis(param):
+            raise ValueError(
+                f"parameter '{name}' is placed as {getattr(param, 'placements', ())}: expected a "
+                "stack of matrices sharded along its only batch axis, the first; put it into a "
+                "group without rank"
+            )
 
 
 def needs_of(optimizer: StatefulOptimizer, group: Group) -> list[Needs]:
