@@ -50,10 +50,10 @@ class BucketOptimizer(StatefulOptimizer):
             held: The held sketches; each is dropped when it has been applied.
             squares: The squared norms of the gradients.
         """
-        if group["rank"] is not None:
-            for param in params:
-                if param not in held:
-                    self.refresh(group, param, squares[param])
+        for param in params:
+            self.state_of(group, param)
+            if group["rank"] is not None and param not in held:
+                self.refresh(group, param, squares[param])
         for bucket in in_buckets(self, group, params, held):
             sketches = [held.pop(param) for param in bucket.params if param in held]
             sketch = bucket.joined_sketch(sketches) if sketches else None

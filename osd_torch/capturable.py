@@ -36,8 +36,13 @@ class CapturableOptimizer(BucketOptimizer):
     """An optimizer that can step without the host.
 
     See `osd_torch.subspace.SubspaceOptimizer`, which takes the steps.
+
+    Attributes:
+        is_capturable: Whether steps read nothing on the host. (While `torch.compile` traces a step,
+            it shows `capturable=True` in every group.)
     """
 
+    is_capturable = False
     _plan: list[tuple[Group, Bucket, Method]] | None = None  # the buckets of the next step
     _planned_for: tuple[int, ...] = ()  # the parameters of which they consist
     # Steps until P of one of them may be due; None: the host has to read the numbers of steps.
@@ -47,15 +52,19 @@ class CapturableOptimizer(BucketOptimizer):
         """The parameters that the next step updates, each with its group."""
         raise NotImplementedError
 
-    @property
-    def is_capturable(self) -> bool:
-        """Whether steps read nothing on the host."""
-        return any(group.get("capturable") for group in self.param_groups)
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group of parameters; see `StatefulOptimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        self._see_capturable()
+
+    def _see_capturable(self) -> None:
+        self.is_capturable = any(group.get("capturable") for group in self.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, a loaded state or a pickle; the buckets are formed again."""
         super().__setstate__(state)
         self._plan = None
+        self._see_capturable()
 
     @torch.no_grad()
     @without_autocast()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from osd_names import PROJECTIONS, SIDES, Side, check_choice, check_flag
 from osd_torch.basis_rule import BasisRule, check_rule, name_of_rule
+from osd_torch.layout import SubspaceDimensionNumbers
 from osd_torch.lift import Lift
 from osd_torch.numerics import check_number
-from osd_torch.selection import Kinds, LinearSelection, Select, say_what_is_projected
+from osd_torch.selection import (
+    Kinds,
+    LinearSelection,
+    Select,
+    dimension_numbers_of,
+    say_what_is_projected,
+)
 from osd_torch.state import Group
 
 # The options of a group that determine its basis rule.
@@ -166,6 +173,8 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
     if all(isinstance(item, tuple) for item in given):
         pairs: Any = given
         parts = divided(pairs, pairs, select, rank)
+        projected = split_by_numbers(parts[0], pairs, None)
+        return [{**g, "rank": rank} for g in projected] + [{"params": parts[1]}] * bool(parts[1])
     else:
         chosen = select or (lambda name, param: param.ndim == 2)
         tensors: Any = given
@@ -175,6 +184,41 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
         )
     groups: list[Group] = [{"params": parts[0], "rank": rank}, {"params": parts[1]}]
     return [group for group in groups if group["params"]]
+
+
+Numbers = SubspaceDimensionNumbers | Callable[[str, Tensor], SubspaceDimensionNumbers | None]
+
+
+def split_by_numbers(
+    projected: Sequence[tuple[str, Tensor]],
+    named: Iterable[tuple[str, Tensor]],
+    numbers: Numbers | None,
+) -> list[Group]:
+    """Groups of projected (name, parameter) pairs with the same dimension numbers.
+
+    Args:
+        projected: The pairs.
+        named: All parameters of the model.
+        numbers: The dimension numbers of parameters with more than two axes, or a function from any
+            (name, parameter). None: by name and shape; see `selection.dimension_numbers_of`.
+
+    Raises:
+        ValueError: They cannot be determined.
+    """
+    shapes = {name: tuple(param.shape) for name, param in named}
+
+    def of(name: str, param: Tensor) -> SubspaceDimensionNumbers | None:
+        if isinstance(numbers, SubspaceDimensionNumbers):
+            return None if param.ndim == 2 else numbers
+        return dimension_numbers_of(name, shapes) if numbers is None else numbers(name, param)
+
+    alike: dict[SubspaceDimensionNumbers | None, list[tuple[str, Tensor]]] = {}
+    for name, param in projected:
+        alike.setdefault(of(name, param), []).append((name, param))
+    return [
+        {"params": pairs, **({} if its is None else {"dimension_numbers": its})}
+        for its, pairs in alike.items()
+    ]
 
 
 def side_of(group: Group) -> Side:

@@ -31,12 +31,14 @@ from osd_names import (
 from osd_torch.aliases import SubspaceAdafactor, SubspaceAdamW, SubspaceAdamW8bit, SubspaceLion
 from osd_torch.full_rank import FullRankAdam
 from osd_torch.groups import (
+    Numbers,
     check_beta,
     check_seed,
     divided,
     execution_options,
     rule_options,
     split_by_decay,
+    split_by_numbers,
     split_by_selection,
     trained_parameters,
 )
@@ -77,6 +79,7 @@ def make_optimizer(
     second_moment: SecondMoment = "full",
     first_moment: FirstMoment = "full",
     select: Select | None = None,
+    dimension_numbers: Numbers | None = None,
     seed: int = 0,
     penalty: float = 0.0,
     projector_lr_multiple: float | None = None,
@@ -143,6 +146,9 @@ def make_optimizer(
             the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in
             their name, but no embeddings, tables, heads and routers. The logger `osd_torch` reports
             the selection.
+        dimension_numbers: The axes of the matrices of selected parameters with more than two axes,
+            or a function from any (name, parameter) to its `SubspaceDimensionNumbers`, or to None
+            for a matrix. None: stacks of experts and convolution kernels by name and shape.
         seed: Seed of `random` and `gaussian`, and of stochastic rounding.
         penalty: Weight of the orthogonality penalty in P's loss.
         projector_lr_multiple: P's step size as a multiple of lr, instead of `1 / update_proj_gap`.
@@ -267,6 +273,9 @@ def make_optimizer(
         given: list[Group] = [{"params": trained}]
         if apart or optimizer == "muon":
             selected, others = split_by_selection(named_parameters, trained, select)
+            if select is None:  # a stack of experts is not orthogonalized
+                others += [pair for pair in selected if pair[1].ndim > 2]
+                selected = [pair for pair in selected if pair[1].ndim == 2]
             given = [{"params": selected}, {"params": others, **apart}]
             given[0] |= {"use_muon": True} if optimizer == "muon" else {}
         common |= execution
@@ -292,7 +301,9 @@ def make_optimizer(
         "transport_moments": transport_moments,
         "seed": seed,
     }
-    groups: list[Group] = [{"params": projected, **options}, {"params": others, **apart}]
+    of_subspace = split_by_numbers(projected, named_parameters, dimension_numbers)
+    groups: list[Group] = [{**group, **options} for group in of_subspace]
+    groups.append({"params": others, **apart})
     groups = split_by_decay([group for group in groups if group["params"]], no_decay)
     match optimizer:
         case "galore_adamw":

@@ -2,9 +2,9 @@
 
 By name: the matrices inside numbered blocks, such as `model.layers.0.self_attn.q_proj.weight` and
 `h.3.mlp.c_fc.weight`, and any matrix with `attn`, `attention` or `mlp` in its name; but not
-embeddings, tables (of positions, of states), heads and the routers of experts. A LoRA factor is
-treated like any other matrix; if its shorter side is at most the rank, P saves nothing, and the log
-says so.
+embeddings, tables (of positions, of states), heads and the routers of experts. A stack of experts
+is a stack of matrices. A LoRA factor is treated like any other matrix; if its shorter side is at
+most the rank, P saves nothing, and the log says so.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from osd_torch.layout import SubspaceDimensionNumbers
 from osd_torch.sharding import is_first_process
 
 Select = Callable[[str, Tensor], bool]
@@ -44,7 +45,8 @@ PLURALS = {
     OUTSIDE: "matrices outside numbered blocks",
 }
 INNER = (MATRIX, EXPERTS, ARRAY)  # the kinds of linear maps in blocks
-REASONS = {EXPERTS: "not projected yet", ARRAY: "not projected yet"}
+_ASK = "give the axes of their matrices in dimension_numbers="
+REASONS = {ARRAY: _ASK, CONVOLUTION: _ASK}
 
 # Patterns for a component of a name in lower case, words joined by underscores, without digits.
 _BLOCKS = re.compile(r"(layer|block|stage|group)s?$|^h$")
@@ -138,7 +140,8 @@ class Kinds:
 
     def selects(self, name: str, param: Tensor) -> bool:
         """The default selection; see the module's docstring."""
-        return self(name, param.shape) == MATRIX
+        kind = self(name, param.shape)
+        return kind == MATRIX or (kind == EXPERTS and param.ndim == 3)
 
     def _is_router(self, parts: Sequence[str], words: Sequence[str]) -> bool:
         if any(_EXPERT_GATE.search(word) for word in words):
@@ -197,6 +200,54 @@ def _kind_of_array(words: Sequence[str], shape: Sequence[int], matrix: str) -> s
     return ARRAY if matrix == MATRIX else OUTSIDE
 
 
+def dimension_numbers_of(
+    name: str, shapes: Mapping[str, Sequence[int]]
+) -> SubspaceDimensionNumbers | None:
+    """The axes of a parameter's matrices, by its name and the shapes beside it; None: a matrix.
+
+    A convolution kernel is (output, input, ...). A stack of experts is (experts, output, input), or
+    (experts, input, output) if its bias or the other projection of the experts has such a shape.
+
+    Args:
+        name: Name of the parameter.
+        shapes: Shapes of all parameters of the model, by name.
+
+    Raises:
+        ValueError: The parameter has another shape.
+
+    Example:
+        >>> shapes = {"experts.gate_up_proj": (4, 16, 96), "experts.down_proj": (4, 48, 16)}
+        >>> dimension_numbers_of("experts.down_proj", shapes)
+        SubspaceDimensionNumbers(reduction_axis=1, output_axis=2, parts=1)
+    """
+    shape = tuple(shapes[name])
+    if len(shape) == 2:
+        return None
+    kind = _kind_of_array([_snake(part) for part in components(name)], shape, matrix=MATRIX)
+    if kind == CONVOLUTION:
+        return SubspaceDimensionNumbers(tuple(range(1, len(shape))), 0)
+    if kind != EXPERTS or len(shape) != 3:
+        raise ValueError(
+            f"parameter '{name}' of shape {shape} is selected, but nothing says which of its axes "
+            "form matrices: give dimension_numbers=SubspaceDimensionNumbers(reduction_axis, "
+            "output_axis)"
+        )
+    return SubspaceDimensionNumbers(*((1, 2) if _is_turned(name, shapes) else (2, 1)))
+
+
+def _is_turned(name: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a stack of experts is (experts, input, output)."""
+    _, first, second = shapes[name]
+    bias = tuple(shapes.get(f"{name}_bias", ()))[1:]
+    if bias and first != second:
+        return bias == (second,)
+    start = name.rpartition(".")[0]
+    up, down = (tuple(shapes.get(f"{start}.{x}", ())) for x in ("gate_up_proj", "down_proj"))
+    if len(up) != 3 or len(down) != 3:
+        return False
+    return up[1] == down[2] and up[2] != down[1]
+
+
 # ---------------------------------------------------------------------------------- by modules
 
 
@@ -204,9 +255,10 @@ def select_linear(model: torch.nn.Module) -> Select:
     """Selects the weights of a model's linear layers, whatever their names.
 
     It selects the weights of `torch.nn.Linear` and of its subclasses, of transformers' `Conv1D`,
-    and of the projections in `torch.nn.MultiheadAttention`. It excludes weights that are shared
-    with an embedding, output heads (`get_output_embeddings()`, the modules of a transformers model
-    outside its `base_model`, and modules with the name of a head) and routers of experts.
+    and of the projections in `torch.nn.MultiheadAttention`, and stacks of experts. It excludes
+    weights that are shared with an embedding, output heads (`get_output_embeddings()`, the modules
+    of a transformers model outside its `base_model`, and modules with the name of a head) and
+    routers of experts.
 
     Parameters are identified by identity: the model may be wrapped (`DistributedDataParallel`,
     `torch.compile`) or sharded (`fully_shard`), before or after this call.
@@ -278,6 +330,9 @@ def _linear_weights(model: torch.nn.Module) -> set[int]:
             is_left = kind in (HEAD, ROUTER) or full_name.startswith(tuple(routers))
             if weight.ndim == 2 and not is_left and (kind == MATRIX or id(weight) not in on_top):
                 chosen.add(id(weight))
+    for name, param in model.named_parameters():
+        if param.ndim == 3 and kinds(name, param.shape) == EXPERTS:
+            chosen.add(id(param))
     return chosen - _embeddings_and_heads(model)
 
 
@@ -374,8 +429,12 @@ def summary(
     inner = [name for kind in INNER for name in left[kind]]
     done, total = entries(projected), entries(shapes)
     narrow = sum(min(shapes[name]) <= rank for name in projected if len(shapes[name]) == 2)
+    flat = [name for name in projected if len(shapes[name]) == 2]
+    others = [kinds(name, shapes[name]) for name in projected if len(shapes[name]) > 2]
+    counts = [_count(len(flat), MATRIX)] if flat or not others else []
+    counts += [_count(others.count(kind), kind) for kind in sorted(set(others))]
     text = (
-        f"{_count(len(projected), MATRIX)} in subspaces of rank {rank}: {_share(done, total)} of "
+        f"{' and '.join(counts)} in subspaces of rank {rank}: {_share(done, total)} of "
         f"{total:,} parameters, {_share(done, done + entries(inner))} of those in linear maps "
         "inside the blocks"
     )

@@ -200,7 +200,7 @@ def test_all_matrices_inside_the_blocks_and_nothing_else(name: str) -> None:
     expected = {
         key
         for key, param in params.items()
-        if param.ndim == 2
+        if (param.ndim == 2 or ".experts." in key and param.ndim == 3)
         and any(part.isdigit() for part in key.split("."))
         and id(param) not in outside
         and not key.endswith(left_in_blocks or ("none",))
@@ -222,7 +222,9 @@ def test_jax_chooses_the_same_by_the_same_names(name: str) -> None:
         node[leaf] = jax.ShapeDtypeStruct(param.shape, jnp.float32)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-    expected = {key.replace(".", "/") for key in chosen_by_default(params)}
+    # Only PyTorch's default finds the axes of experts.
+    matrices = {key: param for key, param in params.items() if param.ndim == 2}
+    expected = {key.replace(".", "/") for key in chosen_by_default(params) & matrices.keys()}
     assert chosen_by_default(named, jax_selection) == expected
 
 
@@ -571,20 +573,27 @@ def test_torch_says_once_what_is_projected(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("name", sorted(STACKS))
-def test_torch_warns_of_experts_that_it_leaves(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_torch_says_what_it_does_with_stacks(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It projects experts, and warns of arrays whose axes it does not know."""
     suffix, options, _ = MODELS[name]
     model = getattr(transformers, name + suffix)(getattr(transformers, f"{name}Config")(**options))
-    make_torch(model)
-    (said,) = lines(caplog, logging.WARNING)
     stacks = [p for k, p in model.named_parameters() if p.ndim == 3 and "seg_embed" not in k]
     stacks = [p for p in stacks if min(p.shape) > 1]
     left = sum(param.numel() for param in stacks)
-    kind = "arrays of three or more axes" if name == "XLNet" else "stacks of experts"
-    assert f"At full rank: {len(stacks)} {kind} ({left:,} parameters, such as" in said
-    assert "not projected yet" in said
+    of_experts = name != "XLNet"
+    with caplog.at_level(logging.INFO, "osd_torch"):
+        make_torch(model)
+    level = logging.INFO if of_experts else logging.WARNING
+    (said,) = [line for line in lines(caplog, level) if "subspaces of rank" in line]
+    if of_experts:
+        assert f"and {len(stacks)} stacks of experts in subspaces of rank" in said
+        assert "100 % of those in linear maps inside the blocks" in said
+    else:
+        arrays = f"{len(stacks)} arrays of three or more axes ({left:,} parameters, such as"
+        assert f"At full rank: {arrays}" in said and "in dimension_numbers=" in said
     caplog.clear()
     make_torch(model, select=osd_torch.select_linear(model))
-    assert f"{len(stacks)} {kind} ({left:,} parameters" in lines(caplog, logging.WARNING)[0]
+    assert of_experts or f"{len(stacks)} arrays" in lines(caplog, logging.WARNING)[0]
     caplog.clear()
     make_torch(model, select=by_attention_or_mlp)  # the user's own choice
     assert not lines(caplog, logging.WARNING)
@@ -670,7 +679,7 @@ def test_a_warning_is_seen_without_any_set_up(
 ) -> None:
     caplog.set_level(logging.WARNING, "osd_torch")  # the default, whatever a trainer has set
     monkeypatch.setattr(logging.root, "handlers", [])
-    shapes = {"layers.0.fc.weight": (8, 6), "layers.0.experts.up": (2, 8, 6)}
+    shapes = {"layers.0.fc.weight": (8, 6), "layers.0.up": (2, 8, 6)}
     named = [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
     osd_torch.make_optimizer(named, "galore_adamw", lr=0.1, rank=4)
     assert "33.3 % of those in linear maps inside the blocks" in capsys.readouterr().err

@@ -26,7 +26,11 @@ KINDS: dict[str, tuple[tuple[int, ...], SubspaceDimensionNumbers, Parts]] = {
         SubspaceDimensionNumbers(reduction_axis=1, output_axis=2),
         lambda x: [each.T for each in x],
     ),
-    "layers of experts": ((2, 2, 6, 10), SubspaceDimensionNumbers(3, 2), lambda x: list(x.flatten(0, 1))),
+    "layers of experts": (
+        (2, 2, 6, 10),
+        SubspaceDimensionNumbers(3, 2),
+        lambda x: list(x.flatten(0, 1)),
+    ),
     "convolution": (
         (6, 3, 2, 2),
         SubspaceDimensionNumbers((1, 2, 3), 0),
@@ -221,7 +225,10 @@ def test_sketches_of_micro_batches() -> None:
         ({"dimension_numbers": SubspaceDimensionNumbers(2, 1, parts=4)}, "expected parts"),
         ({"dimension_numbers": (2, 1)}, "expected SubspaceDimensionNumbers"),
         (
-            {"dimension_numbers": EXPERTS, "lift": osd_torch.Lift(lambda D, seen: osd_torch.Lifted(D))},
+            {
+                "dimension_numbers": EXPERTS,
+                "lift": osd_torch.Lift(lambda D, seen: osd_torch.Lifted(D)),
+            },
             "does not accept stacks",
         ),
     ],
