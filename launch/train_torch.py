@@ -11,6 +11,7 @@ Options are checked before anything is loaded; `--help` lists them.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,12 @@ from launch.trainer.start import (
     open_text,
     special_tokens,
 )
+from osd_names import OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("launch")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,12 +79,42 @@ def refuse_jax_only(options: Options) -> None:
         )
 
 
+def build_optimizer(options: Options, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, bool]:
+    """The optimizer, and whether its step is compiled: with --compile, if it can be."""
+    import torch
+
+    import osd_torch
+    from osd_torch import llama
+
+    ns_dtype = options.optimizer.ns_dtype
+
+    def build(capturable: bool = False) -> torch.optim.Optimizer:
+        return osd_torch.make_optimizer(
+            model.named_parameters(),
+            options.optimizer.base,
+            options.subspace.proj_type,
+            lr=options.optimizer.lr,
+            select=llama.is_projected,
+            basis_dtype=getattr(torch, options.subspace.basis_dtype),
+            ns_dtype=getattr(torch, ns_dtype) if ns_dtype else None,
+            capturable=capturable,
+            **keywords.optimizer_options(options),
+        )
+
+    is_whole = not (options.devices.per_layer or options.devices.compress_gradients)
+    if options.devices.compile and is_whole and OPTIMIZERS[options.optimizer.base].is_projected:
+        try:
+            return build(capturable=True), True
+        except osd_torch.NotCapturableError as error:
+            log.warning("--compile compiles the model, but not the optimizer's step: %s", error)
+    return build(), False
+
+
 def train(options: Options, processes: Processes, device: torch.device) -> int:
     """Trains by the options, from the start or from a checkpoint; returns the exit code."""
     import torch
     import transformers
 
-    import osd_torch
     from launch.trainer.run_log import RunLog
     from osd_torch import llama
     from osd_torch.llama.checkpoint import Checkpoints
@@ -130,18 +164,8 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
         options.optimizer.scheduler, **keywords.schedule_options(options)
     )
     keywords.check_words(options.optimizer.no_decay, (name for name, _ in model.named_parameters()))
-    ns_dtype = options.optimizer.ns_dtype
     with processes.together():
-        optimizer = osd_torch.make_optimizer(
-            model.named_parameters(),
-            options.optimizer.base,
-            options.subspace.proj_type,
-            lr=options.optimizer.lr,
-            select=llama.is_projected,
-            basis_dtype=getattr(torch, options.subspace.basis_dtype),
-            ns_dtype=getattr(torch, ns_dtype) if ns_dtype else None,
-            **keywords.optimizer_options(options),
-        )
+        optimizer, compiles = build_optimizer(options, model)
 
     with processes.together():
         train_step = make_train_step(
@@ -152,6 +176,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
             grad_clipping=options.optimizer.grad_clipping,
             per_layer=options.devices.per_layer,
             compress_gradients=options.devices.compress_gradients,
+            compile_step=compiles,
         )
 
     # The initial state: a checkpoint, or the one just created.

@@ -21,6 +21,7 @@ from osd_torch.aliases import (
 )
 from osd_torch.bases import gaussian, oja, online_pca, random, svd
 from osd_torch.basis_rule import BasisRule, Clock
+from osd_torch.capturable import NotCapturableError
 from osd_torch.clipping import clip_
 from osd_torch.diagnostics import projectors
 from osd_torch.guard import skipped_steps
@@ -54,6 +55,7 @@ __all__ = [
     "Lift",
     "Lifted",
     "Needs",
+    "NotCapturableError",
     "OnlineSubspaceDescent",
     "Seen",
     "Sketch",

@@ -169,7 +169,7 @@ def _add_(
     side, keys, own = method.side, method.rounding_keys, [local(param) for param in bucket.params]
     if not bucket.is_stack:
         add_lifted_(to_matrix(bucket.params[0], side), basis, lifted, alpha, beta, keys)
-    elif len(own) > 1 and not keys and accumulator_dtype(own[0].dtype) == own[0].dtype:
+    elif not keys and accumulator_dtype(own[0].dtype) == own[0].dtype:
         update = lifted_update(basis, lifted)
         updates = bucket.parted(to_matrix(update, side).contiguous())
         if isinstance(beta, Tensor):
@@ -180,8 +180,7 @@ def _add_(
     else:
         stack = bucket.joined(bucket.params)
         add_lifted_(to_matrix(stack, side), basis, lifted, alpha, beta, keys)
-        if stack.data_ptr() != own[0].data_ptr():  # it is not a view
-            torch._foreach_copy_(own, bucket.parted(stack))
+        torch._foreach_copy_(own, bucket.parted(stack))
 
 
 def _count_(bucket: Bucket, is_finite: Tensor | None) -> None:

@@ -166,19 +166,35 @@ class CapturableOptimizer(BucketOptimizer):
         return is_captured
 
 
+class NotCapturableError(ValueError):
+    """A step with `capturable=True` would need the host; the message says why.
+
+    Example:
+        >>> import torch, osd_torch
+        >>> try:
+        ...     osd_torch.SubspaceAdamW(
+        ...         torch.nn.Linear(8, 6).parameters(), capturable=True, foreach=False)
+        ... except osd_torch.NotCapturableError as error:
+        ...     print(error)
+        capturable is True, but foreach is False: its steps are those of stacks
+    """
+
+
 def check_capturable(optimizer: CapturableOptimizer, group: Group) -> None:
-    """Raises ValueError for a group with `capturable=True` whose step needs the host."""
+    """Raises NotCapturableError for a group with `capturable=True` whose step needs the host."""
     if len({bool(each.get("capturable")) for each in optimizer.param_groups}) > 1:
-        raise ValueError("capturable is True for some groups only: expected the same for all")
+        raise NotCapturableError(
+            "capturable is True for some groups only: expected the same for all"
+        )
     reason = _reason_for_the_host(optimizer, group)
     if group.get("capturable") and reason is not None:
-        raise ValueError(f"capturable is True, but {reason}")
+        raise NotCapturableError(f"capturable is True, but {reason}")
 
 
 def _reason_for_the_host(optimizer: CapturableOptimizer, group: Group) -> str | None:
     """Why a step of a group needs the host; None if it does not."""
     if group.get("foreach") is False:
-        return "foreach is False, and such steps are those of stacks: leave foreach out"
+        return "foreach is False: its steps are those of stacks"
     if group.get("stochastic_rounding"):
         return "stochastic_rounding is True, whose bits depend on the number of the step"
     for name, param in named_parameters(group):

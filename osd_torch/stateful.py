@@ -150,7 +150,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
         option of the group has changed.
         """
         state = self.state[param]
-        if not state or (not local(state["step"]).any() and not self._fits(group, param)):
+        if not state or (not has_stepped(state) and not self._fits(group, param)):
             state.clear()
             state.update(self.init_state(group, param))
         return state
@@ -278,6 +278,12 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             return value.clone(memory_format=torch.contiguous_format)
 
         return {name: placed(name, value) for name, value in state.items()}
+
+
+def has_stepped(state: dict[str, Tensor]) -> bool:
+    """Whether a parameter has taken a step."""
+    steps = local(state["step"])
+    return bool(steps.any()) if steps.ndim else int(steps) > 0
 
 
 def state_kinds(

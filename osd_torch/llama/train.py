@@ -105,6 +105,7 @@ def make_train_step(
     grad_clipping: float = 0.0,
     per_layer: bool = False,
     compress_gradients: bool = False,
+    compile_step: bool = False,
 ) -> TrainStep:
     """Builds the train step, for one process or all of `torch.distributed`.
 
@@ -117,6 +118,7 @@ def make_train_step(
         grad_clipping: Maximum norm; 0 does not clip. "gradient_norm" below says which norm.
         per_layer: Whether to update each layer inside the backward pass; see `LayerwiseUpdates`.
         compress_gradients: Whether to average sketches over the processes instead of gradients.
+        compile_step: Whether to compile the optimizer's step; it must be capturable.
 
     Returns:
         A function (step, batch, measure) -> metrics, which all processes call alike.
@@ -169,11 +171,16 @@ def make_train_step(
     if isinstance(optimizer, SubspaceOptimizer):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["peak_lr"] = peak  # known here, so not estimated
+    take_step: Callable[[], Any] = optimizer.step
+    if compile_step:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = torch.tensor(peak, dtype=torch.float32, device=device)
+        take_step = compiled_step(optimizer)
 
     def train_step(step: int, batch: Batch, measure: bool) -> Metrics:
         factor = schedule(step - skipped_steps(optimizer)[0])
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+            set_lr(group, peak * factor)
         tokens, mask = (torch.from_numpy(batch[name]) for name in ("tokens", "mask"))
         counts = sum_over_processes(mask[..., 1:].sum(dim=(1, 2)))
         count = int(counts.sum())
@@ -194,7 +201,7 @@ def make_train_step(
         else:
             diagnostics.of_gradients()
             norm = clip_(optimizer, grad_clipping)
-            optimizer.step()
+            take_step()
             optimizer.zero_grad()
         skipped, in_a_row = skipped_steps(optimizer)
         measured = diagnostics.results(mean=local_gradients)
@@ -208,6 +215,30 @@ def make_train_step(
         }
 
     return train_step
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Sets a group's learning rate, in place if it is a tensor, as compiled steps read it."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def compiled_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The compiled step of a capturable optimizer; the host sets P where it is due."""
+    if not isinstance(optimizer, SubspaceOptimizer) or not optimizer.is_capturable:
+        raise ValueError(
+            f"compile_step is True, but the {type(optimizer).__name__} is not capturable: build it "
+            "by make_optimizer(..., capturable=True)"
+        )
+    compiled = torch.compile(optimizer.step, fullgraph=True)
+
+    def step() -> None:
+        optimizer.refresh_()
+        compiled()
+
+    return step
 
 
 class TokenLoss(torch.nn.Module):

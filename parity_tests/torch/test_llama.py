@@ -1,5 +1,6 @@
 """The Hugging Face LLaMA as used by the trainer: config, weights, files, loss, and steps."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -310,6 +311,30 @@ def test_compressed_gradients_clip_the_low_rank_gradient_on_one_process_too() ->
     assert min(norms[0]) > 0.5
     for x, y in zip(compressed[0].parameters(), other[0].parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "osd_muon"])
+def test_a_compiled_step_trains_alike(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    tokens, mask = batch()
+    both = {"tokens": tokens[None].numpy(), "mask": mask[None].numpy()}
+    losses = []
+    for compiles in (False, True):
+        model = build()
+        built = osd_torch.make_optimizer(
+            model.named_parameters(), optimizer, "continuous", lr=0.01, rank=4, capturable=compiles
+        )
+        schedule = lambda step: 1 - step / 8
+        step = make_train_step(
+            model, built, schedule=schedule, grad_clipping=1.0, compile_step=compiles
+        )
+        losses.append([step(i, both, False)["loss"] for i in range(6)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    with pytest.raises(ValueError, match="not capturable"):
+        make_train_step(
+            model, torch.optim.SGD(model.parameters()), schedule=schedule, compile_step=True
+        )
 
 
 def test_energy_and_orthonormality_are_what_they_say() -> None:
