@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from osd_names import ResolvedSide
@@ -141,7 +142,8 @@ def move_basis_(
     before = {"basis": basis.clone()}
     if moving is not None:
         before |= {name: x.clone() for name, x in moments.items()}
-    of_stack(optimizer, gradient[0]).step_(
+    like = torch.empty(gradient.shape[1:], device="meta")  # a stack may be empty on a process
+    of_stack(optimizer, like, t).step_(
         to_matrix(basis, side), gradient, moments, t, lr, rule.weight_decay
     )
     _retract_(rule, basis)

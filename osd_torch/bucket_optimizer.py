@@ -96,8 +96,8 @@ class BucketOptimizer(StatefulOptimizer):
     def method(self, group: Group, bucket: Bucket) -> Method:
         """How a bucket of a group is stepped, at the current rates."""
         rule, first = rule_of(self, group, bucket), bucket.params[0]
-        step = bucket.step
-        keys = () if isinstance(step, Tensor) else self.rounding_keys(group, bucket.params, step)
+        step = None if bucket.on_device else bucket.step
+        keys = self.rounding_keys(group, bucket.params, step) if isinstance(step, int) else ()
         coefficients = functools.partial(self.coefficients, group)
         method = Method(rule, coefficients, keys)
         if group["rank"] is not None:

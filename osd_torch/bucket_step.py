@@ -19,8 +19,8 @@ from osd_torch.lift import (
     Seen,
     add_lifted_,
     check_lift_state,
-    lifted_update,
     scaled,
+    updates_of_stack,
 )
 from osd_torch.numerics import Number, accumulator_dtype, select_
 from osd_torch.rules import Rule
@@ -56,6 +56,11 @@ class Method(NamedTuple):
     basis_rule: BasisRule | None = None
     projector_lr: Number = 0.0
     transports: bool = False
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """What follows from the options of the group, except for the rates."""
+        return self.rule, self.side, self.lift, self.basis_rule, self.transports
 
 
 def project(
@@ -170,7 +175,7 @@ def _add_(
     if not bucket.is_stack:
         add_lifted_(to_matrix(bucket.params[0], side), basis, lifted, alpha, beta, keys)
     elif not keys and accumulator_dtype(own[0].dtype) == own[0].dtype:
-        update = lifted_update(basis, lifted)
+        update = updates_of_stack(basis, lifted, own[0].dtype)
         updates = bucket.parted(to_matrix(update, side).contiguous())
         if isinstance(beta, Tensor):
             torch._foreach_mul_(own, beta.to(update.dtype))

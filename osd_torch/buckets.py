@@ -25,7 +25,7 @@ from osd_torch.layout import (
 from osd_torch.rules import Count, Rule, of_stack
 from osd_torch.sharding import is_distributed, local
 from osd_torch.sketch import Sketch
-from osd_torch.state import ON_HOST, Group
+from osd_torch.state import ON_HOST, Group, numbers_of
 from osd_torch.stateful import StatefulOptimizer
 
 STACK_BYTES = 2**30  # the parameters of a stack have at most this size
@@ -70,8 +70,8 @@ class Bucket(NamedTuple):
             return int(counts)
         if not self.on_device:
             different = set(counts.flatten().tolist())
-            if len(different) == 1:
-                return int(different.pop())
+            if len(different) < 2:
+                return int(next(iter(different), 0))
         return counts.double().to(self.params[0].device)
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -132,7 +132,7 @@ def bucket_of(
     group: Group, params: Sequence[Tensor], states: Sequence[dict[str, Tensor]]
 ) -> Bucket:
     """The bucket of parameters with these states, which become views of the bucket's."""
-    numbers, capturable = group.get("dimension_numbers"), bool(group.get("capturable"))
+    numbers, capturable = numbers_of(group), bool(group.get("capturable"))
     if len(states) == 1 and (numbers is not None or not capturable):
         state = {name: local(x) for name, x in states[0].items()} if numbers else states[0]
     else:
@@ -170,9 +170,11 @@ def _kind(
         return None
     gradient = None if param.grad is None else param.grad.dtype
     kind = (tuple(param.shape), param.is_contiguous(), param.dtype, param.device, gradient, is_held)
-    if group.get("capturable") or group.get("dimension_numbers") is not None:
+    if group.get("capturable"):
         return kind
     state = optimizer.state[param]
+    if numbers_of(group) is not None:  # P may wait for some of its matrices: `set_at` differs
+        return (*kind, *set(state["step"].tolist()))
     return (*kind, *(int(state[name]) for name in ON_HOST if name in state))
 
 

@@ -62,7 +62,8 @@ class Subspace(TypedDict, total=False):
         capturable: Whether a step reads nothing on the host, so that a CUDA graph can capture it
             and `torch.compile` compile it; see `SubspaceOptimizer.refresh_`.
         dimension_numbers: The axes of the parameters' matrices, if they are stacks of matrices
-            (experts) or have more axes than a matrix (convolutions). Each matrix has its own P.
+            (experts) or have more axes than a matrix (convolutions). Each matrix has its own P. If
+            given with `rank`, they are those of the selected parameters that are no matrices.
     """
 
     rank: int | None
@@ -126,7 +127,8 @@ class PublishedOptimizer(SubspaceOptimizer):
         if rank is not None:
             check_rank(rank)
             subspace = {"basis": online_pca(), **subspace}
-            params = projected_groups(params, rank, select)
+            numbers = subspace.pop("dimension_numbers", None)
+            params = projected_groups(params, rank, select, numbers)
         elif select is not None:
             raise ValueError("select is given without rank: give rank, or put it into groups")
         super().__init__(params, {**SUBSPACE_DEFAULTS, **subspace, **defaults})

@@ -151,7 +151,9 @@ def split_by_selection(
     )
 
 
-def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[Group]:
+def projected_groups(
+    params: ParamsT, rank: int, select: Select | None, numbers: Numbers | None = None
+) -> list[Group]:
     """Parameters or (name, parameter) pairs as groups: the projected ones, and all others.
 
     Args:
@@ -159,6 +161,7 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
         rank: Rank of the projected group.
         select: (name, parameter) -> whether it is projected. None: by name as in `make_optimizer`;
             without names every matrix.
+        numbers: See `split_by_numbers`. None: without names every parameter is one matrix.
 
     Raises:
         ValueError: `params` are groups.
@@ -169,21 +172,17 @@ def projected_groups(params: ParamsT, rank: int, select: Select | None) -> list[
             "rank is given, but params are groups: put rank, basis, lift and side into the "
             "groups to be projected"
         )
-    parts: tuple[list[Any], list[Any]]
     if all(isinstance(item, tuple) for item in given):
         pairs: Any = given
-        parts = divided(pairs, pairs, select, rank)
-        projected = split_by_numbers(parts[0], pairs, None)
-        return [{**g, "rank": rank} for g in projected] + [{"params": parts[1]}] * bool(parts[1])
-    else:
-        chosen = select or (lambda name, param: param.ndim == 2)
-        tensors: Any = given
-        parts = (
-            [param for param in tensors if chosen("", param)],
-            [param for param in tensors if not chosen("", param)],
-        )
-    groups: list[Group] = [{"params": parts[0], "rank": rank}, {"params": parts[1]}]
-    return [group for group in groups if group["params"]]
+        projected, others = divided(pairs, pairs, select, rank)
+        named = split_by_numbers(projected, pairs, numbers)
+        return [{**g, "rank": rank} for g in named] + [{"params": others}] * bool(others)
+    unnamed: list[Any] = [("", param) for param in given]
+    chosen = select or (lambda name, param: param.ndim == 2)
+    projected, others = split_by_selection(unnamed, unnamed, chosen)
+    groups = split_by_numbers(projected, unnamed, numbers or (lambda name, param: None))
+    groups = [{**g, "rank": rank} for g in groups] + [{"params": others}] * bool(others)
+    return [{**group, "params": [param for _, param in group["params"]]} for group in groups]
 
 
 Numbers = SubspaceDimensionNumbers | Callable[[str, Tensor], SubspaceDimensionNumbers | None]
@@ -203,8 +202,14 @@ def split_by_numbers(
             (name, parameter). None: by name and shape; see `selection.dimension_numbers_of`.
 
     Raises:
-        ValueError: They cannot be determined.
+        ValueError: They cannot be determined, or `numbers` are none and no function.
     """
+    is_one = isinstance(numbers, SubspaceDimensionNumbers)
+    if numbers is not None and not is_one and not callable(numbers):
+        raise ValueError(
+            f"dimension_numbers is {numbers!r}: expected SubspaceDimensionNumbers(reduction_axis, "
+            "output_axis), or a function (name, parameter) that returns them"
+        )
     shapes = {name: tuple(param.shape) for name, param in named}
 
     def of(name: str, param: Tensor) -> SubspaceDimensionNumbers | None:

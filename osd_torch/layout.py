@@ -96,11 +96,17 @@ def matrix_shape(shape: Sequence[int], numbers: SubspaceDimensionNumbers | None)
     return outputs // numbers.parts, math.prod(shape[axis] for axis in axes.input)
 
 
+def matrix_count(shape: Sequence[int], numbers: SubspaceDimensionNumbers) -> int:
+    """The number of matrices of a parameter."""
+    return math.prod(shape[axis] for axis in axes_of(numbers, shape).batch) * numbers.parts
+
+
 def to_stack(tensor: Tensor, numbers: SubspaceDimensionNumbers) -> Tensor:
     """A parameter or its gradient as a stack of matrices (b, output, input), a view if possible."""
     axes = axes_of(numbers, tensor.shape)
     permuted = tensor.permute(*axes.batch, *axes.output, *axes.input)
-    return permuted.reshape(-1, *matrix_shape(tensor.shape, numbers))
+    count = matrix_count(tensor.shape, numbers)
+    return permuted.reshape(count, *matrix_shape(tensor.shape, numbers))
 
 
 def from_stack(stack: Tensor, numbers: SubspaceDimensionNumbers, shape: Sequence[int]) -> Tensor:

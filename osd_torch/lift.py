@@ -206,14 +206,29 @@ def add_lifted_(
     if basis is None or direction is None or not is_sum or isinstance(beta, Tensor):
         add_(weight, lifted_update(basis, lifted), alpha, beta, rounding_keys)
         return
+    weight = local(weight)
+    add_product_ = weight.addmm_ if weight.ndim == 2 else weight.baddbmm_
+    add_product_(*_factors(basis, direction, weight.dtype), beta=beta, alpha=alpha)
+
+
+def _factors(basis: Basis, direction: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two matrices of a dtype whose product is P D. D is not rounded to the dtype of P."""
     if isinstance(basis, TwoSided):
         left, right = product(basis.output, direction), basis.input.mT
     else:
         left, right = basis, direction
-    weight, left, right = local(weight), local(left), local(right)
-    left, right = left.to(weight.dtype), right.to(weight.dtype)
-    add_product_ = weight.addmm_ if weight.ndim == 2 else weight.baddbmm_
-    add_product_(left, right, beta=beta, alpha=alpha)
+    return local(left).to(dtype), local(right).to(dtype)
+
+
+def updates_of_stack(basis: Basis | None, lifted: Lifted, dtype: torch.dtype) -> Tensor:
+    """then(P D + rest) of a stack (b, p, q), with the products of `add_lifted_` for this dtype."""
+    direction, is_plain = lifted.low_rank, lifted.rest is None and lifted.then is None
+    if basis is None or direction is None or not is_plain:
+        return lifted_update(basis, lifted)
+    left, right = _factors(basis, direction, dtype)
+    if right.is_contiguous():
+        return left @ right
+    return (right.mT @ left.mT).mT  # the layout of M
 
 
 def lifted_update(basis: Basis | None, lifted: Lifted) -> Tensor:

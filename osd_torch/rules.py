@@ -59,8 +59,7 @@ class Rule(Protocol):
 
         Returns:
             (direction, rate), to be applied as `x - rate * direction`. The caller must not modify
-            the
-            direction: it may be the gradient or a moment.
+            the direction: it may be the gradient or a moment.
         """
         raise NotImplementedError
 
@@ -257,7 +256,7 @@ class Adafactor(Rule):
         eps: Added to the squared gradient.
         clip_threshold: Maximum root mean square of a direction.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
-        of_stack: Whether gradients are stacks (b, m, n), of which each matrix has its own maximum.
+        of_stack: Whether gradients are stacks (b, ...), of which each part has its own maximum.
     """
 
     beta1: float | None = None
@@ -300,7 +299,8 @@ class Adafactor(Rule):
             update = (own * row_factor).mul_(column.rsqrt().unsqueeze(-2))
         square = update.square()
         if self.of_stack:
-            rms = square.mean(dim=-1 if is_vector else (-2, -1), keepdim=True).sqrt_()
+            axes = tuple(range(1, square.ndim))
+            rms = (square.mean(dim=axes, keepdim=True) if axes else square).sqrt()
         else:
             rms = local(mean(parted_like(square, gradient))).sqrt_()
         update.div_((rms / self.clip_threshold).clamp_(min=1)).mul_(lr)
@@ -310,7 +310,7 @@ class Adafactor(Rule):
 
     def stacked(self, like: Tensor) -> Rule | None:
         """The same with `of_stack`."""
-        return replace(self, of_stack=True) if like.ndim <= 2 else None
+        return replace(self, of_stack=True)
 
 
 @dataclass(frozen=True)
@@ -421,6 +421,15 @@ def _parts(state: State, stack: Tensor) -> Iterator[tuple[int, State]]:
         yield i, {name: x[i] for name, x in state.items()}
 
 
-def of_stack(rule: Rule, like: Tensor) -> Rule:
-    """A rule that steps the parts of a stack as a rule steps a gradient like this one."""
+def of_stack(rule: Rule, like: Tensor, t: Count = 1) -> Rule:
+    """A rule that steps the parts of a stack as a rule steps a gradient like this one.
+
+    Args:
+        rule: The rule.
+        like: A tensor with the shape of one gradient.
+        t: The number of the step. If it differs between the parts it is a tensor, which only a
+            capturable rule accepts.
+    """
+    if isinstance(t, Tensor) and not rule.capturable:
+        return EachPart(rule)
     return rule.stacked(like) or EachPart(rule)

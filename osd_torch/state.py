@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from osd_torch.basis_rule import name_of_rule
+from osd_torch.layout import SubspaceDimensionNumbers
 from osd_torch.numerics import Number
 from osd_torch.sketch import Basis, TwoSided
 
@@ -36,6 +37,11 @@ def step_number(step: int, device: torch.device = _CPU) -> Tensor:
 def lr_of(group: Group) -> Number:
     """A group's learning rate; a tensor stays one if the host must not read it."""
     return group["lr"] if group.get("capturable") else float(group["lr"])
+
+
+def numbers_of(group: Group) -> SubspaceDimensionNumbers | None:
+    """The dimension numbers of a projected group; at full rank parameters are not stacks."""
+    return None if group["rank"] is None else group.get("dimension_numbers")
 
 
 def completed(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from osd_torch.layout import (
     check_dtype,
     check_placement,
     check_rank,
+    matrix_count,
     matrix_shape,
     to_matrix,
 )
@@ -158,7 +158,8 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
     def _fits(self, group: Group, param: Tensor) -> bool:
         """Whether a parameter's state matches its current device, dtype and options."""
         state, kinds = self.state[param], state_kinds(self, group, param)
-        is_here = (x.device == param.device for name, x in state.items() if name not in ON_HOST)
+        elsewhere = () if group.get("capturable") else ON_HOST
+        is_here = (x.device == param.device for name, x in state.items() if name not in elsewhere)
         return {name: (x.shape, x.dtype) for name, x in state.items()} == kinds and all(is_here)
 
     def init_state(self, group: Group, like: Tensor) -> dict[str, Tensor]:
@@ -177,8 +178,7 @@ class StatefulOptimizer(SkipsNonFinite, torch.optim.Optimizer):
             counts = {"step": step_number(0, place), "set_at": step_number(NOT_SET, place)}
             return {**counts, **self._init_matrix(group, like)}
         # A stack: the state of a matrix, with one more axis in front, sharded like the parameter.
-        shape = matrix_shape(like.shape, numbers)
-        count = like.numel() // math.prod(shape)
+        shape, count = matrix_shape(like.shape, numbers), matrix_count(like.shape, numbers)
         of_matrix = {**group, "dimension_numbers": None}
         matrix = torch.empty(shape, dtype=like.dtype, device="meta")
         of_one = self._init_matrix(of_matrix, matrix)
