@@ -8,6 +8,7 @@ needs the host, as an SVD does, and happens in `refresh_`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from osd_torch.basis_rule import name_of_rule
 from osd_torch.bucket_optimizer import BucketOptimizer, gradient_of
 from osd_torch.bucket_step import Method
 from osd_torch.buckets import Bucket, in_buckets
+from osd_torch.guard import check_dense
 from osd_torch.numerics import without_autocast
 from osd_torch.rules import Rule
 from osd_torch.sharding import (
@@ -27,7 +29,7 @@ from osd_torch.sharding import (
     on_host,
     squared_norms,
 )
-from osd_torch.state import NOT_SET, Group, named_parameters
+from osd_torch.state import NOT_SET, ON_HOST, Group, named_parameters
 
 Present = Sequence[tuple[Group, Tensor]]
 
@@ -44,9 +46,12 @@ class CapturableOptimizer(BucketOptimizer):
 
     is_capturable = False
     _plan: list[tuple[Group, Bucket, Method]] | None = None  # the buckets of the next step
-    _planned_for: tuple[int, ...] = ()  # the parameters of which they consist
+    _planned_for: Sequence[Tensor] = ()  # the parameters of which they consist, and their state
     # Steps until P of one of them may be due; None: the host has to read the numbers of steps.
     _steps_to_refresh: int | None = None
+
+    def observe(self, group: Group) -> None:
+        """Reads a group's learning rate before each step."""
 
     def present(self) -> Iterator[tuple[Group, Tensor]]:
         """The parameters that the next step updates, each with its group."""
@@ -59,6 +64,19 @@ class CapturableOptimizer(BucketOptimizer):
 
     def _see_capturable(self) -> None:
         self.is_capturable = any(group.get("capturable") for group in self.param_groups)
+
+    def see_options(self) -> None:
+        """Reads `capturable` again: as with torch.optim, it may have been set in the groups.
+
+        Raises:
+            NotCapturableError: It is True, but a step needs the host.
+        """
+        if self.is_capturable == any(group.get("capturable") for group in self.param_groups):
+            return
+        for group in self.param_groups:
+            check_capturable(self, group)
+        self._see_capturable()
+        self._plan = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a copy, a loaded state or a pickle; the buckets are formed again."""
@@ -73,7 +91,10 @@ class CapturableOptimizer(BucketOptimizer):
 
         `step` calls it, except while a CUDA graph is captured and inside `torch.compile`. There,
         call it after each backward pass, before the graph is replayed or the compiled step is
-        called. It reads the device only if P may be due.
+        called. It reads the device only if P may be due. Without `capturable` it does nothing.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
 
         Example:
             >>> import torch, osd_torch
@@ -88,21 +109,54 @@ class CapturableOptimizer(BucketOptimizer):
             ...     optimizer.refresh_()
             ...     compiled_step()
         """
+        self.see_options()
+        if not self.is_capturable:
+            return
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                self.observe(group)
         present = list(self.present())
-        params = tuple(id(param) for _, param in present)
-        if params != self._planned_for or self._plan is None:
-            for group, param in present:
-                self.state_of(group, param)
-            self._plan = [
-                (group, bucket, self.method(group, bucket))
-                for group in self.param_groups
-                for bucket in in_buckets(self, group, [p for g, p in present if g is group], {})
-            ]
-            self._planned_for, self._steps_to_refresh = params, None
+        check_dense(self, [gradient_of(param) for _, param in present])
+        if present:
+            self.counts_on(present[0][1].device)
+        self._prepare(present)
         if self._steps_to_refresh is None or self._steps_to_refresh <= 0:
             self._refresh_where_due([pair for pair in present if pair[0]["rank"] is not None])
         if self._steps_to_refresh is not None:
             self._steps_to_refresh -= 1
+
+    def _prepare(self, present: Present) -> None:
+        """Forms the buckets of the next step, unless they and the options are those of the last."""
+        known = self._planned_for
+        own = self._tensors(present)
+        is_same = len(own) == len(known) and all(map(operator.is_, own, known))
+        if self._plan is not None and is_same:
+            self._plan = [(g, bucket, self._current(g, bucket, m)) for g, bucket, m in self._plan]
+            return
+        for group, param in present:
+            state = self.state_of(group, param)
+            state.update({name: state[name].to(param.device) for name in ON_HOST if name in state})
+        self._plan = [
+            (group, bucket, self.method(group, bucket))
+            for group in self.param_groups
+            for bucket in in_buckets(self, group, [p for g, p in present if g is group], {})
+        ]
+        self._planned_for, self._steps_to_refresh = self._tensors(present), None
+
+    def _tensors(self, present: Present) -> list[Tensor]:
+        """The parameters, and the tensors of their state."""
+        return [x for _, param in present for x in (param, *self.state[param].values())]
+
+    def _current(self, group: Group, bucket: Bucket, planned: Method) -> Method:
+        """A planned method, or another one if an option of its group has changed.
+
+        A compiled step is specialized to the objects of its methods.
+        """
+        now = self.method(group, bucket)
+        if now.options == planned.options:
+            return planned
+        self._steps_to_refresh = None
+        return now
 
     def _refresh_where_due(self, present: Present) -> None:
         """Reads the numbers of steps and sets P where it is due."""
@@ -144,6 +198,8 @@ class CapturableOptimizer(BucketOptimizer):
             self.refresh_()
         assert self._plan is not None
         params = [param for _, bucket, _ in self._plan for param in bucket.params]
+        if not params:
+            return
         gradients = [gradient_of(param) for param in params]
         squares = squared_norms(gradients)
         is_finite = finite_on_device(gradients, squares)
@@ -193,6 +249,9 @@ def check_capturable(optimizer: CapturableOptimizer, group: Group) -> None:
 
 def _reason_for_the_host(optimizer: CapturableOptimizer, group: Group) -> str | None:
     """Why a step of a group needs the host; None if it does not."""
+    devices = {str(param.device) for its in optimizer.param_groups for param in its["params"]}
+    if len(devices) > 1:
+        return f"its parameters are on {', '.join(sorted(devices))}: expected one device"
     if group.get("foreach") is False:
         return "foreach is False: its steps are those of stacks"
     if group.get("stochastic_rounding"):

@@ -52,10 +52,14 @@ class SkipsNonFinite:
         else:
             self._skipped = counts
 
+    def counts_on(self, device: torch.device) -> None:
+        """Moves the counts to a device, so that it counts; before a step that it decides."""
+        if not isinstance(self._skipped, Tensor) or self._skipped.device != device:
+            self._skipped = torch.tensor(self.skipped, device=device)
+
     def count_on_device(self, is_finite: Tensor) -> None:
-        """Counts a step that is taken if `is_finite`, without a device sync."""
-        if not isinstance(self._skipped, Tensor):
-            self._skipped = torch.tensor(self._skipped, device=is_finite.device)
+        """Counts a step that is taken if `is_finite`, without a device sync; see `counts_on`."""
+        assert isinstance(self._skipped, Tensor)
         is_skipped = (~is_finite).to(self._skipped.dtype)
         self._skipped.add_(is_skipped)
         self._skipped[1:].mul_(is_skipped)

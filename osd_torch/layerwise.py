@@ -168,6 +168,11 @@ class LayerwiseUpdates:
         self.share = 1 / micro_batches
         self._reduce = reduce
         if isinstance(optimizer, SubspaceOptimizer):
+            if optimizer.is_capturable:
+                raise ValueError(
+                    "capturable is True, but layer-by-layer updates are driven by the host: build "
+                    "the optimizer without capturable"
+                )
             if self.waits:
                 for group in optimizer.param_groups:
                     check_sketch_suffices(optimizer, group)

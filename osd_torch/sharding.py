@@ -426,11 +426,13 @@ def finite_on_device(tensors: Sequence[Tensor], squares: Sequence[Tensor]) -> Te
     """`all_finite` without a device sync: 0-dimensional, bool.
 
     Args:
-        tensors: Plain tensors on one device.
-        squares: Their squared norms. Their sum may overflow; the largest absolute value cannot.
+        tensors: Plain tensors on one device, at least one.
+        squares: Their squared norms, whose sum may overflow.
     """
-    largest = torch.stack(list(torch._foreach_norm(list(tensors), math.inf)))
-    return torch.stack(list(squares)).sum().isfinite() | largest.isfinite().all()
+    parts = [tensor for tensor in tensors if tensor.numel()]
+    largest = torch._foreach_norm(parts, math.inf) if parts else squares
+    sum_is_finite = torch.stack(list(squares)).sum().isfinite()
+    return sum_is_finite | torch.stack(list(largest)).isfinite().all()
 
 
 def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:

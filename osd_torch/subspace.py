@@ -141,9 +141,6 @@ class SubspaceOptimizer(CapturableOptimizer):
             )
         self._reduce = reduce
 
-    def observe(self, group: Group) -> None:
-        """Reads a group's learning rate before each step."""
-
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
@@ -165,6 +162,8 @@ class SubspaceOptimizer(CapturableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not torch.compiler.is_compiling():
+            self.see_options()
         if self.is_capturable:
             self._step_on_device()
         else:
@@ -174,10 +173,6 @@ class SubspaceOptimizer(CapturableOptimizer):
     @torch.no_grad()
     @without_autocast()
     def _step_on_device(self) -> None:
-        if not torch.compiler.is_compiling():
-            for group in self.param_groups:
-                if not isinstance(group["lr"], Tensor):
-                    self.observe(group)
         self.step_on_device()
 
     @torch.compiler.disable(reason="steps of osd_torch's optimizers run uncompiled")
