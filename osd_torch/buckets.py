@@ -22,7 +22,7 @@ from osd_torch.layout import (
     to_matrix,
     to_stack,
 )
-from osd_torch.rules import Count, Rule, of_stack
+from osd_torch.rules import Count, Rule, of_stack, stacked_rule
 from osd_torch.sharding import is_distributed, local
 from osd_torch.sketch import Sketch
 from osd_torch.state import ON_HOST, Group
@@ -187,14 +187,15 @@ def is_stacked(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> boo
 def can_stack(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> bool:
     """Whether the rules of a group can step a stack of parameters such as this one."""
     if group["rank"] is None:
-        return optimizer.rule(group).stacked(param) is not None
+        return stacked_rule(optimizer.rule(group), param) is not None
     basis_rule = optimizer.basis_rule(group)
     if not optimizer.lift(group).stacks or not (basis_rule.stacks or basis_rule.gradient is None):
         return False
     of_basis = basis_rule.optimizer
-    if of_basis is not None and of_basis.stacked(optimizer.state[param]["basis"]) is None:
+    if of_basis is not None and stacked_rule(of_basis, optimizer.state[param]["basis"]) is None:
         return False
-    return optimizer.rule(group).stacked(low_rank_like(optimizer, group, param)) is not None
+    like = low_rank_like(optimizer, group, param)
+    return stacked_rule(optimizer.rule(group), like) is not None
 
 
 def rule_of(optimizer: StatefulOptimizer, group: Group, bucket: Bucket) -> Rule:

@@ -209,6 +209,6 @@ def _reason_for_the_host(optimizer: CapturableOptimizer, group: Group) -> str | 
             return f"the basis rule {name_of_rule(basis_rule)} does not accept stacks"
         rules.append(basis_rule.optimizer)
     for rule in rules:
-        if rule is not None and not rule.capturable:
+        if rule is not None and not getattr(rule, "capturable", False):
             return f"{name_of_rule(rule)} reads the number of the step on the host"
     return None

@@ -423,4 +423,10 @@ def _parts(state: State, stack: Tensor) -> Iterator[tuple[int, State]]:
 
 def of_stack(rule: Rule, like: Tensor) -> Rule:
     """A rule that steps the parts of a stack as a rule steps a gradient like this one."""
-    return rule.stacked(like) or EachPart(rule)
+    return stacked_rule(rule, like) or EachPart(rule)
+
+
+def stacked_rule(rule: Rule, like: Tensor) -> Rule | None:
+    """`Rule.stacked`; None for an object that is a rule by its methods only."""
+    stacked = getattr(rule, "stacked", None)
+    return None if stacked is None else stacked(like)
