@@ -18,6 +18,7 @@ from osd_torch.llama.model import (
     load_config,
     loss,
     prepare,
+    within_documents,
 )
 from osd_torch.llama.partition import fully_shard_llama
 from osd_torch.llama.weights import (
@@ -49,5 +50,6 @@ __all__ = [
     "prepare",
     "save_hf",
     "weight_files",
+    "within_documents",
     "write_safetensors",
 ]

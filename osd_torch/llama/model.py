@@ -183,6 +183,7 @@ def loss(
     model: LlamaForCausalLM,
     tokens: Tensor,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -195,12 +196,16 @@ def loss(
         tokens: Integers (B, S): the inputs, and shifted left by one the labels.
         mask: Booleans (B, S), False for tokens that are not labels. Padding on the right needs no
             other mask, because attention is causal.
+        segments: Integers (B, S), the document of each token of a packed row: a token sees only its
+            own document, in which positions start at 0. `mask` should exclude the first token of
+            each document. None: a row is one document.
         logits_bytes: Float32 logits to hold at once.
 
     Returns:
         The sum, float32, and the number of tokens, an integer; both 0-dimensional.
     """
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    places = {} if segments is None else within_documents(segments)
+    hidden = model.model(input_ids=tokens, use_cache=False, **places).last_hidden_state
     # The last position predicts nothing: it stays, with weight zero, so that the arrays keep their
     # even shape.
     labels = torch.roll(tokens, -1, dims=1)
@@ -217,6 +222,24 @@ def loss(
         checkpoint(_token_losses, model.lm_head, *part, use_reentrant=False) for part in parts
     ]
     return torch.stack(losses).sum(), weights.sum()
+
+
+def within_documents(segments: Tensor) -> dict[str, Tensor]:
+    """The arguments of transformers' LLaMA that keep the documents of a packed row separate.
+
+    Args:
+        segments: Integers (B, S), the document of each token.
+
+    Returns:
+        "attention_mask", bool (B, 1, S, S), and "position_ids", int64 (B, S), which restart at 0
+        where the segment changes.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device)
+    seen = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index)
+    is_start = segments != segments.roll(1, dims=1)
+    is_start[:, 0] = True
+    starts = torch.where(is_start, index, 0).cummax(dim=1).values
+    return {"attention_mask": seen[:, None], "position_ids": index - starts}
 
 
 def _token_losses(head: torch.nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
