@@ -7,7 +7,7 @@ imports Flax at import time: `select_linear` imports Flax when it is called.
 
 from osd_jax.llama.attention import attend, select_attention
 from osd_jax.llama.attention_plain import causal_bias, wide_einsum
-from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.config import LlamaConfig, RopeScaling
 from osd_jax.llama.cross_entropy import (
     LOGITS_BYTES,
     MIN_VOCABULARY_SLICE,
@@ -34,7 +34,7 @@ from osd_jax.llama.model import (
     rms_norm,
 )
 from osd_jax.llama.rotary import rotary_angles, rotate, token_positions
-from osd_jax.llama.weights import WEIGHTS, load_hf, save_hf, weight_files
+from osd_jax.llama.weights import SHARD_BYTES, WEIGHTS, load_hf, save_hf, weight_files
 
 __all__ = [
     "Attention",
@@ -45,7 +45,9 @@ __all__ = [
     "MIN_VOCABULARY_SLICE",
     "Mlp",
     "Params",
+    "RopeScaling",
     "Tokens",
+    "SHARD_BYTES",
     "WEIGHTS",
     "attend",
     "causal_bias",

@@ -9,6 +9,7 @@ vocabulary V, N query heads and K key heads of D entries each:
     layers/attention/query   (L, H, N*D)     key, value: (L, H, K*D)     output: (L, N*D, H)
     layers/mlp_norm          (L, H)
     layers/mlp/gate, up      (L, H, F)       down: (L, F, H)
+    layers/*/*_bias          (L, ...): of the kernel's output, with attention_bias or mlp_bias
     norm                     (H,)
     head                     (H, V), absent when the embedding is tied
 
@@ -59,43 +60,54 @@ def _normal(config: LlamaConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param[jax.A
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
 
 
+def _add_biases(module: nnx.Module, *names: str) -> None:
+    """Adds a bias of zeros for each of a module's kernels, named `NAME_bias`."""
+    for name in names:
+        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros(getattr(module, name).shape[1])))
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key and value heads."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        """Draws the four kernels."""
+        """Draws the four kernels; biases are initialized to zero."""
         hidden, size = config.hidden_size, config.head_dim
         self.head_dim = size
         self.query = _normal(config, rngs, hidden, config.num_attention_heads * size)
         self.key = _normal(config, rngs, hidden, config.num_key_value_heads * size)
         self.value = _normal(config, rngs, hidden, config.num_key_value_heads * size)
         self.output = _normal(config, rngs, config.num_attention_heads * size, hidden)
+        if config.attention_bias:
+            _add_biases(self, "query", "key", "value", "output")
 
     def __call__(
         self, x: jax.Array, angles: Angles, segments: jax.Array | None, attention: str
     ) -> jax.Array:
         """(B, S, H) -> (B, S, H), given `rotary_angles`; the rest as in `attend`."""
 
-        def heads(kernel: nnx.Param[jax.Array]) -> jax.Array:
-            return _dot(x, kernel).reshape(*x.shape[:2], -1, self.head_dim)
+        def heads(name: str) -> jax.Array:
+            return _linear(self, name, x).reshape(*x.shape[:2], -1, self.head_dim)
 
-        query, key = rotate(heads(self.query), angles), rotate(heads(self.key), angles)
-        attended = attend(query, key, heads(self.value), segments, attention)
-        return _dot(attended, self.output)
+        query, key = rotate(heads("query"), angles), rotate(heads("key"), angles)
+        attended = attend(query, key, heads("value"), segments, attention)
+        return _linear(self, "output", attended)
 
 
 class Mlp(nnx.Module):
     """Gated feed-forward layer with SiLU."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        """Draws the three kernels."""
+        """Draws the three kernels; biases are initialized to zero."""
         self.gate = _normal(config, rngs, config.hidden_size, config.intermediate_size)
         self.up = _normal(config, rngs, config.hidden_size, config.intermediate_size)
         self.down = _normal(config, rngs, config.intermediate_size, config.hidden_size)
+        if config.mlp_bias:
+            _add_biases(self, "gate", "up", "down")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, H) -> (B, S, H)."""
-        return _dot(jax.nn.silu(_dot(x, self.gate)) * _dot(x, self.up), self.down)
+        gated = jax.nn.silu(_linear(self, "gate", x)) * _linear(self, "up", x)
+        return _linear(self, "down", gated)
 
 
 class Block(nnx.Module):
@@ -162,11 +174,16 @@ class Llama(nnx.Module):
         return jax.lax.scan(body, x, stacked)[0]
 
 
-def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
+def _linear(module: nnx.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x` times a module's kernel, plus its bias if there is one."""
+    kernel, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     # As a matrix, so that the kernel's gradient sums over one axis. Over two axes, XLA for CPUs
     # first transposes the output's gradient, which takes as long as the product.
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    product = rows @ kernel[...].astype(x.dtype)
+    if bias is not None:
+        product += bias[...].astype(x.dtype)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
@@ -329,18 +346,19 @@ def is_projected(path: str, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
     Args:
         path: Keys from the root of `params`, joined by slashes: "layers/attention/query".
-        array: The parameter, or its shape; the vector of a norm is not a kernel.
+        array: The parameter, or its shape; the vector of a norm or a bias is not a kernel.
 
     Returns:
         Whether it is projected.
     """
-    return array.ndim >= 2 and not {"attention", "mlp"}.isdisjoint(path.split("/"))
+    inside = not {"attention", "mlp"}.isdisjoint(path.split("/"))
+    return array.ndim >= 2 and inside and not path.endswith("_bias")
 
 
 def dimension_numbers(params: Params) -> Params:
     """The input and output axes of each parameter's kernel.
 
-    Other axes, those of the layers, are batch axes; a norm has no reduction axis.
+    Other axes, those of the layers, are batch axes; a norm or a bias has no reduction axis.
 
     Args:
         params: The weights, or their shapes.

@@ -1,9 +1,11 @@
 """Rotary position embedding: the position of each token as an angle of each pair of entries."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.config import LlamaConfig, RopeScaling
 
 
 def token_positions(length: int, segments: jax.Array | None = None) -> jax.Array:
@@ -26,7 +28,7 @@ def token_positions(length: int, segments: jax.Array | None = None) -> jax.Array
 def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding.
 
-    Frequency i is `rope_theta^(-2 i / D)`.
+    Frequency i is `rope_theta^(-2 i / D)`, scaled by the config's `rope_scaling`.
 
     Args:
         config: The model's shape; D is its `head_dim`.
@@ -37,8 +39,23 @@ def rotary_angles(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array,
     """
     size = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    frequencies = _scaled(frequencies, config.rope_scaling)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scaled(frequencies: jax.Array, scaling: RopeScaling | None) -> jax.Array:
+    """The frequencies of the scaled embedding; see `RopeScaling`."""
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    length = scaling.original_max_position_embeddings
+    assert low and high and length  # checked by RopeScaling
+    wavelengths = 2 * math.pi / frequencies
+    share = jnp.clip((length / wavelengths - low) / (high - low), 0, 1)  # of what stays
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -201,7 +201,7 @@ def make_train_step(
 
     def gradient(params: optax.Params, micro: Batch) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
-            return batch_loss(params, config, micro, remat=remat, attention=attention)
+            return _batch_loss(params, config, micro, remat=remat, attention=attention)
 
         (loss, count), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, count, grads
@@ -355,7 +355,7 @@ def measured(
     return jax.lax.cond(measure, real, none, grads, opt_state)
 
 
-def batch_loss(
+def _batch_loss(
     params: optax.Params, config: llama.LlamaConfig, micro: Batch, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """`llama.loss` of a batch's arrays (B, S); `options` are its keyword arguments."""
@@ -379,7 +379,7 @@ def make_eval_step(config: llama.LlamaConfig, attention: str = "auto") -> EvalSt
     def eval_step(
         params: optax.Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        return batch_loss(params, config, batch, attention=attention)
+        return _batch_loss(params, config, batch, attention=attention)
 
     return eval_step
 

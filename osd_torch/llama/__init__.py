@@ -22,6 +22,7 @@ from osd_torch.llama.model import (
 )
 from osd_torch.llama.partition import fully_shard_llama
 from osd_torch.llama.weights import (
+    SHARD_BYTES,
     WEIGHTS,
     hf_tensors,
     load_hf,
@@ -35,6 +36,7 @@ __all__ = [
     "LOGITS_BYTES",
     "REQUIRED",
     "SIZES",
+    "SHARD_BYTES",
     "WEIGHTS",
     "build",
     "compared",

@@ -175,7 +175,7 @@ def make_train_step(
         factor = schedule(step - skipped_steps(optimizer)[0])
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        arrays = batch_arrays(batch)
+        arrays = _batch_arrays(batch)
         counts = sum_over_processes(arrays[1][..., 1:].sum(dim=(1, 2)))
         count = int(counts.sum())
         # Gradients are averaged over the processes, and each has its part of the sum.
@@ -230,7 +230,7 @@ class TokenLoss(torch.nn.Module):
         return llama.loss(self.model, *arrays)
 
 
-def batch_arrays(batch: Batch) -> list[Tensor]:
+def _batch_arrays(batch: Batch) -> list[Tensor]:
     """A batch's arrays as tensors on the CPU, in the order of `llama.loss`."""
     names = ("tokens", "mask", "segments")
     return [torch.from_numpy(batch[name]) for name in names if name in batch]
@@ -337,7 +337,7 @@ def make_eval_step(model: LlamaForCausalLM) -> EvalStep:
     @torch.no_grad()
     def eval_step(batch: Batch) -> tuple[float, int]:
         model.eval()
-        loss, count = forward(*(array.to(device) for array in batch_arrays(batch)))
+        loss, count = forward(*(array.to(device) for array in _batch_arrays(batch)))
         model.train()
         both = sum_over_processes(torch.stack([loss.double(), count.double()]))
         return float(both[0]), int(both[1])
