@@ -159,7 +159,8 @@ class LlamaConfig:
         known["rope_theta"] = rope["rope_theta"]
         if rope_type != "default":
             names = [field.name for field in dataclasses.fields(RopeScaling)[1:]]
-            known["rope_scaling"] = RopeScaling(rope_type, **{n: rope.get(n) for n in names})
+            scaling: dict[str, Any] = {name: rope.get(name) for name in names}
+            known["rope_scaling"] = RopeScaling(str(rope_type), **scaling)
         # The published LLaMA configs use another name for the maximum sequence length.
         if "max_sequence_length" in values:
             known.setdefault("max_position_embeddings", values["max_sequence_length"])

@@ -1,6 +1,7 @@
 """Finds, reads and writes LLaMA's weights in Hugging Face's format."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -38,7 +39,7 @@ WEIGHTS = (
 SHARD_BYTES = 50 * 10**9
 """Default size in bytes of the largest file that `save_hf` writes, as in transformers 5."""
 
-Write = Callable[[Path, list[str]], object]
+Write = Callable[[list[str], Path], object]
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
@@ -217,7 +218,7 @@ def save_hf(
     dtype = str(params["embedding"].dtype)
     text = json.dumps({**config.to_hf_dict(), "dtype": dtype, "torch_dtype": dtype}, indent=2)
 
-    def write(path: Path, names: list[str]) -> None:
+    def write(names: list[str], path: Path) -> None:
         # transformers rejects a file that does not name its framework's layout.
         save_file({name: tensors[name] for name in names}, path, {"format": "pt"})
 
@@ -261,7 +262,7 @@ def _write_files(folder: Path, sizes: Mapping[str, int], limit: int, write: Writ
             for number, names in enumerate(shards, start=1)
         }
     for file, names in files.items():
-        _replace(folder / file, lambda to, names=names: write(to, names))
+        _replace(folder / file, functools.partial(write, names))
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
         where = {name: file for file, names in files.items() for name in names}

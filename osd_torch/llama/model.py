@@ -126,9 +126,10 @@ def _check_supported(values: Mapping[str, Any]) -> None:
         )
     needed = {"linear": _ROPE_VALUES[:1], "llama3": _ROPE_VALUES}.get(rope_type, ())
     for name in needed:
-        if type(value := rope.get(name)) not in (int, float) or value <= 0:
+        number: Any = rope.get(name)
+        if type(number) not in (int, float) or number <= 0:
             raise ValueError(
-                f"rope_type {rope_type!r} has {name} {value!r}: expected a positive number"
+                f"rope_type {rope_type!r} has {name} {number!r}: expected a positive number"
             )
 
 

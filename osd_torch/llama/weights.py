@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -27,7 +28,7 @@ WEIGHTS = (
 SHARD_BYTES = 50 * 10**9
 """Default size in bytes of the largest file that `save_hf` writes, as in transformers 5."""
 
-Write = Callable[[Path, list[str]], object]
+Write = Callable[[list[str], Path], object]
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
@@ -176,7 +177,7 @@ def save_hf(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(path: Path, names: list[str]) -> None:
+    def write(names: list[str], path: Path) -> None:
         write_safetensors(path, {name: tensors[name] for name in names})
 
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
@@ -255,7 +256,7 @@ def _write_files(folder: Path, sizes: Mapping[str, int], limit: int, write: Writ
             for number, names in enumerate(shards, start=1)
         }
     for file, names in files.items():
-        _replace(folder / file, lambda to, names=names: write(to, names))
+        _replace(folder / file, functools.partial(write, names))
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
         where = {name: file for file, names in files.items() for name in names}
