@@ -38,8 +38,8 @@ class Bucket(NamedTuple):
     Attributes:
         params: One matrix, or the parameters of a stack: several matrices, or parameters that are
             stacks by their dimension numbers.
-        state: The state of the matrix; of a stack, its tensors with one more axis in front, of
-            which the parameters' states are views. Of sharded parameters, this process's part.
+        state: The state of the matrix; of a stack, its tensors with one more axis in front. The
+            parameters' states are views of them. Of sharded parameters, this process's part.
         numbers: The parameters' dimension numbers, if they are stacks.
         on_device: Whether the host does not read the numbers of steps.
     """
@@ -222,7 +222,7 @@ def _of_limited_size(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def stacked(states: Sequence[dict[str, Tensor]], is_batch: bool) -> dict[str, Tensor]:
-    """The states of several parameters as one, of which theirs become views.
+    """The states of several parameters as one; theirs become views of it.
 
     Args:
         states: The states.
@@ -243,7 +243,7 @@ def _stacked(states: Sequence[dict[str, Tensor]], name: str, is_batch: bool) -> 
 
 
 def _of_views(parts: Sequence[Tensor], is_batch: bool) -> Tensor | None:
-    """The stack of which tensors are the consecutive parts; None if there is none."""
+    """The stack whose consecutive parts the tensors are; None if there is none."""
     first = parts[0]
     size, start, memory = first.numel(), first.storage_offset(), first.untyped_storage()
     for i, part in enumerate(parts):

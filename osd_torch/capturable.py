@@ -44,7 +44,7 @@ class CapturableOptimizer(BucketOptimizer):
 
     is_capturable = False
     _plan: list[tuple[Group, Bucket, Method]] | None = None  # the buckets of the next step
-    _planned_for: tuple[int, ...] = ()  # the parameters of which they consist
+    _planned_for: tuple[int, ...] = ()  # their parameters
     # Steps until P of one of them may be due; None: the host has to read the numbers of steps.
     _steps_to_refresh: int | None = None
 

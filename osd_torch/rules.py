@@ -163,7 +163,7 @@ class Adam(Rule):
     def _step_on_device(
         self, gradient: Tensor, state: State, t: Tensor, lr: Number
     ) -> tuple[Tensor, Number]:
-        """One step of a stack, of which only the device knows the number of the step."""
+        """One step of a stack; only the device knows the number of the step."""
         first, second = state["exp_avg"], state["exp_avg_sq"]
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
@@ -257,7 +257,7 @@ class Adafactor(Rule):
         eps: Added to the squared gradient.
         clip_threshold: Maximum root mean square of a direction.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
-        of_stack: Whether gradients are stacks (b, m, n), of which each matrix has its own maximum.
+        of_stack: Whether gradients are stacks (b, m, n); each matrix then has its own maximum.
     """
 
     beta1: float | None = None

@@ -254,7 +254,7 @@ def test_launches_do_not_grow_with_the_layers(optimizer: str, proj_type: str, mo
 
 
 def test_states_are_views_that_load_and_copy() -> None:
-    """state_dict has the same keys and shapes, and goes on bit for bit, whatever foreach is."""
+    """state_dict has the same keys and shapes, and continues bit for bit, whatever foreach is."""
     build = lambda pairs, how: build_published(pairs, "adamw", "continuous", foreach=how)
     params = weights()
     first = build(named(params), True)
