@@ -22,6 +22,7 @@ MuonScale = Literal["adamw", "muon", "none"]
 SecondMoment = Literal["full", "row"]
 FirstMoment = Literal["full", "8bit"]
 ProjectorInit = Literal["svd", "qr"]
+Attention = Literal["auto", "written_out", "blockwise", "cudnn", "splash"]
 SIDES = get_args(Side)
 MOVE_PROJECTOR = get_args(Order)
 LION_SIGNS = get_args(LionSign)
@@ -29,6 +30,7 @@ MUON_SCALES = get_args(MuonScale)
 SECOND_MOMENTS = get_args(SecondMoment)
 FIRST_MOMENTS = get_args(FirstMoment)
 PROJECTOR_INITS = get_args(ProjectorInit)
+ATTENTIONS = get_args(Attention)
 
 
 class Optimizer(NamedTuple):

@@ -21,7 +21,13 @@ from launch.trainer import description, jax_processes, keywords, resume
 from launch.trainer.cli import run_cli, set_up_logging
 from launch.trainer.cpu import keep_lapack_to_one_thread, keep_memory
 from launch.trainer.directory import claimed
-from launch.trainer.jax_step import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+from launch.trainer.jax_step import (
+    attention_on,
+    make_step,
+    refuse_layers_on,
+    refuse_torch_only,
+    weights_dtype,
+)
 from launch.trainer.loop import Batch, StopSignal, Trainer, run_updates, stacked
 from launch.trainer.mesh import global_batch, make_mesh, mesh_text
 from launch.trainer.options import Options
@@ -82,6 +88,7 @@ def train(options: Options, processes: Processes) -> int:
         keep_memory()
     with processes.together(in_turn=True):
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
+        attention = attention_on(jax.default_backend(), options, config)
         weights = hugging_face_weights(options)
         if weights:
             found = llama.LlamaConfig.load(weights / "config.json")
@@ -99,8 +106,8 @@ def train(options: Options, processes: Processes) -> int:
         options.optimizer.scheduler, **keywords.schedule_options(options)
     )
     with processes.together():
-        tx, train_step = make_step(options, config, schedule, mesh)
-    eval_step = make_eval_step(config)
+        tx, train_step = make_step(options, config, schedule, mesh, attention)
+    eval_step = make_eval_step(config, attention)
 
     # The initial state: a checkpoint, Hugging Face weights, or new weights. On a mesh it is created
     # sharded, never whole on one device.

@@ -68,6 +68,7 @@ def refuse_jax_only(options: Options) -> None:
         "num_processes": meets,
         "process_id": meets,
         "projector_init": "PyTorch starts from an SVD",
+        "attention": "PyTorch's scaled_dot_product_attention selects among its own kernels",
         "accumulate_sketches": "PyTorch accumulates sketches in layer-by-layer updates "
         "(--per_layer)",
     }

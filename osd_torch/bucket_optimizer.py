@@ -135,14 +135,8 @@ class BucketOptimizer(StatefulOptimizer):
         """
         if not self.is_due(group, param):
             return
-        bucket, side, name = (
-            self._alone(group, param),
-            self.side(group, param),
-            name_of(self, param),
-        )
-        gradient = bucket.gradient(side)
-        if gradient is None:
-            raise ValueError(f"parameter '{name}' has no gradient")
+        bucket, name = self._alone(group, param), name_of(self, param)
+        gradient = self._gradient(group, bucket)
         start = f"{group['seed']}/{unwrapped(name)}"
         if not bucket.is_stack:
             self._refresh(group, bucket, gradient, f"{start}/{bucket.step}", name, square)
@@ -170,6 +164,14 @@ class BucketOptimizer(StatefulOptimizer):
         if set_basis_(rule, matrix.state, gradient, method.side, key, name, square):
             transport_(method, matrix, old)
 
+    def _gradient(self, group: Group, bucket: Bucket) -> Tensor:
+        """M of a projected bucket, or its stack; raises ValueError if there is none."""
+        gradient = bucket.gradient(self.side(group, bucket.params[0]))
+        if gradient is None:
+            names = ", ".join(repr(name_of(self, param)) for param in bucket.params)
+            raise ValueError(f"parameter {names} has no gradient: call backward first")
+        return gradient
+
     def _alone(self, group: Group, param: Tensor) -> Bucket:
         """The bucket of one parameter."""
         return bucket_of({**group, "capturable": False}, [param], [self.state_of(group, param)])
@@ -186,11 +188,8 @@ class BucketOptimizer(StatefulOptimizer):
         """
         bucket = self._alone(group, param)
         method = self.method(group, bucket)
-        gradient = bucket.gradient(method.side)
-        if gradient is None:
-            raise ValueError(f"parameter '{name_of(self, param)}' has no gradient")
         known = None if bucket.is_stack else square
-        return project(method, bucket, gradient, self._reduce, known)
+        return project(method, bucket, self._gradient(group, bucket), self._reduce, known)
 
     @torch.no_grad()
     @without_autocast()

@@ -22,7 +22,7 @@ from osd_torch.layout import (
     to_matrix,
     to_stack,
 )
-from osd_torch.rules import Count, Rule, of_stack
+from osd_torch.rules import Count, Rule, of_stack, stacked_rule
 from osd_torch.sharding import is_distributed, local
 from osd_torch.sketch import Sketch
 from osd_torch.state import ON_HOST, Group, numbers_of
@@ -38,8 +38,8 @@ class Bucket(NamedTuple):
     Attributes:
         params: One matrix, or the parameters of a stack: several matrices, or parameters that are
             stacks by their dimension numbers.
-        state: The state of the matrix; of a stack, its tensors with one more axis in front, of
-            which the parameters' states are views. Of sharded parameters, this process's part.
+        state: The state of the matrix; of a stack, its tensors with one more axis in front. The
+            parameters' states are views of them. Of sharded parameters, this process's part.
         numbers: The parameters' dimension numbers, if they are stacks.
         on_device: Whether the host does not read the numbers of steps.
     """
@@ -189,14 +189,15 @@ def is_stacked(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> boo
 def can_stack(optimizer: StatefulOptimizer, group: Group, param: Tensor) -> bool:
     """Whether the rules of a group can step a stack of parameters such as this one."""
     if group["rank"] is None:
-        return optimizer.rule(group).stacked(param) is not None
+        return stacked_rule(optimizer.rule(group), param) is not None
     basis_rule = optimizer.basis_rule(group)
     if not optimizer.lift(group).stacks or not (basis_rule.stacks or basis_rule.gradient is None):
         return False
     of_basis = basis_rule.optimizer
-    if of_basis is not None and of_basis.stacked(optimizer.state[param]["basis"]) is None:
+    if of_basis is not None and stacked_rule(of_basis, optimizer.state[param]["basis"]) is None:
         return False
-    return optimizer.rule(group).stacked(low_rank_like(optimizer, group, param)) is not None
+    like = low_rank_like(optimizer, group, param)
+    return stacked_rule(optimizer.rule(group), like) is not None
 
 
 def rule_of(optimizer: StatefulOptimizer, group: Group, bucket: Bucket) -> Rule:
@@ -223,7 +224,7 @@ def _of_limited_size(params: list[Tensor]) -> list[list[Tensor]]:
 
 
 def stacked(states: Sequence[dict[str, Tensor]], is_batch: bool) -> dict[str, Tensor]:
-    """The states of several parameters as one, of which theirs become views.
+    """The states of several parameters as one; theirs become views of it.
 
     Args:
         states: The states.
@@ -244,7 +245,7 @@ def _stacked(states: Sequence[dict[str, Tensor]], name: str, is_batch: bool) -> 
 
 
 def _of_views(parts: Sequence[Tensor], is_batch: bool) -> Tensor | None:
-    """The stack of which tensors are the consecutive parts; None if there is none."""
+    """The stack whose consecutive parts the tensors are; None if there is none."""
     first = parts[0]
     size, start, memory = first.numel(), first.storage_offset(), first.untyped_storage()
     for i, part in enumerate(parts):

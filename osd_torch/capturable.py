@@ -46,7 +46,7 @@ class CapturableOptimizer(BucketOptimizer):
 
     is_capturable = False
     _plan: list[tuple[Group, Bucket, Method]] | None = None  # the buckets of the next step
-    _planned_for: Sequence[Tensor] = ()  # the parameters of which they consist, and their state
+    _planned_for: Sequence[Tensor] = ()  # their parameters and the tensors of their state
     # Steps until P of one of them may be due; None: the host has to read the numbers of steps.
     _steps_to_refresh: int | None = None
 
@@ -268,6 +268,6 @@ def _reason_for_the_host(optimizer: CapturableOptimizer, group: Group) -> str | 
             return f"the basis rule {name_of_rule(basis_rule)} does not accept stacks"
         rules.append(basis_rule.optimizer)
     for rule in rules:
-        if rule is not None and not rule.capturable:
+        if rule is not None and not getattr(rule, "capturable", False):
             return f"{name_of_rule(rule)} reads the number of the step on the host"
     return None

@@ -119,7 +119,7 @@ def _device_types() -> tuple[str, ...]:
     return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
-DEVICE_TYPES = _device_types()
+_DEVICE_TYPES = _device_types()
 
 
 @contextlib.contextmanager
@@ -130,7 +130,7 @@ def without_autocast() -> Iterator[None]:
     in bfloat16.
     """
     with contextlib.ExitStack() as stack:
-        for device_type in DEVICE_TYPES:
+        for device_type in _DEVICE_TYPES:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield

@@ -162,7 +162,7 @@ class Adam(Rule):
     def _step_on_device(
         self, gradient: Tensor, state: State, t: Tensor, lr: Number
     ) -> tuple[Tensor, Number]:
-        """One step of a stack, of which only the device knows the number of the step."""
+        """One step of a stack; only the device knows the number of the step."""
         first, second = state["exp_avg"], state["exp_avg_sq"]
         first.lerp_(gradient, 1 - self.betas[0])
         second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
@@ -256,7 +256,7 @@ class Adafactor(Rule):
         eps: Added to the squared gradient.
         clip_threshold: Maximum root mean square of a direction.
         decay_rate: The second moment's decay at step t is `1 - t ** decay_rate`.
-        of_stack: Whether gradients are stacks (b, ...), of which each part has its own maximum.
+        of_stack: Whether gradients are stacks (b, ...); each part then has its own maximum.
     """
 
     beta1: float | None = None
@@ -430,6 +430,12 @@ def of_stack(rule: Rule, like: Tensor, t: Count = 1) -> Rule:
         t: The number of the step. If it differs between the parts it is a tensor, which only a
             capturable rule accepts.
     """
-    if isinstance(t, Tensor) and not rule.capturable:
+    if isinstance(t, Tensor) and not getattr(rule, "capturable", False):
         return EachPart(rule)
-    return rule.stacked(like) or EachPart(rule)
+    return stacked_rule(rule, like) or EachPart(rule)
+
+
+def stacked_rule(rule: Rule, like: Tensor) -> Rule | None:
+    """`Rule.stacked`; None for an object that is a rule by its methods only."""
+    stacked = getattr(rule, "stacked", None)
+    return None if stacked is None else stacked(like)

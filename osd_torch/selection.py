@@ -221,7 +221,7 @@ def dimension_numbers_of(
         SubspaceDimensionNumbers(reduction_axis=1, output_axis=2, parts=1)
     """
     shape = tuple(shapes[name])
-    if len(shape) == 2:
+    if len(shape) <= 2:  # a vector is refused as what it is
         return None
     kind = _kind_of_array([_snake(part) for part in components(name)], shape, matrix=MATRIX)
     if kind == CONVOLUTION:

@@ -31,10 +31,10 @@ JAX = ("jax/test_golden", "jax/test_sharding", "jax/test_compose", "jax/test_lay
        "jax/test_llama", "jax/test_dimension_numbers", "jax/test_checkpoint",
        "jax/test_train_step", "trainers/test_train_jax", "trainers/test_train_jax_hosts",
        "jax/test_set_at", "jax/test_x64", "jax/test_aliases", "jax/test_seam",
-       "jax/test_residuals")  # fmt: skip
+       "jax/test_residuals", "jax/test_attention")  # fmt: skip
 BOTH = ("algorithm/test_oracle", "algorithm/test_jax_torch", "jax/test_blockwise",
         "algorithm/test_every_kth_step", "algorithm/test_rows", "algorithm/test_seam_agrees",
-        "algorithm/test_stochastic_rounding")  # fmt: skip
+        "algorithm/test_stochastic_rounding", "algorithm/test_llama_checkpoints")  # fmt: skip
 
 
 @dataclass(frozen=True)

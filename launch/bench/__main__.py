@@ -1,6 +1,7 @@
 """Measures the time and memory of the optimizers on this machine.
 
     python -m launch.bench optimizer     # one step on the matrices of LLaMA 60M, 350M and 1B
+    python -m launch.bench model         # one step on all matrices of a LLaMA, in PyTorch
     python -m launch.bench train         # the whole train step of LLaMA 60M
     python -m launch.bench memory        # bytes of its state, and the peak of that step
 
@@ -63,6 +64,16 @@ def optimizer(args: argparse.Namespace) -> None:
     report.plot_all({"optimizer": records}, args.out / "optimizer.png")
 
 
+def model(args: argparse.Namespace) -> None:
+    """One optimizer step on all projected matrices of a model, in PyTorch."""
+    from launch.bench.model import run
+
+    check_config(args.model_config)
+    records = run(args.model_config, args.rank, args.device, args.dtype, args.rounds)
+    print(report.model_text(records))
+    write(args, records)
+
+
 def train(args: argparse.Namespace) -> None:
     """Tokens per second of the whole train step, by method and framework, plain and layerwise."""
     from launch.bench import parts
@@ -96,10 +107,15 @@ def setting(args: argparse.Namespace) -> Any:
 
     if args.tokens < args.length or args.tokens % args.length:
         raise UsageError(f"--tokens: {args.tokens} is not a number of rows of {args.length}")
-    if not args.model_config.is_file():
-        raise UsageError(f"--model_config: no file {args.model_config}; see configs/")
+    check_config(args.model_config)
     rows = args.tokens // args.length
     return Setting(args.model_config, rows, args.length, args.rank, args.device, args.dtype)
+
+
+def check_config(path: Path) -> None:
+    """Raises UsageError unless the file of a model's config exists."""
+    if not path.is_file():
+        raise UsageError(f"--model_config: no file {path}; see configs/")
 
 
 def docs(args: argparse.Namespace) -> None:
@@ -110,7 +126,7 @@ def docs(args: argparse.Namespace) -> None:
     print(page.write(page.read(args.out), args.docs))
 
 
-MODES = {"optimizer": optimizer, "train": train, "memory": memory, "docs": docs}
+MODES = {"optimizer": optimizer, "model": model, "train": train, "memory": memory, "docs": docs}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -127,13 +143,15 @@ def main(argv: Sequence[str]) -> None:
     add("--machine", help="name of the machine in the results (its host name)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)")
     timed = argparse.ArgumentParser(add_help=False)
-    timed.add_argument("--rounds", type=int, help="rounds per contender (optimizer 15, train 7)")
-    trained = argparse.ArgumentParser(add_help=False)
-    add = trained.add_argument
+    timed.add_argument("--rounds", type=int, help="rounds per contender (train 7, others 15)")
+    sized = argparse.ArgumentParser(add_help=False)
+    add = sized.add_argument
     add("--model_config", type=Path, default=Path("configs/llama_60m.json"), help="(60M)")
+    add("--rank", type=int, default=128, help="of P (128)")
+    trained = argparse.ArgumentParser(add_help=False, parents=[sized])
+    add = trained.add_argument
     add("--tokens", type=count, default=4096, help="of a step (4096)")
     add("--length", type=int, default=256, help="tokens per row (256)")
-    add("--rank", type=int, default=128, help="of P (128)")
 
     mode = modes.add_parser("optimizer", parents=[measured, timed], help=optimizer.__doc__)
     mode.set_defaults(rounds=15)
@@ -145,6 +163,8 @@ def main(argv: Sequence[str]) -> None:
         default=10.0,
         help="start no further SVD after this many seconds (10)",
     )
+    mode = modes.add_parser("model", parents=[measured, timed, sized], help=model.__doc__)
+    mode.set_defaults(rounds=15)
     mode = modes.add_parser("train", parents=[measured, timed, trained], help=train.__doc__)
     mode.set_defaults(rounds=7)
     modes.add_parser("memory", parents=[measured, trained], help=memory.__doc__)

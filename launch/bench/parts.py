@@ -98,7 +98,7 @@ def of_jax(setting: Setting, *inputs: list[np.ndarray]) -> list[Step]:
     tokens = setting.tokens()["tokens"][0]
 
     def attention(query: Any, key: Any, value: Any) -> Any:
-        return llama.attend(query, key, value, llama.causal_bias(setting.length)).sum()
+        return llama.attend(query, key, value).sum()
 
     def mlp(x: Any, up: Any, gate: Any, down: Any) -> Any:
         return ((jax.nn.silu(x @ gate) * (x @ up)) @ down).sum()

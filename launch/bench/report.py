@@ -131,6 +131,20 @@ def optimizer_text(records: Sequence[Record]) -> str:
     )
 
 
+MODEL_COLUMNS: dict[str, Callable[[Record], str]] = {
+    "contender": lambda record: record["contender"],
+    "ms a step": lambda record: milliseconds(record["seconds"]),
+    "over the floor": lambda record: ratio(record["over_floor"]),
+    "over fused AdamW": lambda record: ratio(record["over_adamw"]),
+}
+
+
+def model_text(records: Sequence[Record]) -> str:
+    """The table of the steps on all matrices of a model, to print."""
+    title = f"{records[0]['matrices']} matrices"
+    return f"{title}\n{text_table(list(MODEL_COLUMNS), rows(records, MODEL_COLUMNS))}"
+
+
 def train_text(records: Sequence[Record]) -> str:
     """The table of the train steps, to print."""
     return text_table(list(TRAIN_COLUMNS), rows(records, TRAIN_COLUMNS))

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch.trainer import keywords
 from launch.trainer.cli import UsageError, user_errors
-from launch.trainer.jax_step import make_step, refuse_layers_on, refuse_torch_only, weights_dtype
+from launch.trainer.jax_step import (
+    attention_on,
+    make_step,
+    refuse_layers_on,
+    refuse_torch_only,
+    weights_dtype,
+)
 from launch.trainer.mesh import make_mesh, mesh_text
 from launch.trainer.options import Options
 
@@ -131,7 +137,8 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         schedule = learning_rate_schedule(
             options.optimizer.scheduler, **keywords.schedule_options(options)
         )
-        tx, train_step = make_step(options, config, schedule, mesh)
+        attention = attention_on("tpu", options, config)
+        tx, train_step = make_step(options, config, schedule, mesh, attention)
 
     dtype = weights_dtype(options, "tpu")
     like = jax.eval_shape(
@@ -150,6 +157,8 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         sharding=batch_sharding(mesh) if mesh else one,
     )
     batch = {"tokens": rows, "mask": rows.update(dtype=jnp.bool)}
+    if options.data.separate_documents:
+        batch["segments"] = rows
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else one
     layout = (
         train_state_sharding(tx, like.params, mesh) if mesh else jax.tree.map(lambda _: one, like)
@@ -287,7 +296,7 @@ def product_flops(jaxpr: Any) -> float:
     """Floating-point operations of the matrix products in a traced function, 2 m k n each.
 
     The compiler's own count counts a loop's body once. Of several branches the most expensive
-    counts.
+    counts, and of a Pallas kernel all blocks, also those that it skips.
 
     Args:
         jaxpr: From `jax.jit(f).trace(...)`: `.jaxpr.jaxpr`.
@@ -303,7 +312,10 @@ def product_flops(jaxpr: Any) -> float:
         elif equation.primitive.name == "cond":
             total += max(inner, default=0)
         else:
-            total += sum(inner) * equation.params.get("length", 1)
+            times = equation.params.get("length", 1)
+            if equation.primitive.name == "pallas_call":
+                times = math.prod(equation.params["grid_mapping"].grid)
+            total += sum(inner) * times
     return total
 
 

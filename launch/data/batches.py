@@ -1,4 +1,9 @@
-"""Documents -> batches {"tokens": int32 (B, S), "mask": bool (B, S)}; mask False is padding."""
+"""Documents -> batches {"tokens": int32 (B, S), "mask": bool (B, S)}.
+
+The mask is False for tokens that are not predicted: padding, and with `separate` the first token of
+a document. Batches then also have "segments", int32 (B, S): the number of each token's document in
+its row, from 1, and 0 for padding.
+"""
 
 import math
 import multiprocessing
@@ -12,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.data.common import DataError
+from launch.data.common import DataError, check_separate, is_packed
 from launch.data.corpus import full_name, open_corpus, open_tokens, spread
 from launch.data.tokenizer import Tokenizer
 
@@ -32,6 +37,7 @@ def open_data(
     cache_dir: str | os.PathLike[str] | None = None,
     max_length: int = 256,
     pack: bool | None = None,
+    separate: bool = False,
     seed: int = 0,
     validation_fraction: float = 0.05,
     text_column: str = "text",
@@ -48,6 +54,7 @@ def open_data(
         pack: True: documents are joined, each ended by the end-of-text token, and cut into rows.
             False: one document per row, truncated or padded, as the published runs used C4. None:
             True for `builtin`, `text:` and `tokens:`, False for the others.
+        separate: Whether packed rows keep their documents separate, by "segments".
         seed: Seed of the shuffle.
         validation_fraction: Share to hold out if the data set has no validation split.
         text_column: The key or column with the text in the files of `text:`.
@@ -60,8 +67,9 @@ def open_data(
             f"max_length {max_length}: a row needs at least 2 tokens, to predict one from the other"
         )
     kind, _, path = full_name(dataset).partition(":")
-    if pack is None:
-        pack = kind in ("builtin", "text", "tokens")
+    if separate:
+        check_separate(kind, pack)
+    pack = is_packed(kind, pack)
     if kind == "tokens":
         if not pack:
             raise DataError(
@@ -82,6 +90,7 @@ def open_data(
         pack,
         seed,
         corpus.identity,
+        separate,
     )
     if not any(batch["mask"][:, 1:].any() for batch in data.validation(1)):
         raise DataError(
@@ -104,6 +113,7 @@ class Data:
         pack: Whether rows join documents.
         seed: Seed of the shuffle.
         identity: Identity of the corpus.
+        separate: Whether batches have "segments".
     """
 
     train_documents: "grain.MapDataset[np.ndarray]"
@@ -114,6 +124,7 @@ class Data:
     pack: bool
     seed: int
     identity: str
+    separate: bool = False
 
     def train(
         self, batch_size: int, process_index: int = 0, process_count: int = 1, workers: int = 0
@@ -156,18 +167,24 @@ class Data:
         while group := list(islice(rows, batch_size * process_count)):
             mine: list[Any] = group[process_index::process_count]
             if not self.pack:
-                mine = [self.validation_documents[index] for index in mine]
+                mine = [[self.validation_documents[index]] for index in mine]
             yield self.collate(mine, batch_size)
 
-    def collate(self, rows: list[np.ndarray], batch_size: int) -> Batch:
-        """Truncates and pads rows of ids to one batch."""
+    def collate(self, rows: list[list[np.ndarray]], batch_size: int) -> Batch:
+        """Truncates and pads rows, each the ids of its documents, to one batch."""
         tokens = np.full((batch_size, self.max_length), self.pad_id, np.int32)
         mask = np.zeros((batch_size, self.max_length), bool)
-        for index, row in enumerate(rows):
-            kept = row[: self.max_length]
+        segments = np.zeros((batch_size, self.max_length), np.int32)
+        for index, documents in enumerate(rows):
+            kept = np.concatenate(documents)[: self.max_length]
             tokens[index, : len(kept)] = kept
             mask[index, : len(kept)] = True
-        return {"tokens": tokens, "mask": mask}
+            if self.separate:
+                lengths = [len(document) for document in documents]
+                segments[index, : len(kept)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+                mask[index, np.cumsum(lengths[:-1], dtype=int)] = False
+        batch = {"tokens": tokens, "mask": mask}
+        return batch | {"segments": segments} if self.separate else batch
 
     def unigram_perplexity(self, tokens: int | None = None) -> float:
         """Perplexity of a model that only knows the frequency of each token.
@@ -189,16 +206,21 @@ class Data:
         log_frequency = np.log(counts) - math.log(counts.sum())
         return math.exp(-float(predicted @ log_frequency) / predicted.sum())
 
-    def _packed_rows(self) -> Iterator[np.ndarray]:
+    def _packed_rows(self) -> Iterator[list[np.ndarray]]:
         """The held-out documents in order, joined and cut; the last row may be short."""
-        left = np.empty(0, np.int32)
+        row: list[np.ndarray] = []
+        missing = self.max_length
         for index in range(len(self.validation_documents)):
-            left = np.concatenate([left, self.validation_documents[index]])
-            while len(left) >= self.max_length:
-                yield left[: self.max_length]
-                left = left[self.max_length :]
-        if len(left):
-            yield left
+            left = self.validation_documents[index]
+            while len(left):
+                row.append(left[:missing])
+                left = left[missing:]
+                missing -= len(row[-1])
+                if not missing:
+                    yield row
+                    row, missing = [], self.max_length
+        if row:
+            yield row
 
 
 class TrainBatches(Iterator[Batch]):
@@ -224,9 +246,10 @@ class TrainBatches(Iterator[Batch]):
         self._left = np.empty(0, np.int32)  # its remaining tokens
 
     def __next__(self) -> Batch:
-        """The next batch: {"tokens": int32 (B, S), "mask": bool (B, S)}."""
+        """The next batch; see the description of this module."""
         rows = [
-            self._packed_row() if self._data.pack else self._take() for _ in range(self._batch_size)
+            self._packed_row() if self._data.pack else [self._take()]
+            for _ in range(self._batch_size)
         ]
         return self._data.collate(rows, self._batch_size)
 
@@ -276,8 +299,8 @@ class TrainBatches(Iterator[Batch]):
         self._taken += 1
         return document
 
-    def _packed_row(self) -> np.ndarray:
-        """The next `max_length` tokens."""
+    def _packed_row(self) -> list[np.ndarray]:
+        """The next `max_length` tokens, by document."""
         parts = []
         missing = self._data.max_length
         while missing:
@@ -287,8 +310,9 @@ class TrainBatches(Iterator[Batch]):
             self._left = self._left[len(part) :]
             self._offset += len(part)
             missing -= len(part)
-            parts.append(part)
-        return np.concatenate(parts)
+            if len(part):
+                parts.append(part)
+        return parts
 
     def _open(self) -> Any:
         """This process's documents from number `self._taken` on."""

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PACKED = ("builtin", "text", "tokens")
+"""Kinds of data sets whose rows join documents by default."""
+
 _SCRATCH = ".building-"
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -16,6 +19,35 @@ log = logging.getLogger(__name__)
 
 class DataError(ValueError):
     """A data set, tokenizer or file that cannot be used; the message says what to do."""
+
+
+def is_packed(kind: str, pack: bool | None) -> bool:
+    """Whether rows join documents.
+
+    Args:
+        kind: The data set's name up to the colon.
+        pack: As in `open_data`.
+    """
+    return kind in PACKED if pack is None else pack
+
+
+def check_separate(kind: str, pack: bool | None) -> None:
+    """Rejects documents that are kept separate in rows that do not join any.
+
+    Args:
+        kind: The data set's name up to the colon.
+        pack: As in `open_data`.
+
+    Raises:
+        DataError: A row is one document, or the data set has none.
+    """
+    if kind == "tokens":
+        raise DataError("tokens: has no documents to separate, only rows of ids; leave it out")
+    if not is_packed(kind, pack):
+        raise DataError(
+            "each row is one document already, and only --pack joins several; add --pack, or leave "
+            "it out"
+        )
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:

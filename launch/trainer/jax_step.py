@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launch.trainer import keywords
-from launch.trainer.cli import UsageError
+from launch.trainer.cli import UsageError, user_errors
 from launch.trainer.options import Options
 
 if TYPE_CHECKING:
@@ -47,8 +47,35 @@ def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
         )
 
 
+def attention_on(backend: str, options: Options, config: LlamaConfig) -> str:
+    """The implementation of attention that the options select on a backend.
+
+    Args:
+        backend: As from `jax.default_backend`.
+        options: Checked options.
+        config: The model's shape.
+
+    Raises:
+        UsageError: The backend cannot run it.
+    """
+    from osd_jax import llama
+
+    with user_errors("attention"):
+        return llama.select_attention(
+            options.model.attention,
+            backend,
+            length=options.data.max_length,
+            head_dim=config.head_dim,
+            dtype=weights_dtype(options, backend),
+        )
+
+
 def make_step(
-    options: Options, config: LlamaConfig, schedule: Schedule, mesh: Mesh | None
+    options: Options,
+    config: LlamaConfig,
+    schedule: Schedule,
+    mesh: Mesh | None,
+    attention: str = "auto",
 ) -> tuple[optax.GradientTransformation, TrainStep]:
     """The optimizer and the jitted train step for the options.
 
@@ -57,6 +84,7 @@ def make_step(
         config: The model's shape.
         schedule: (step, from 0) -> factor on the learning rate.
         mesh: From `launch.trainer.mesh.make_mesh`.
+        attention: From `attention_on`.
 
     Raises:
         ValueError: The options are incompatible.
@@ -86,7 +114,9 @@ def make_step(
     )
     clipping = options.optimizer.grad_clipping
     if options.devices.per_layer:
-        return tx, make_layerwise_train_step(config, tx, grad_clipping=clipping)
+        return tx, make_layerwise_train_step(
+            config, tx, grad_clipping=clipping, attention=attention
+        )
     return tx, make_train_step(
         config,
         tx,
@@ -95,6 +125,7 @@ def make_step(
         accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
         mesh=mesh,
         compress_gradients=options.devices.compress_gradients,
+        attention=attention,
     )
 
 

@@ -42,6 +42,7 @@ def open_text(options: Options, vocab_size: int) -> tuple[Tokenizer, Data]:
         **places,
         max_length=options.data.max_length,
         pack=options.data.pack,
+        separate=options.data.separate_documents,
         seed=options.run.seed,
     )
     return tokenizer, data

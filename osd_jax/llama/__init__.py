@@ -5,7 +5,9 @@ This namespace has the names of the model and its weights. `train`, `layerwise`,
 imports Flax at import time: `select_linear` imports Flax when it is called.
 """
 
-from osd_jax.llama.config import LlamaConfig
+from osd_jax.llama.attention import attend, select_attention
+from osd_jax.llama.attention_plain import causal_bias, wide_einsum
+from osd_jax.llama.config import LlamaConfig, RopeScaling
 from osd_jax.llama.cross_entropy import (
     LOGITS_BYTES,
     MIN_VOCABULARY_SLICE,
@@ -20,8 +22,6 @@ from osd_jax.llama.model import (
     Mlp,
     Params,
     Tokens,
-    attend,
-    causal_bias,
     dimension_numbers,
     embed,
     forward,
@@ -32,11 +32,9 @@ from osd_jax.llama.model import (
     num_parameters,
     positions,
     rms_norm,
-    rotary_angles,
-    rotate,
-    wide_einsum,
 )
-from osd_jax.llama.weights import WEIGHTS, load_hf, save_hf, weight_files
+from osd_jax.llama.rotary import rotary_angles, rotate, token_positions
+from osd_jax.llama.weights import SHARD_BYTES, WEIGHTS, load_hf, save_hf, weight_files
 
 __all__ = [
     "Attention",
@@ -47,7 +45,9 @@ __all__ = [
     "MIN_VOCABULARY_SLICE",
     "Mlp",
     "Params",
+    "RopeScaling",
     "Tokens",
+    "SHARD_BYTES",
     "WEIGHTS",
     "attend",
     "causal_bias",
@@ -68,6 +68,8 @@ __all__ = [
     "rotary_angles",
     "rotate",
     "save_hf",
+    "select_attention",
+    "token_positions",
     "weight_files",
     "wide_einsum",
 ]

@@ -7,6 +7,63 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+# Fields of a config that change the model, and the only value that this model supports.
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the rotary frequencies to longer rows than those of pretraining.
+
+    Attributes:
+        rope_type: "linear": each frequency is divided by `factor`. "llama3": low ones are, high
+            ones stay, and those between are interpolated.
+        factor: See above.
+        low_freq_factor: Wavelengths longer than `original_max_position_embeddings` divided by this
+            are those of low frequencies; only "llama3" reads it.
+        high_freq_factor: The same for high frequencies.
+        original_max_position_embeddings: Length of the rows of pretraining; only "llama3" reads it.
+
+    Raises:
+        ValueError: The type is not supported, or a value is missing or not a positive number.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks type and values."""
+        if self.rope_type not in _ROPE_TYPES[1:]:
+            raise ValueError(
+                f"rope_type is {self.rope_type!r}: this model supports only "
+                f"{', '.join(map(repr, _ROPE_TYPES))}"
+            )
+        for name, value in self.to_hf_dict().items():
+            if name != "rope_type" and (type(value) not in (int, float) or value <= 0):
+                raise ValueError(
+                    f"rope_type {self.rope_type!r} has {name} {value!r}: expected a positive number"
+                )
+        if self.low_freq_factor and self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: expected "
+                "different ones"
+            )
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The fields that the type reads, as in a `config.json`."""
+        values = dataclasses.asdict(self)
+        names = tuple(values) if self.rope_type == "llama3" else ("rope_type", "factor")
+        return {name: values[name] for name in names}
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -34,6 +91,9 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     def __post_init__(self) -> None:
         """Computes omitted sizes, and checks all sizes."""
@@ -72,9 +132,9 @@ class LlamaConfig:
         """
         if values.get("model_type") != "llama":
             raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'llama'")
-        for key, only in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
-            if values.get(key, only) != only:
-                raise ValueError(f"{key} is {values[key]!r}: this model supports only {only!r}")
+        architectures = values.get("architectures") or ["LlamaForCausalLM"]
+        if "LlamaForCausalLM" not in architectures:
+            raise ValueError(f"architectures is {architectures!r}: expected 'LlamaForCausalLM'")
         # transformers 5 writes rope_parameters; older versions write rope_theta and rope_scaling.
         rope = {"rope_theta": values.get("rope_theta") or cls.rope_theta}
         for key in ("rope_scaling", "rope_parameters"):
@@ -82,17 +142,25 @@ class LlamaConfig:
             if not isinstance(given, Mapping):
                 raise ValueError(f"{key} is {given!r}: expected an object, or none")
             rope |= given
+        for key, only in _ONLY.items():
+            if (value := {**values, **rope}.get(key, only)) not in (only, None):
+                raise ValueError(f"{key} is {value!r}: this model supports only {only!r}")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope_type is {rope_type!r}: this model supports only 'default'")
         # null means "compute it" for sizes, and "none" for token ids.
         known = {
             field.name: values[field.name]
             for field in dataclasses.fields(cls)
-            if values.get(field.name) is not None
-            or (field.name in values and field.name.endswith("_token_id"))
+            if field.name != "rope_scaling"
+            and (
+                values.get(field.name) is not None
+                or (field.name in values and field.name.endswith("_token_id"))
+            )
         }
         known["rope_theta"] = rope["rope_theta"]
+        if rope_type != "default":
+            names = [field.name for field in dataclasses.fields(RopeScaling)[1:]]
+            scaling: dict[str, Any] = {name: rope.get(name) for name in names}
+            known["rope_scaling"] = RopeScaling(str(rope_type), **scaling)
         # The published LLaMA configs use another name for the maximum sequence length.
         if "max_sequence_length" in values:
             known.setdefault("max_position_embeddings", values["max_sequence_length"])
@@ -107,16 +175,19 @@ class LlamaConfig:
     def to_hf_dict(self) -> dict[str, Any]:
         """The `config.json` from which transformers 5 and older build the same model."""
         values = dataclasses.asdict(self)
-        theta = values.pop("rope_theta")
+        theta, scaling = values.pop("rope_theta"), values.pop("rope_scaling")
+        biases = {name: values.pop(name) for name in ("attention_bias", "mlp_bias")}
+        if self.rope_scaling:
+            scaling = self.rope_scaling.to_hf_dict()
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             **values,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            **biases,
             "rope_theta": theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            **({"rope_scaling": scaling} if scaling else {}),
+            "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
         }
 
     @classmethod

@@ -26,8 +26,10 @@ def loss(
     loss_mask: Tokens | None = None,
     *,
     mask: Tokens | None = None,
+    segments: Tokens | None = None,
     dtype: DTypeLike | None = None,
     remat: bool = False,
+    attention: str = "auto",
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log likelihood of each token given the preceding ones, summed over the batch.
@@ -40,15 +42,19 @@ def loss(
         tokens: Integers (B, S): the inputs, and shifted left by one the labels.
         loss_mask: Booleans (B, S), False for tokens that are not labels.
         mask: Padding on the left, as in `forward`.
+        segments: As in `forward`. `loss_mask` should exclude the first token of each document.
         dtype: As in `forward`.
         remat: As in `forward`.
+        attention: As in `forward`.
         logits_bytes: Float32 logits to hold at once. If all (B, S, V) of them need more, they are
             computed in slices of the vocabulary, and recomputed in the backward pass.
 
     Returns:
         The sum, float32, and the number of tokens, int32.
     """
-    x = module_of(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
+    x = module_of(params, config).hidden(
+        tokens, mask, segments=segments, dtype=dtype, remat=remat, attention=attention
+    )
     return loss_of_output(params, config, x, tokens, loss_mask, logits_bytes=logits_bytes)
 
 

@@ -67,6 +67,7 @@ def make_layerwise_train_step(
     tx: optax.GradientTransformation,
     *,
     grad_clipping: float = 0.0,
+    attention: str = "auto",
 ) -> TrainStep:
     """Builds a jitted train step that updates layer by layer; see the description of this module.
 
@@ -88,6 +89,7 @@ def make_layerwise_train_step(
         layer independently.
       grad_clipping: Maximum norm; 0 does not clip. With one micro-batch the norm of the whole
         gradient, with several that of what is applied (`osd_jax.accumulation.squared_norm_held`).
+      attention: How attention is computed, as in `llama.forward`.
 
     Returns:
       As `make_train_step`: a function (state, batch, measure) -> (state, metrics). Its first call
@@ -115,10 +117,10 @@ def make_layerwise_train_step(
     def forward(params: optax.Params, micro: Batch) -> Forward:
         """The layers' inputs, and the gradients of all that follows them, for the mean loss."""
         tokens, mask = micro["tokens"], micro["mask"]
-        place = llama.positions(config, tokens.shape[1])
+        place = llama.positions(config, tokens.shape[1], segments=micro.get("segments"))
 
         def layer(x: jax.Array, weights: optax.Params) -> tuple[jax.Array, jax.Array]:
-            return llama.layer(weights, config, x, *place), x
+            return llama.layer(weights, config, x, *place, attention), x
 
         def top(params: optax.Params, x: jax.Array) -> jax.Array:
             return llama.loss_of_output(params, config, x, tokens, mask)[0]
@@ -129,20 +131,22 @@ def make_layerwise_train_step(
         factor = mean_factor(loss, llama.num_predicted(tokens, mask))
         return Forward(loss, inputs, *pullback(factor.astype(loss.dtype)))
 
-    def backward(layers: Layers, run: Forward, tokens: jax.Array, visit: Visit) -> Any:
+    def backward(layers: Layers, run: Forward, micro: Batch, visit: Visit) -> Any:
         """Passes each layer's gradients to `visit`.
 
         Returns:
           The `layers` after all visits, the gradients of all other parameters, and what `visit`
           found.
         """
-        place = llama.positions(config, tokens.shape[1])
+        tokens = micro["tokens"]
+        place = llama.positions(config, tokens.shape[1], segments=micro.get("segments"))
 
         def one(carry: Any, index_and_input: Any) -> Any:
             (layers, gradient), (index, x) = carry, index_and_input
             weights = {key: take(w, index)[0] for key, w in layers.weights.items()}
             weights = unflatten_dict(weights)["layers"]
-            pullback = jax.vjp(lambda w, x: llama.layer(w, config, x, *place), weights, x)[1]
+            again = lambda w, x: llama.layer(w, config, x, *place, attention)
+            pullback = jax.vjp(again, weights, x)[1]
             grads, gradient = pullback(gradient)
             grads = flatten_dict({"layers": jax.tree.map(lambda g: g[None], grads)})
             layers, found = visit(layers, index, grads)
@@ -194,7 +198,7 @@ def make_layerwise_train_step(
         # it.
         gradient, outer = jax.lax.optimization_barrier((run.gradient, outer))
         layers, outer_grads, (layer_squares, found) = backward(
-            optimizer.start, run._replace(gradient=gradient), micro["tokens"], visit
+            optimizer.start, run._replace(gradient=gradient), micro, visit
         )
         outer.append(moved("embedding", outer_grads["embedding"]))
         moved_weights, states, squares = zip(*outer, strict=True)
@@ -235,7 +239,7 @@ def make_layerwise_train_step(
                 return layers, (squares, found)
 
             run = forward(state.params, micro)
-            layers, grads, (squares, found) = backward(layers, run, micro["tokens"], visit)
+            layers, grads, (squares, found) = backward(layers, run, micro, visit)
             outer_state = parts.refresh(grads, outer_state, is_first)
             outer_held = hold(outer_held, parts.project(grads, outer_state), share)
             squares = jnp.sum(squares) + _squared_norm(grads)

@@ -9,6 +9,7 @@ vocabulary V, N query heads and K key heads of D entries each:
     layers/attention/query   (L, H, N*D)     key, value: (L, H, K*D)     output: (L, N*D, H)
     layers/mlp_norm          (L, H)
     layers/mlp/gate, up      (L, H, F)       down: (L, F, H)
+    layers/*/*_bias          (L, ...): of the kernel's output, with attention_bias or mlp_bias
     norm                     (H,)
     head                     (H, V), absent when the embedding is tied
 
@@ -27,11 +28,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from osd_jax.layout import SubspaceDimensionNumbers
+from osd_jax.llama.attention import attend
+from osd_jax.llama.attention_plain import wide_einsum
 from osd_jax.llama.config import LlamaConfig
 from osd_jax.llama.partition import look_up, split_batch
+from osd_jax.llama.rotary import rotary_angles, rotate, token_positions
 
 Params = dict[str, Any]
 Tokens = jax.Array | np.ndarray
+Angles = tuple[jax.Array, jax.Array]
 
 
 # ------------------------------------------------------------------------------- the network
@@ -51,147 +56,58 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_angles(length: int, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Rotary embedding's cosines and sines of positions 0 to length - 1.
-
-    Args:
-        length: Number of positions.
-        head_dim: D, even.
-        theta: The base: frequency i is `theta^(-2 i / D)`.
-
-    Returns:
-        Two float32 (length, 1, D / 2).
-    """
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each head by its position's angles; entry i is paired with entry i + D / 2.
-
-    Args:
-        x: (B, S, heads, D).
-        angles: From `rotary_angles`.
-
-    Returns:
-        (B, S, heads, D) in `x`'s dtype.
-    """
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def wide_einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays with a float32 result, as input of a softmax.
-
-    Its gradient is rounded to the inputs' dtype before it is multiplied: JAX's own rule would
-    multiply it in float32 with a bfloat16 array, at float32's speed.
-    """
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
-
-
-def _wide_einsum_forward(
-    subscripts: str, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return wide_einsum(subscripts, x, y), (x, y)
-
-
-def _wide_einsum_backward(
-    subscripts: str, inputs: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    pullback = jax.vjp(functools.partial(jnp.einsum, subscripts), *inputs)[1]
-    return pullback(gradient.astype(inputs[0].dtype))
-
-
-wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
-
-
-def causal_bias(length: int, mask: Tokens | None = None) -> jax.Array:
-    """The bias for attention scores that masks later keys and padding.
-
-    It is finite, so that a query that sees nothing, on left padding, gives no NaN.
-
-    Args:
-        length: S, the length of the sequence.
-        mask: Booleans (B, S), False for padding keys.
-
-    Returns:
-        Float32, (S, S) or (B, 1, 1, S, S): the last two axes are the query's and the key's
-        position.
-    """
-    seen = jnp.tril(jnp.ones((length, length), bool))
-    if mask is not None:
-        seen = seen & mask[:, None, None, None, :].astype(bool)
-    return jnp.where(seen, 0.0, -1e30).astype(jnp.float32)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-    """Softmax attention; each of the K key heads serves N / K neighbouring query heads.
-
-    Written explicitly, with the heads axis moved before the positions: on a CPU a training step of
-    the quickstart's shape took a tenth longer with `jax.nn.dot_product_attention`, and even longer
-    with products that keep the order of the axes.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S, K, D).
-        value: (B, S, K, D).
-        bias: See `causal_bias`.
-
-    Returns:
-        (B, S, N * D) in the dtype of `value`.
-    """
-    batch, length, _, size = query.shape
-    groups = query.reshape(batch, length, key.shape[2], -1, size).transpose(0, 2, 3, 1, 4)
-    scores = wide_einsum("bkgsd,bktd->bkgst", groups, key.swapaxes(1, 2))
-    weights = jax.nn.softmax(scores * size**-0.5 + bias, axis=-1).astype(value.dtype)
-    attended = jnp.einsum("bkgst,bktd->bkgsd", weights, value.swapaxes(1, 2))
-    return attended.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-
-
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, *shape: int) -> nnx.Param[jax.Array]:
     return nnx.Param(config.initializer_range * jax.random.normal(rngs.params(), shape))
+
+
+def _add_biases(module: nnx.Module, *names: str) -> None:
+    """Adds a bias of zeros for each of a module's kernels, named `NAME_bias`."""
+    for name in names:
+        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros(getattr(module, name).shape[1])))
 
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key and value heads."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        """Draws the four kernels."""
+        """Draws the four kernels; biases are initialized to zero."""
         hidden, size = config.hidden_size, config.head_dim
         self.head_dim = size
         self.query = _normal(config, rngs, hidden, config.num_attention_heads * size)
         self.key = _normal(config, rngs, hidden, config.num_key_value_heads * size)
         self.value = _normal(config, rngs, hidden, config.num_key_value_heads * size)
         self.output = _normal(config, rngs, config.num_attention_heads * size, hidden)
+        if config.attention_bias:
+            _add_biases(self, "query", "key", "value", "output")
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array
+        self, x: jax.Array, angles: Angles, segments: jax.Array | None, attention: str
     ) -> jax.Array:
-        """(B, S, H) -> (B, S, H), given `rotary_angles` and `causal_bias`."""
+        """(B, S, H) -> (B, S, H), given `rotary_angles`; the rest as in `attend`."""
 
-        def heads(kernel: nnx.Param[jax.Array]) -> jax.Array:
-            return _dot(x, kernel).reshape(*x.shape[:2], -1, self.head_dim)
+        def heads(name: str) -> jax.Array:
+            return _linear(self, name, x).reshape(*x.shape[:2], -1, self.head_dim)
 
-        query, key = rotate(heads(self.query), angles), rotate(heads(self.key), angles)
-        return _dot(attend(query, key, heads(self.value), bias), self.output)
+        query, key = rotate(heads("query"), angles), rotate(heads("key"), angles)
+        attended = attend(query, key, heads("value"), segments, attention)
+        return _linear(self, "output", attended)
 
 
 class Mlp(nnx.Module):
     """Gated feed-forward layer with SiLU."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        """Draws the three kernels."""
+        """Draws the three kernels; biases are initialized to zero."""
         self.gate = _normal(config, rngs, config.hidden_size, config.intermediate_size)
         self.up = _normal(config, rngs, config.hidden_size, config.intermediate_size)
         self.down = _normal(config, rngs, config.intermediate_size, config.hidden_size)
+        if config.mlp_bias:
+            _add_biases(self, "gate", "up", "down")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, S, H) -> (B, S, H)."""
-        return _dot(jax.nn.silu(_dot(x, self.gate)) * _dot(x, self.up), self.down)
+        gated = jax.nn.silu(_linear(self, "gate", x)) * _linear(self, "up", x)
+        return _linear(self, "down", gated)
 
 
 class Block(nnx.Module):
@@ -206,10 +122,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array
+        self, x: jax.Array, angles: Angles, segments: jax.Array | None, attention: str
     ) -> jax.Array:
         """(B, S, H) -> (B, S, H), arguments as in `Attention`."""
-        x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), angles, bias)
+        normed = rms_norm(x, self.attention_norm[...], self.eps)
+        x = x + self.attention(normed, angles, segments, attention)
         return split_batch(x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)))
 
 
@@ -236,16 +153,18 @@ class Llama(nnx.Module):
         tokens: Tokens,
         mask: Tokens | None = None,
         *,
+        segments: Tokens | None = None,
         dtype: DTypeLike | None = None,
         remat: bool = False,
+        attention: str = "auto",
     ) -> jax.Array:
         """Output of the last layer, (B, S, H) in `dtype`; arguments as in `forward`."""
         x = embed(self.embedding[...], tokens, dtype)
-        angles, bias = positions(self.config, tokens.shape[1], mask)
+        angles, segments = positions(self.config, tokens.shape[1], mask, segments)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, weights)(x, angles, bias), None
+            return nnx.merge(graph, weights)(x, angles, segments, attention), None
 
         # What the forward pass saves for the backward pass: the outputs of the linear layers, or
         # nothing. Scores and elementwise results are cheaper to recompute than to store, also on a
@@ -255,11 +174,16 @@ class Llama(nnx.Module):
         return jax.lax.scan(body, x, stacked)[0]
 
 
-def _dot(x: jax.Array, kernel: nnx.Param[jax.Array]) -> jax.Array:
+def _linear(module: nnx.Module, name: str, x: jax.Array) -> jax.Array:
+    """`x` times a module's kernel, plus its bias if there is one."""
+    kernel, bias = getattr(module, name), getattr(module, f"{name}_bias", None)
     # As a matrix, so that the kernel's gradient sums over one axis. Over two axes, XLA for CPUs
     # first transposes the output's gradient, which takes as long as the product.
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    product = rows @ kernel[...].astype(x.dtype)
+    if bias is not None:
+        product += bias[...].astype(x.dtype)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
@@ -298,8 +222,10 @@ def forward(
     tokens: Tokens,
     mask: Tokens | None = None,
     *,
+    segments: Tokens | None = None,
     dtype: DTypeLike | None = None,
     remat: bool = False,
+    attention: str = "auto",
 ) -> jax.Array:
     """Logits of the next token at every position.
 
@@ -308,16 +234,23 @@ def forward(
         config: Their shape.
         tokens: Integers (B, S), each below `vocab_size`.
         mask: Booleans (B, S), False for padding tokens, which must not be attended to. Padding on
-            the right needs no mask, because attention is causal.
+            the right needs no mask, because attention is causal. The results of padding tokens have
+            no meaning.
+        segments: Integers (B, S), the document of each token of a packed row: a token sees only its
+            own document, in which positions start at 0. None: a row is one document.
         dtype: Dtype of activations and matrix products, such as bfloat16; None: that of the
             embedding.
         remat: Whether to save only each layer's input for the backward pass and recompute the rest;
             otherwise the outputs of its seven linear layers are saved too.
+        attention: How attention is computed, one of `osd_names.ATTENTIONS`; "auto" depends on the
+            hardware and the length (`osd_jax.llama.attention.select_attention`).
 
     Returns:
         Float32 (B, S, V).
     """
-    x = module_of(params, config).hidden(tokens, mask, dtype=dtype, remat=remat)
+    x = module_of(params, config).hidden(
+        tokens, mask, segments=segments, dtype=dtype, remat=remat, attention=attention
+    )
     return logits_of(rms_norm(x, params["norm"], config.rms_norm_eps), head_kernel(params, config))
 
 
@@ -349,28 +282,36 @@ def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) 
 
 
 def positions(
-    config: LlamaConfig, length: int, mask: Tokens | None = None
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """The position-dependent inputs of every layer.
+    config: LlamaConfig, length: int, mask: Tokens | None = None, segments: Tokens | None = None
+) -> tuple[Angles, jax.Array | None]:
+    """What every layer needs to know of the tokens' places.
 
     Args:
         config: The model's shape.
         length: S, the length of the sequence.
-        mask: Booleans (B, S), False for padding; None: no padding.
+        mask: As in `forward`.
+        segments: As in `forward`.
 
     Returns:
-        The results of `rotary_angles` and `causal_bias`.
+        The result of `rotary_angles`, and the segments for `attend`, in which padding is a segment
+        of its own.
     """
-    angles = rotary_angles(length, config.head_dim, config.rope_theta)
-    return angles, causal_bias(length, mask)
+    if segments is not None:
+        segments = jnp.asarray(segments, jnp.int32)
+    angles = rotary_angles(config, token_positions(length, segments))
+    if mask is not None:
+        real = jnp.asarray(mask, bool)
+        segments = jnp.where(real, 1 if segments is None else segments, -1).astype(jnp.int32)
+    return angles, segments
 
 
 def layer(
     weights: Params,
     config: LlamaConfig,
     x: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
-    bias: jax.Array,
+    angles: Angles,
+    segments: jax.Array | None,
+    attention: str = "auto",
 ) -> jax.Array:
     """Applies one layer.
 
@@ -379,12 +320,13 @@ def layer(
         config: The model's shape.
         x: The layer's input, (B, S, H).
         angles: From `positions`.
-        bias: From `positions`.
+        segments: From `positions`.
+        attention: As in `forward`.
 
     Returns:
         The layer's output, (B, S, H).
     """
-    return nnx.merge(_abstract_layer(config), weights)(x, angles, bias)
+    return nnx.merge(_abstract_layer(config), weights)(x, angles, segments, attention)
 
 
 def num_parameters(config: LlamaConfig) -> int:
@@ -404,18 +346,19 @@ def is_projected(path: str, array: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
     Args:
         path: Keys from the root of `params`, joined by slashes: "layers/attention/query".
-        array: The parameter, or its shape; the vector of a norm is not a kernel.
+        array: The parameter, or its shape; the vector of a norm or a bias is not a kernel.
 
     Returns:
         Whether it is projected.
     """
-    return array.ndim >= 2 and not {"attention", "mlp"}.isdisjoint(path.split("/"))
+    inside = not {"attention", "mlp"}.isdisjoint(path.split("/"))
+    return array.ndim >= 2 and inside and not path.endswith("_bias")
 
 
 def dimension_numbers(params: Params) -> Params:
     """The input and output axes of each parameter's kernel.
 
-    Other axes, those of the layers, are batch axes; a norm has no reduction axis.
+    Other axes, those of the layers, are batch axes; a norm or a bias has no reduction axis.
 
     Args:
         params: The weights, or their shapes.

@@ -44,8 +44,9 @@ def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
       mesh: Their mesh.
 
     Returns:
-      A tree of `PartitionSpec`, one entry for each axis of an array. Norms are replicated. An axis
-      whose size is not divisible by the mesh axis is replicated too, with a logged warning.
+      A tree of `PartitionSpec`, one entry for each axis of an array. Norms and biases are
+      replicated. An axis whose size is not divisible by the mesh axis is replicated too, with a
+      logged warning.
 
     Raises:
       ValueError: A matrix is not one of LLaMA's: give `state_sharding` your own specs.
@@ -56,7 +57,7 @@ def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
         wanted: tuple[str | None, ...] = (None,) * array.ndim
         if name in _KERNELS:
             wanted = wanted[:-2] + _KERNELS[name]
-        elif not name.endswith("norm"):
+        elif not name.endswith(("norm", "_bias")):
             raise ValueError(
                 f"parameter '{name}' does not belong to osd_jax.llama: write the PartitionSpecs "
                 "of your own model, and pass them to state_sharding"

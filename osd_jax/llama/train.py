@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy or JAX
+Batch = Mapping[str, Any]  # "tokens", "mask" and, if documents are separate, "segments"
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[optax.Params, Batch], tuple[jax.Array, jax.Array]]
 
@@ -144,6 +144,7 @@ def make_train_step(
     accumulate: str = "gradients",
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
+    attention: str = "auto",
 ) -> TrainStep:
     """Builds the jitted train step. The state is donated.
 
@@ -164,6 +165,7 @@ def make_train_step(
         steps that set P from them or measure it. The clipped norm, "gradient_norm", is that of what
         is reduced: R of a projected weight, the gradient of any other. No effect if the `data` axis
         has size one.
+      attention: How attention is computed, as in `llama.forward`.
 
     Raises:
       ValueError: `accumulate` is unknown, sketches do not suffice for the optimizer, or
@@ -172,7 +174,8 @@ def make_train_step(
     Returns:
       A function (state, batch, measure) -> (state, metrics).
 
-      `batch` has "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False for padding tokens.
+      `batch` has "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False for tokens that are
+      not labels, such as padding; "segments", int32 (K, B, S), as in `llama.forward`, is optional.
       The model processes the K micro-batches one by one; the gradient is that of the mean loss over
       all their tokens.
 
@@ -196,9 +199,9 @@ def make_train_step(
             "give mesh, and accumulate='gradients'"
         )
 
-    def gradient(params: optax.Params, tokens: jax.Array, mask: jax.Array) -> Any:
+    def gradient(params: optax.Params, micro: Batch) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
-            return llama.loss(params, config, tokens, mask, remat=remat)
+            return _batch_loss(params, config, micro, remat=remat, attention=attention)
 
         (loss, count), grads = jax.value_and_grad(total, has_aux=True)(params)
         return loss, count, grads
@@ -206,10 +209,10 @@ def make_train_step(
     def accumulated(params: optax.Params, batch: Mapping[str, jax.Array]) -> Any:
         """Sums of loss, tokens and gradients over the micro-batches, the gradients in float32."""
         if batch["tokens"].shape[0] == 1:
-            return gradient(params, batch["tokens"][0], batch["mask"][0])
+            return gradient(params, {name: x[0] for name, x in batch.items()})
 
         def add(sums: Any, micro: Mapping[str, jax.Array]) -> Any:
-            loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
+            loss, count, grads = gradient(params, micro)
             return optax.tree.add(sums, grads), (loss, count)
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
@@ -230,13 +233,11 @@ def make_train_step(
 
         def member(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
             """The computation of one member of the `data` axis, and its reduced results."""
-            # Otherwise the gradients of weights that all members share would be reduced separately.
-            own = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), state.params)
-            total, count, grads = accumulated(own, batch)
+            total, count, grads = accumulated(state.params, batch)
             total, count = jax.lax.psum((total, count), "data")
             loss = total / count
             factor = jax.lax.axis_size("data") * mean_factor(loss, count)
-            grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, own)
+            grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
             opt_state = parts.refresh(grads, state.opt_state, reduce=mean)
             sketches = parts.project(grads, opt_state, mean)
             found = measured(measure, grads, state.opt_state, mean)
@@ -249,6 +250,7 @@ def make_train_step(
             axis_names={"data"},
             in_specs=(PartitionSpec(), split, PartitionSpec()),
             out_specs=PartitionSpec(),
+            check_vma=False,  # gradients stay unreduced, and the kernel of attention needs it
         )(state, batch, measure)
         norm = jnp.sqrt(squared_norm_held(sketches))
         sketches = scaled(sketches, clipping_factor(norm, grad_clipping))
@@ -262,7 +264,7 @@ def make_train_step(
 
         def add(carry: Any, number_and_micro: Any) -> Any:
             (held, opt_state), (number, micro) = carry, number_and_micro
-            loss, count, grads = gradient(params, micro["tokens"], micro["mask"])
+            loss, count, grads = gradient(params, micro)
             factor = mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
             opt_state = parts.refresh(grads, opt_state, number == 0)
@@ -353,19 +355,31 @@ def measured(
     return jax.lax.cond(measure, real, none, grads, opt_state)
 
 
-def make_eval_step(config: llama.LlamaConfig) -> EvalStep:
+def _batch_loss(
+    params: optax.Params, config: llama.LlamaConfig, micro: Batch, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`llama.loss` of a batch's arrays (B, S); `options` are its keyword arguments."""
+    segments = micro.get("segments")
+    return llama.loss(params, config, micro["tokens"], micro["mask"], segments=segments, **options)
+
+
+def make_eval_step(config: llama.LlamaConfig, attention: str = "auto") -> EvalStep:
     """Builds the jitted eval step.
+
+    Args:
+      config: The model's shape.
+      attention: How attention is computed, as in `llama.forward`.
 
     Returns:
       A function (params, batch) -> (sum of the tokens' losses in nats, float32; their number,
-      int32), for a batch with "tokens" and "mask", both (B, S).
+      int32), for a batch as of `make_train_step`, with arrays (B, S).
     """
 
     @jax.jit
     def eval_step(
         params: optax.Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        return llama.loss(params, config, batch["tokens"], batch["mask"])
+        return _batch_loss(params, config, batch, attention=attention)
 
     return eval_step
 
@@ -397,7 +411,9 @@ def sample(
     @jax.jit
     def write(params: optax.Params, tokens: jax.Array) -> jax.Array:
         def one(position: jax.Array, tokens: jax.Array) -> jax.Array:
-            logits = llama.forward(params, config, tokens[None])[0, position - 1]
+            # Of few tokens, on any device and mesh.
+            logits = llama.forward(params, config, tokens[None], attention="written_out")
+            logits = logits[0, position - 1]
             key = jax.random.fold_in(jax.random.key(seed), position)
             drawn = jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
             return tokens.at[position].set(drawn.astype(tokens.dtype))

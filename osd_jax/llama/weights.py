@@ -1,10 +1,11 @@
 """Finds, reads and writes LLaMA's weights in Hugging Face's format."""
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ WEIGHTS = (
     "*.gguf",
 )  # fmt: skip
 """File names of weights, in formats that `weight_files` supports and in those that it does not."""
+
+SHARD_BYTES = 50 * 10**9
+"""Default size in bytes of the largest file that `save_hf` writes, as in transformers 5."""
+
+Write = Callable[[list[str], Path], object]
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
@@ -177,15 +183,23 @@ def load_hf(
         return config, jax.tree_util.tree_map_with_path(load, specs, *layout)
 
 
-def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Params) -> None:
-    """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
+def save_hf(
+    directory: str | os.PathLike[str],
+    config: LlamaConfig,
+    params: Params,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `config.json` and the weights, as transformers' `from_pretrained` reads them.
 
-    The weights keep their dtype. Each file is written atomically, the config last.
+    The weights keep their dtype, and lie in `model.safetensors`, or in several files and their
+    index. Each file is written atomically, the config last.
 
     Args:
         directory: Folder of the model; created if it does not exist.
         config: The model's shape.
         params: The weights.
+        shard_bytes: Maximum number of bytes of tensors per file.
 
     Raises:
         OSError: The directory cannot be created or written.
@@ -203,9 +217,63 @@ def save_hf(directory: str | os.PathLike[str], config: LlamaConfig, params: Para
             )
     dtype = str(params["embedding"].dtype)
     text = json.dumps({**config.to_hf_dict(), "dtype": dtype, "torch_dtype": dtype}, indent=2)
-    # transformers rejects a file that does not name its framework's layout.
-    _replace(folder / "model.safetensors", lambda to: save_file(tensors, to, {"format": "pt"}))
+
+    def write(names: list[str], path: Path) -> None:
+        # transformers rejects a file that does not name its framework's layout.
+        save_file({name: tensors[name] for name in names}, path, {"format": "pt"})
+
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    _write_files(folder, sizes, shard_bytes, write)
     _replace(folder / "config.json", lambda to: to.write_text(text + "\n", encoding="utf-8"))
+
+
+def _shard_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The tensors of each file, in order: as many as fit, and at least one.
+
+    Args:
+        sizes: Bytes of each tensor by name.
+        limit: Maximum number of bytes per file.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _write_files(folder: Path, sizes: Mapping[str, int], limit: int, write: Write) -> None:
+    """Writes `model.safetensors`, or shards and their index, and deletes those of an earlier model.
+
+    Args:
+        folder: Folder of the model.
+        sizes: Bytes of each tensor by name.
+        limit: Maximum number of bytes per file.
+        write: Writes the tensors of these names to a new file.
+    """
+    shards = _shard_names(sizes, limit)
+    files = {"model.safetensors": shards[0]}
+    if len(shards) > 1:
+        files = {
+            f"model-{number:05}-of-{len(shards):05}.safetensors": names
+            for number, names in enumerate(shards, start=1)
+        }
+    for file, names in files.items():
+        _replace(folder / file, functools.partial(write, names))
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        where = {name: file for file, names in files.items() for name in names}
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        _replace(index, lambda to: to.write_text(text, encoding="utf-8"))
+    else:
+        index.unlink(missing_ok=True)
+    for old in (folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")):
+        if old.name not in files:
+            old.unlink(missing_ok=True)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -228,8 +296,9 @@ def _named_leaves(params: Params) -> Iterator[tuple[str, Any]]:
 def _hf_names(path: str, leaf: Any) -> list[str]:
     """Hugging Face's names for one parameter, one per layer if it is stacked."""
     if path.startswith("layers/"):
-        suffix = _LAYER_NAMES[path.removeprefix("layers/")]
-        return [f"model.layers.{layer}.{suffix}.weight" for layer in range(leaf.shape[0])]
+        kernel = path.removeprefix("layers/").removesuffix("_bias")
+        suffix = _LAYER_NAMES[kernel] + (".bias" if path.endswith("_bias") else ".weight")
+        return [f"model.layers.{layer}.{suffix}" for layer in range(leaf.shape[0])]
     return [f"{_TOP_NAMES[path]}.weight"]
 
 

@@ -18,9 +18,11 @@ from osd_torch.llama.model import (
     load_config,
     loss,
     prepare,
+    within_documents,
 )
 from osd_torch.llama.partition import fully_shard_llama
 from osd_torch.llama.weights import (
+    SHARD_BYTES,
     WEIGHTS,
     hf_tensors,
     load_hf,
@@ -34,6 +36,7 @@ __all__ = [
     "LOGITS_BYTES",
     "REQUIRED",
     "SIZES",
+    "SHARD_BYTES",
     "WEIGHTS",
     "build",
     "compared",
@@ -49,5 +52,6 @@ __all__ = [
     "prepare",
     "save_hf",
     "weight_files",
+    "within_documents",
     "write_safetensors",
 ]

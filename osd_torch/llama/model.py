@@ -31,6 +31,17 @@ REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
 SIZES = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
+_ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_VALUES = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+# Fields of a config that change the model, and the only value that both libraries support.
+_ONLY = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
 KINDS = {
     "self_attn.q_proj.weight": "attention/query",
     "self_attn.k_proj.weight": "attention/key",
@@ -53,11 +64,12 @@ def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
         The config.
 
     Raises:
-        ValueError: It is not a LLaMA, a size is missing or not a positive integer, or sizes are not
-            divisible.
+        ValueError: It is not a LLaMA, a size is missing or not a positive integer, sizes are not
+            divisible, or it uses an option that JAX's model does not support.
     """
     if values.get("model_type") != "llama":
         raise ValueError(f"model_type is {values.get('model_type')!r}: expected 'llama'")
+    _check_supported(values)
     if missing := [name for name in REQUIRED if values.get(name) is None]:
         raise ValueError(f"the LLaMA config lacks {', '.join(missing)}")
     known = dict(values)
@@ -89,6 +101,36 @@ def config_from_dict(values: Mapping[str, Any]) -> LlamaConfig:
     if int(config.head_dim or 0) % 2:
         raise ValueError(f"head_dim is {config.head_dim}: rotary embedding needs an even one")
     return config
+
+
+def _check_supported(values: Mapping[str, Any]) -> None:
+    """Rejects options of a config that only one of the two libraries' models would support."""
+    architectures = values.get("architectures") or ["LlamaForCausalLM"]
+    if "LlamaForCausalLM" not in architectures:
+        raise ValueError(f"architectures is {architectures!r}: expected 'LlamaForCausalLM'")
+    # transformers 5 writes rope_parameters; older versions write rope_scaling.
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = values.get(key) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{key} is {given!r}: expected an object, or none")
+        rope |= given
+    for key, only in _ONLY.items():
+        if (value := {**values, **rope}.get(key, only)) not in (only, None):
+            raise ValueError(f"{key} is {value!r}: this model supports only {only!r}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _ROPE_TYPES:
+        raise ValueError(
+            f"rope_type is {rope_type!r}: this model supports only "
+            f"{', '.join(map(repr, _ROPE_TYPES))}"
+        )
+    needed = {"linear": _ROPE_VALUES[:1], "llama3": _ROPE_VALUES}.get(rope_type, ())
+    for name in needed:
+        number: Any = rope.get(name)
+        if type(number) not in (int, float) or number <= 0:
+            raise ValueError(
+                f"rope_type {rope_type!r} has {name} {number!r}: expected a positive number"
+            )
 
 
 def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
@@ -172,9 +214,12 @@ def hf_config(model: LlamaForCausalLM) -> dict[str, Any]:
     """
     values = model.config.to_dict()
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    theta = values["rope_parameters"]["rope_theta"]
+    rope = dict(values["rope_parameters"])
+    theta = rope.pop("rope_theta")
     names = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    types = {"dtype": dtype, "torch_dtype": dtype, "rope_theta": theta}
+    types: dict[str, Any] = {"dtype": dtype, "torch_dtype": dtype, "rope_theta": theta}
+    if rope["rope_type"] != "default":
+        types["rope_scaling"] = rope  # for transformers before 5
     return {**values, **names, **types, "use_cache": True}
 
 
@@ -183,6 +228,7 @@ def loss(
     model: LlamaForCausalLM,
     tokens: Tensor,
     mask: Tensor | None = None,
+    segments: Tensor | None = None,
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[Tensor, Tensor]:
@@ -195,12 +241,16 @@ def loss(
         tokens: Integers (B, S): the inputs, and shifted left by one the labels.
         mask: Booleans (B, S), False for tokens that are not labels. Padding on the right needs no
             other mask, because attention is causal.
+        segments: Integers (B, S), the document of each token of a packed row: a token sees only its
+            own document, in which positions start at 0. `mask` should exclude the first token of
+            each document. None: a row is one document.
         logits_bytes: Float32 logits to hold at once.
 
     Returns:
         The sum, float32, and the number of tokens, an integer; both 0-dimensional.
     """
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    places = {} if segments is None else within_documents(segments)
+    hidden = model.model(input_ids=tokens, use_cache=False, **places).last_hidden_state
     # The last position predicts nothing: it stays, with weight zero, so that the arrays keep their
     # even shape.
     labels = torch.roll(tokens, -1, dims=1)
@@ -217,6 +267,24 @@ def loss(
         checkpoint(_token_losses, model.lm_head, *part, use_reentrant=False) for part in parts
     ]
     return torch.stack(losses).sum(), weights.sum()
+
+
+def within_documents(segments: Tensor) -> dict[str, Tensor]:
+    """The arguments of transformers' LLaMA that keep the documents of a packed row separate.
+
+    Args:
+        segments: Integers (B, S), the document of each token.
+
+    Returns:
+        "attention_mask", bool (B, 1, S, S), and "position_ids", int64 (B, S), which restart at 0
+        where the segment changes.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device)
+    seen = (segments[:, :, None] == segments[:, None, :]) & (index[:, None] >= index)
+    is_start = segments != segments.roll(1, dims=1)
+    is_start[:, 0] = True
+    starts = torch.where(is_start, index, 0).cummax(dim=1).values
+    return {"attention_mask": seen[:, None], "position_ids": index - starts}
 
 
 def _token_losses(head: torch.nn.Module, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from osd_torch.sketch import TwoSided, low_rank_gradient
 from osd_torch.state import NOT_SET, basis_of, inner_optimizer, named_parameters
 from osd_torch.subspace import SubspaceOptimizer
 
-Batch = Mapping[str, Any]  # "tokens" and "mask", NumPy
+Batch = Mapping[str, Any]  # "tokens", "mask" and, if documents are separate, "segments"; NumPy
 Metrics = dict[str, float]
 TrainStep = Callable[[int, Batch, bool], Metrics]
 EvalStep = Callable[[Batch], tuple[float, int]]
@@ -126,8 +126,9 @@ def make_train_step(
         `step` counts the attempted updates before this one, including skipped ones.
 
         `batch` is this process's, with "tokens", int32 (K, B, S), and "mask", bool (K, B, S), False
-        for padding tokens. The model processes the K micro-batches one by one; the gradient is that
-        of the mean loss over all their tokens on all processes. Gradients are summed over
+        for tokens that are not labels, such as padding; "segments", int32 (K, B, S), as in
+        `llama.loss`, is optional. The model processes the K micro-batches one by one; the gradient
+        is that of the mean loss over all their tokens on all processes. Gradients are summed over
         micro-batches in the weights' dtype, as PyTorch does, and sketches in float32.
 
         `measure` says whether to measure the subspace, which costs one more product of each
@@ -181,8 +182,8 @@ def make_train_step(
         factor = schedule(step - skipped_steps(optimizer)[0])
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             set_lr(group, peak * factor)
-        tokens, mask = (torch.from_numpy(batch[name]) for name in ("tokens", "mask"))
-        counts = sum_over_processes(mask[..., 1:].sum(dim=(1, 2)))
+        arrays = _batch_arrays(batch)
+        counts = sum_over_processes(arrays[1][..., 1:].sum(dim=(1, 2)))
         count = int(counts.sum())
         # Gradients are averaged over the processes, and each has its part of the sum.
         scale = processes / count if count else math.nan
@@ -192,7 +193,7 @@ def make_train_step(
             if updates:
                 updates.share = int(counts[k]) / max(count, 1)
             with _synchronised(forward, k == micro_batches - 1):
-                loss, _ = forward(tokens[k].to(device), mask[k].to(device))
+                loss, _ = forward(*(array[k].to(device) for array in arrays))
                 # Non-finite if the loss is, so that the optimizer skips the step.
                 (loss * torch.where(loss.isfinite(), scale, math.nan)).backward()
             total += loss.detach()
@@ -253,11 +254,17 @@ class TokenLoss(torch.nn.Module):
             model.token_loss = types.MethodType(llama.loss, model)  # type: ignore[assignment]
             register_fsdp_forward_method(model, "token_loss")
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and mask, (B, S) -> sum of the losses, and their number."""
+    def forward(self, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens, mask and optional segments, (B, S) -> sum of the losses, and their number."""
         if self.is_sharded:
-            return self.model.token_loss(tokens, mask)  # type: ignore[operator]
-        return llama.loss(self.model, tokens, mask)
+            return self.model.token_loss(*arrays)  # type: ignore[operator]
+        return llama.loss(self.model, *arrays)
+
+
+def _batch_arrays(batch: Batch) -> list[Tensor]:
+    """A batch's arrays as tensors on the CPU, in the order of `llama.loss`."""
+    names = ("tokens", "mask", "segments")
+    return [torch.from_numpy(batch[name]) for name in names if name in batch]
 
 
 @contextlib.contextmanager
@@ -352,8 +359,8 @@ def make_eval_step(model: LlamaForCausalLM) -> EvalStep:
     """Builds the eval step.
 
     Returns:
-        A function of a batch with "tokens" and "mask", both (B, S) -> (sum of the tokens' losses in
-        nats, their number), over all processes.
+        A function of a batch as of `make_train_step`, with arrays (B, S) -> (sum of the tokens'
+        losses in nats, their number), over all processes.
     """
     forward = TokenLoss(model)
     device = next(model.parameters()).device
@@ -361,8 +368,7 @@ def make_eval_step(model: LlamaForCausalLM) -> EvalStep:
     @torch.no_grad()
     def eval_step(batch: Batch) -> tuple[float, int]:
         model.eval()
-        tokens, mask = (torch.from_numpy(batch[name]).to(device) for name in ("tokens", "mask"))
-        loss, count = forward(tokens, mask)
+        loss, count = forward(*(array.to(device) for array in _batch_arrays(batch)))
         model.train()
         both = sum_over_processes(torch.stack([loss.double(), count.double()]))
         return float(both[0]), int(both[1])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ WEIGHTS = (
     "*.gguf",
 )  # fmt: skip
 """File names of weights, in formats that `weight_files` supports and in those that it does not."""
+
+SHARD_BYTES = 50 * 10**9
+"""Default size in bytes of the largest file that `save_hf` writes, as in transformers 5."""
+
+Write = Callable[[list[str], Path], object]
 
 
 def weight_files(directory: str | os.PathLike[str]) -> list[Path]:
@@ -147,15 +153,19 @@ def load_hf(
     return finished(model.to(device=device), config)
 
 
-def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
-    """Writes `config.json` and `model.safetensors`, as transformers' `from_pretrained` reads them.
+def save_hf(
+    directory: str | os.PathLike[str], model: LlamaForCausalLM, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes `config.json` and the weights, as transformers' `from_pretrained` reads them.
 
-    The weights keep their dtype. Each file is written atomically, the config last. Sharded weights
-    are gathered one by one; every process must call this, and the first one writes.
+    The weights keep their dtype, and lie in `model.safetensors`, or in several files and their
+    index. Each file is written atomically, the config last. Sharded weights are gathered one by
+    one; every process must call this, and the first one writes.
 
     Args:
         directory: Folder of the model; created if it does not exist.
         model: The LLaMA, sharded or not.
+        shard_bytes: Maximum number of bytes of tensors per file.
 
     Raises:
         OSError: The directory cannot be created or written.
@@ -166,7 +176,12 @@ def save_hf(directory: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
         return
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "model.safetensors", lambda to: write_safetensors(to, tensors))
+
+    def write(names: list[str], path: Path) -> None:
+        write_safetensors(path, {name: tensors[name] for name in names})
+
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    _write_files(folder, sizes, shard_bytes, write)
     text = json.dumps(hf_config(model), indent=2) + "\n"
     _replace(folder / "config.json", lambda to: to.write_text(text, encoding="utf-8"))
 
@@ -204,6 +219,55 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path.name} cannot be written: {error}") from error
+
+
+def _shard_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The tensors of each file, in order: as many as fit, and at least one.
+
+    Args:
+        sizes: Bytes of each tensor by name.
+        limit: Maximum number of bytes per file.
+    """
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _write_files(folder: Path, sizes: Mapping[str, int], limit: int, write: Write) -> None:
+    """Writes `model.safetensors`, or shards and their index, and deletes those of an earlier model.
+
+    Args:
+        folder: Folder of the model.
+        sizes: Bytes of each tensor by name.
+        limit: Maximum number of bytes per file.
+        write: Writes the tensors of these names to a new file.
+    """
+    shards = _shard_names(sizes, limit)
+    files = {"model.safetensors": shards[0]}
+    if len(shards) > 1:
+        files = {
+            f"model-{number:05}-of-{len(shards):05}.safetensors": names
+            for number, names in enumerate(shards, start=1)
+        }
+    for file, names in files.items():
+        _replace(folder / file, functools.partial(write, names))
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        where = {name: file for file, names in files.items() for name in names}
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        _replace(index, lambda to: to.write_text(text, encoding="utf-8"))
+    else:
+        index.unlink(missing_ok=True)
+    for old in (folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")):
+        if old.name not in files:
+            old.unlink(missing_ok=True)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -43,7 +43,8 @@ OTHER_MEANS = {
 _MESH = "placement under a mesh with Explicit axes, which torch's DTensor does by itself"
 _TREE = "JAX steps whole trees; torch one parameter"
 _TRACED = "JAX's arguments may be traced"
-_AXES = "JAX's parameters have any axes; torch's are (output, input)"
+_AXES = "JAX looks axes up in trees of parameters; torch's groups give them"
+_STACKS = "torch steps equal parameters as a stack; JAX's are stacked already, or vmapped"
 _IN_PLACE = "torch writes in place"
 _TRAINED = "a jitted step has its state outside; torch's has it in the optimizer"
 # (room, library) -> why the other library has no such names there -> the names.
@@ -59,14 +60,14 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
         "as subspace_states": "bases_by_key_path projected_paths",
     },
     ("layout.py", "osd_jax"): {
-        _AXES: (
-            "SubspaceDimensionNumbers DimensionNumbers MatrixLayout matrix_layout "
-            "dimension_numbers_by_path layouts_of"
-        ),
+        _AXES: ("DimensionNumbers MatrixLayout matrix_layout dimension_numbers_by_path layouts_of"),
         _TREE: "random_draws",
     },
     ("layout.py", "osd_torch"): {
-        _AXES: "OUTPUT_AXIS INPUT_AXIS resolve_side to_matrix",
+        _AXES: (
+            "OUTPUT_AXIS INPUT_AXIS resolve_side to_matrix Axes axes_of matrix_shape to_stack "
+            "from_stack"
+        ),
         "of DTensors": "check_placement",
     },
     ("lift.py", "osd_torch"): {
@@ -83,6 +84,7 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
     ("llama/train.py", "osd_torch"): {
         "a module, for DistributedDataParallel": "TokenLoss",
         "gradients are freed in the backward pass": "Measurement",
+        "JAX compiles the whole step": "compiled_step set_lr",
     },
     ("llama/weights.py", "osd_torch"): {
         "checkpoints of torch share it": "hf_tensors",
@@ -101,9 +103,13 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
     ("numerics.py", "osd_torch"): {
         "JAX has no autocast": "without_autocast",
         "JAX has no default dtype": "float32_by_default",
+        _STACKS: "Number per_part plus_product select_",
     },
     ("optimizers.py", "osd_jax"): {
         "for optax.inject_hyperparams": "STATIC_ARGUMENTS",
+    },
+    ("selection.py", "osd_torch"): {
+        _AXES: "dimension_numbers_of",
     },
     ("selection.py", "osd_jax"): {
         _AXES: "Numbers Axes",
@@ -127,6 +133,7 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
     },
     ("transport.py", "osd_torch"): {
         "it needs both moments and the step": "second_moment_after",
+        "in numerics.py in JAX, as bias_correction": "bias_corrections",
     },
 }
 
@@ -139,7 +146,6 @@ EXPORTS = {
     **{("osd_jax", f"osd_{x}"): _OPTIMIZER_CLASSES for x in ("adamw", "adamw8bit")},
     **{("osd_torch", f"Subspace{x}"): _OPTIMIZER_CLASSES for x in ("Adafactor", "Lion", "Muon")},
     **{("osd_torch", f"Subspace{x}"): _OPTIMIZER_CLASSES for x in ("AdamW", "AdamW8bit")},
-    ("osd_jax", "SubspaceDimensionNumbers"): _AXES,
     ("osd_jax", "SubspaceState"): "torch's state is a dict of each parameter",
     ("osd_jax", "accumulate_sketches"): _COMPOSED,
     ("osd_jax", "in_parts"): _COMPOSED,
@@ -148,6 +154,7 @@ EXPORTS = {
     ("osd_jax", "scale_by_subspace"): _COMPOSED,
     ("osd_jax", "transport_moments"): _COMPOSED,
     ("osd_torch", "LayerwiseUpdates"): "hooks of the backward pass; JAX compiles a layerwise step",
+    ("osd_torch", "NotCapturableError"): "JAX's steps never need the host",
     ("osd_torch", "OnlineSubspaceDescent"): "any rule of W; JAX chains it with scale_by_subspace",
     ("osd_torch", "SubspaceOptimizer"): "the base class; JAX has no classes of optimizers",
     ("osd_torch", "clip_"): "clips sketches too; Optax has clip_by_global_norm",

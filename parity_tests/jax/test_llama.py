@@ -357,10 +357,7 @@ def test_configs_of_older_transformers() -> None:
     [
         ({"model_type": "mistral"}, "'mistral': expected 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes': expected true or false"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": 50}, "50 is not a multiple of num_attention_heads 6"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

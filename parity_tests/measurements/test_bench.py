@@ -172,6 +172,17 @@ def tiny_flags(tmp_path: Path) -> list[str]:
     return [*flags.split(), "--out", str(tmp_path)]
 
 
+def test_model_steps_all_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.bench.model import ADAMW, FLOOR, OURS
+
+    flags = f"--model_config configs/llama_quickstart.json --rank 8 --rounds 1 --out {tmp_path}"
+    main(["model", *flags.split()])
+    records = json.loads((tmp_path / "model.json").read_text())["records"]
+    assert [record["contender"] for record in records] == [FLOOR, *OURS, ADAMW]
+    assert all(record["matrices"] == 28 for record in records)
+    assert "over the floor" in capsys.readouterr().out
+
+
 def test_train_runs_every_contender(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

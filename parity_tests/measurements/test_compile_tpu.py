@@ -19,6 +19,7 @@ from launch.compile_tpu.step import Report, find_topology, memory_granted, produ
 from launch.trainer.cli import UsageError
 from launch.trainer.options import Options
 from osd_jax import llama
+from osd_jax.llama.attention import splash
 from osd_jax.llama.train import init_state
 
 needs_compiler = pytest.mark.skipif(
@@ -89,6 +90,42 @@ def test_products_are_counted_in_loops_and_branches() -> None:
     traced = jax.jit(f).trace(jnp.ones((2, 3)), jnp.array(True))
     in_loop = 7 * (2 * 2 * 3 * 5 + 2 * 2 * 5 * 3)
     assert product_flops(traced.jaxpr.jaxpr) == in_loop + 2 * 2 * 3 * 11
+
+
+def test_products_of_a_kernel_are_counted_in_all_its_blocks() -> None:
+    """Splash attention of 256 positions: two products of 256 x 256 x 16 for each of 2 x 4 heads."""
+    q, k = (jax.ShapeDtypeStruct((2, 256, heads, 16), jnp.float32) for heads in (4, 2))
+    traced = jax.jit(splash).trace(q, k, k)
+    assert product_flops(traced.jaxpr.jaxpr) == 2 * 4 * 2 * (2 * 256 * 256 * 16)
+
+
+@pytest.mark.tpu
+@needs_compiler
+@pytest.mark.parametrize("head_dim", [32, 48, 52, 64, 80, 128])
+def test_the_kernel_of_attention_compiles_for_the_heads_of_every_config(head_dim: int) -> None:
+    """With documents, grouped heads and a length that no block divides."""
+    where = jax.sharding.SingleDeviceSharding(find_topology("v6e:1x1")[0])
+    q, k = (
+        jax.ShapeDtypeStruct((2, 300, heads, head_dim), jnp.bfloat16, sharding=where)
+        for heads in (4, 2)
+    )
+    segments = jax.ShapeDtypeStruct((2, 300), jnp.int32, sharding=where)
+    total = lambda *inputs: jnp.sum(splash(*inputs).astype(jnp.float32))
+    step = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, k, segments).compile()
+    assert "300,300]" not in (step.as_text() or "")
+
+
+@pytest.mark.tpu
+@needs_compiler
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--mesh data=2,fsdp=2 --compress_gradients",
+        "--mesh data=2,tensor=2 --dataset builtin --separate_documents",
+    ],
+)
+def test_the_kernel_of_attention_compiles_in_every_step(flags: list[str], more: str) -> None:
+    assert step.compile_step("v6e:2x2", [*flags, *more.split()]).fits
 
 
 @needs_compiler
@@ -162,6 +199,8 @@ def test_mistakes_come_before_any_work(flags: list[str]) -> None:
         step.compile_step("v5e:1x1", [*flags, "--compile"])
     with pytest.raises(UsageError, match="--per_layer.*there are 4"):
         step.compile_step("v5e:2x2", [*flags, "--per_layer"])
+    with pytest.raises(UsageError, match="--attention: attention is 'cudnn'.* this is a tpu"):
+        step.compile_step("v5e:1x1", [*flags, "--attention", "cudnn"])
     with pytest.raises(UsageError, match="--batch_size: 6 rows are not divisible"):
         step.compile_step("v6e:4x4", [*flags, "--mesh", "data=16", "--batch_size", "6"])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,8 @@ import torch
 import osd_torch
 from launch import train_jax, train_torch
 from launch.trainer.files import read_metrics
+from osd_jax.llama.attention import cudnn
+from osd_jax.llama.attention_plain import written_out
 from parity_tests.support import golden_in_jax, golden_in_torch
 from parity_tests.support.golden_cases import GoldenCase, GoldenRun, golden_cases, golden_runs
 from parity_tests.support.sides import gradients, run_torch
@@ -136,6 +139,28 @@ def test_the_count_of_steps_lies_on_the_cpu_and_the_rest_on_the_gpu() -> None:
     state = optimizer.state[weight]
     kinds = {name: x.device.type for name, x in state.items()}
     assert kinds.pop("step") == "cpu" and set(kinds.values()) == {"cuda"}
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_cudnn_attention_equals_the_written_out_one(is_packed: bool, key_heads: int) -> None:
+    """Results and gradients, by a few of bfloat16's roundings."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = [(2, 201, heads, 64) for heads in (4, key_heads, key_heads)]
+    q, k, v, weight = (
+        jax.random.normal(key, size).astype("bfloat16")
+        for key, size in zip(keys, [*sizes, (2, 201, 256)], strict=True)
+    )
+    segments = jnp.asarray(np.arange(201) // [[70], [120]], jnp.int32) if is_packed else None
+
+    def found(attention: Any) -> Any:
+        total = lambda *inputs: jnp.sum((attention(*inputs, segments) * weight).astype("float32"))
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)[1]
+
+    for one, other in zip(found(cudnn), found(written_out), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.isfinite(one).all()
+        assert np.abs(one - other).max() <= 8 * 2**-8 * np.abs(other).max()
 
 
 @pytest.fixture(scope="module", params=[train_torch, train_jax], ids=["torch", "jax"])

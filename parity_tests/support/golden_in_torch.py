@@ -9,21 +9,31 @@ import osd_torch
 from parity_tests.support.golden_cases import TINY_LLAMA, GoldenCase, GoldenRun
 
 
-def check_matrix(case: GoldenCase) -> None:
-    """The weight and the kept bases are those of the release, within the case's tolerance."""
+def check_matrix(case: GoldenCase, foreach: bool = False) -> None:
+    """The weight and the kept bases are those of the release, within the case's tolerance.
+
+    Args:
+        case: A trajectory.
+        foreach: Whether the matrix is stepped in a stack with another one, in whose place it is
+            second and has the gradients with the other sign.
+    """
     weight = torch.nn.Parameter(torch.tensor(case.start))
+    beside = [("other.mlp.weight", torch.nn.Parameter(-torch.tensor(case.start)))] * foreach
     optimizer = osd_torch.make_optimizer(
-        [("mlp.weight", weight)],
+        [*beside, ("mlp.weight", weight)],
         case.optimizer,
         case.proj_type,
         lr=case.lr,
         **case.options,
         beta1=case.beta1,
+        foreach=foreach,
     )
     bases: dict[str, list[np.ndarray]] = {side: [] for side in case.bases}
     for step, (gradient, ratio) in enumerate(zip(case.gradients, case.lr_ratio, strict=True)):
         optimizer.param_groups[0]["lr"] = case.lr * ratio
         weight.grad = torch.tensor(gradient)
+        for _, other in beside:
+            other.grad = -weight.grad
         optimizer.step()
         if step in case.kept_steps:
             basis = osd_torch.projectors(optimizer)["mlp.weight"]

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,29 @@ def test_without_a_mask_every_token_but_the_first_is_learned() -> None:
     whole = llama.loss(model, tokens, torch.ones_like(mask))
     total, count = llama.loss(model, tokens)
     assert int(count) == 3 * 15 and torch.equal(total, whole[0])
+
+
+def test_a_document_in_a_packed_row_is_as_alone() -> None:
+    """With the losses of JAX, which excludes the same labels."""
+    jax_llama = pytest.importorskip("osd_jax.llama")
+    model, (tokens, _) = build(), batch()
+    segments = torch.tensor([[1] * 5 + [2] * 11, [4] * 16, [1] * 2 + [2] * 6 + [0] * 8]).int()
+    is_label = segments.roll(1, dims=1) == segments
+    total, count = llama.loss(model, tokens, is_label, segments)
+    assert int(count) == int(is_label[:, 1:].sum()) == 3 * 15 - 3
+    parts = [
+        row[of == document][None]
+        for row, of in zip(tokens, segments, strict=True)
+        for document in of.unique()
+    ]
+    alone = sum(llama.loss(model, part)[0] for part in parts)
+    assert float(total) == pytest.approx(float(alone), rel=1e-6)
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_hf(folder, model)
+        config, params = jax_llama.load_hf(folder)
+    numbers = (x.numpy() for x in (tokens, is_label))
+    theirs = jax_llama.loss(params, config, *numbers, segments=segments.numpy())
+    assert float(theirs[0]) == pytest.approx(float(total), rel=1e-6)
 
 
 def test_a_factor_that_is_no_number_reaches_every_gradient() -> None:

@@ -82,6 +82,45 @@ def same(left, right):
     return all(np.array_equal(left[key], right[key]) for key in ("tokens", "mask"))
 
 
+# ---- documents kept separate
+
+
+def test_separate_documents_of_packed_rows(jsonl, byte, cache):
+    """The tokens and the position are those without; segments and labels follow the documents."""
+    joined, separate = (open_text(jsonl, byte, cache, separate=flag) for flag in (False, True))
+    held_out = [list(data.validation(2)) for data in (joined, separate)]
+    plain, batches = joined.train(3), separate.train(3)
+    trained = [[next(rows) for _ in range(9)] for rows in (plain, batches)]
+    assert plain.get_state() == batches.get_state()
+    for without, batch in zip(sum(held_out[:1] + trained[:1], []),
+                              sum(held_out[1:] + trained[1:], []), strict=True):  # fmt: skip
+        assert without.keys() == {"tokens", "mask"}
+        assert np.array_equal(without["tokens"], batch["tokens"])
+        for tokens, real, mask, segments in zip(
+            batch["tokens"], without["mask"], batch["mask"], batch["segments"], strict=True
+        ):
+            ends = np.cumsum(tokens == byte.eos_id)  # a document ends after this token
+            expected = np.where(real, 1 + np.concatenate([[0], ends[:-1]]), 0)
+            assert segments.dtype == np.int32 and np.array_equal(segments, expected)
+            is_first = np.diff(segments, prepend=1) > 0
+            assert np.array_equal(mask, real & ~is_first)
+    assert max(batch["segments"].max() for batch in trained[1]) > 1
+    again = separate.train(3)
+    again.set_state(plain.get_state())
+    assert np.array_equal(next(again)["segments"], next(batches)["segments"])
+    for rows in (plain, batches, again):
+        rows.close()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "pack", "match"),
+    [("tokens:ids.npy", None, "no documents to separate"), ("builtin", False, "add --pack")],
+)
+def test_rows_without_several_documents_are_not_separated(dataset, pack, match, byte, cache):
+    with pytest.raises(DataError, match=match):
+        open_data(dataset, byte, cache_dir=cache, pack=pack, separate=True)
+
+
 # ---- each document once
 
 

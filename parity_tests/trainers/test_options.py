@@ -188,6 +188,12 @@ def test_cosine_restarts():
         ("--dataset text:empty.jsonl", ("--dataset", "empty.jsonl is empty", "fetch it again")),
         ("--dataset text:folder", ("--dataset", "folder/a.pdf", ".json.gz", ".parquet")),
         ("--dataset text:folder/none", ("--dataset", "no file matches folder/none")),
+        ("--dataset c4 --separate_documents", ("--separate_documents", "add --pack")),
+        (
+            "--dataset tokens:small.json --separate_documents",
+            ("--separate_documents", "no documents to separate"),
+        ),
+        ("--attention flash", ("--attention", "'flash'", "expected auto, written_out")),
         ("--dataset c4 --text_column body", ("--text_column", "only text: reads it", "c4")),
         ("--dataset text:small.json --text_column=", ("--text_column", "''")),
         ("--dataset c4 --data_dir folder", ("--data_dir", "folder/en has no c4-validation")),

@@ -183,7 +183,8 @@ def check_model(model: Model, max_length: int) -> None:
 
 def check_data(data: Data) -> None:
     """Rejects an unknown dataset, and one whose files are missing or empty."""
-    from launch.data.files import c4_files, text_files  # imports NumPy
+    from launch.data.common import check_separate  # these import NumPy
+    from launch.data.files import c4_files, text_files
 
     kind, _, where = data.dataset.partition(":")
     if kind not in ("builtin", "c4", *_PLACED) or (kind in _PLACED) != bool(where):
@@ -196,6 +197,9 @@ def check_data(data: Data) -> None:
         raise UsageError(
             f"--text_column: only text: reads it, but --dataset is {data.dataset}; leave it out"
         )
+    if data.separate_documents:
+        with user_errors("separate_documents"):
+            check_separate(kind, data.pack)
     if not data.text_column:
         raise UsageError("--text_column: '' is not a name; leave it out for text")
     if kind in ("text", "tokens"):

@@ -15,6 +15,7 @@ from typing import Any
 from launch.trainer.cli import UsageError
 from launch.trainer.options.flags import DTYPES, Field, count, dtype_name, flag
 from launch.trainer.options.method import Optimizer, Subspace
+from osd_names import ATTENTIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,15 @@ class Model:
     )
     activation_checkpointing: bool = flag(
         False, help="save one activation per layer and recompute the rest in the backward pass"
+    )
+    attention: str = flag(
+        "auto",
+        section="jax",
+        choices=ATTENTIONS,
+        type=str.lower,
+        help="how attention is computed: cudnn on a GPU, splash (a Pallas kernel) on a TPU, "
+        "blockwise for long rows and written_out for short ones on a CPU; auto chooses by these "
+        "rules",
     )
 
     def config(self) -> dict[str, Any]:
@@ -104,6 +114,11 @@ class Data:
         help="join the documents and cut them into full rows, or keep one document per row, "
         "truncated or padded (default: --pack for builtin, text: and tokens:, else "
         "--no-pack, as published)",
+    )
+    separate_documents: bool = flag(
+        False,
+        help="with --pack: no token sees another document of its row, positions start at 0 in "
+        "each document, and its first token is not predicted",
     )
     batch_size: int = flag(low=1, help="rows in one forward pass of one process")
     gradient_accumulation: int = flag(

@@ -20,8 +20,9 @@ Record = Mapping[str, Any]
 # counts or the order of the data.
 FIXED = (
     "optimizer", "proj_type", "rank", "basis_dtype", "update_proj_every", "dataset",
-    "text_column", "tokenizer", "max_length", "pack", "seed", "total_batch_size", "no_decay",
-    "residual", "growth_limiter", "second_moment", "first_moment", "stochastic_rounding",
+    "text_column", "tokenizer", "max_length", "pack", "separate_documents", "seed",
+    "total_batch_size", "no_decay", "residual", "growth_limiter", "second_moment", "first_moment",
+    "stochastic_rounding",
 )  # fmt: skip
 # How a run is started, which is not part of the run itself.
 _STARTED_BY = ("resume", "overwrite", "continue_from", "coordinator_address", "process_id")
