@@ -60,7 +60,8 @@ class Subspace(TypedDict, total=False):
             all of them, and temporaries of the stack's size (at most 1 GiB of gradients each).
             None: on a GPU, for matrices of fewer than 2**24 values.
         capturable: Whether a step reads nothing on the host, so that a CUDA graph can capture it
-            and `torch.compile` compile it; see `SubspaceOptimizer.refresh_`.
+            and `torch.compile` compile it; see `SubspaceOptimizer.refresh_`. Such a step reads the
+            learning rate of a schedule from a tensor on the parameters' device, `lr`.
         dimension_numbers: The axes of the parameters' matrices, if they are stacks of matrices
             (experts) or have more axes than a matrix (convolutions). Each matrix has its own P. If
             given with `rank`, they are those of the selected parameters that are no matrices.

@@ -109,7 +109,6 @@ class Lift(NamedTuple):
             stepped one at a time.
 
     Example:
-        >>> import torch
         >>> import torch, osd_torch
         >>> signs = Lift(lambda direction, seen: Lifted(direction.sign()))
         >>> layer = torch.nn.Linear(8, 6, bias=False)

@@ -431,8 +431,7 @@ def finite_on_device(tensors: Sequence[Tensor], squares: Sequence[Tensor]) -> Te
     """
     parts = [tensor for tensor in tensors if tensor.numel()]
     largest = torch._foreach_norm(parts, math.inf) if parts else squares
-    sum_is_finite = torch.stack(list(squares)).sum().isfinite()
-    return sum_is_finite | torch.stack(list(largest)).isfinite().all()
+    return torch.stack([*squares]).sum().isfinite() | torch.stack([*largest]).isfinite().all()
 
 
 def _on_any(flag: bool, tensors: Sequence[Tensor]) -> bool:

@@ -64,14 +64,17 @@ class SubspaceOptimizer(CapturableOptimizer):
     `basis_input`; `set_at`, the step at which P was set; the moments of P's optimizer, with the
     prefix `projector_`; and the state of the lift, with the prefix `lift_`. All of it exists as
     soon as the optimizer holds the parameter, so it is the same on every process before the first
-    step.
+    step. With `dimension_numbers` each tensor has one more axis in front, that of the matrices.
+    Tensors of parameters that were stepped together are views of one: `clone` one that is saved or
+    kept by itself.
 
     P is set from a nonzero gradient: its squared norm is neither zero nor infinite. Until the first
     one P is zero and `set_at` is -1, and the parameter takes steps of zero. If the gradient is zero
     when a refresh is due, the next nonzero one sets P.
 
     A step with a non-finite value in any gradient changes nothing and is counted; see
-    `skipped_steps`. The check takes one device synchronization per step. (If sketches are computed
+    `skipped_steps`. The check takes one device synchronization per step, and none with
+    `capturable=True`. (If sketches are computed
     before this is known, P may have been set and its moments carried over; it is set again at the
     next update. If each parameter is stepped inside the backward pass, each counts as a step: see
     `osd_torch.layerwise`.)

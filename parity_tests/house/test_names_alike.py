@@ -66,12 +66,12 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
     ("layout.py", "osd_torch"): {
         _AXES: (
             "OUTPUT_AXIS INPUT_AXIS resolve_side to_matrix Axes axes_of matrix_shape to_stack "
-            "from_stack"
+            "from_stack matrix_count"
         ),
         "of DTensors": "check_placement",
     },
     ("lift.py", "osd_torch"): {
-        _IN_PLACE: "add_lifted_ add_",
+        _IN_PLACE: "add_lifted_ add_ updates_of_stack",
     },
     ("llama/train.py", "osd_jax"): {
         "torch accumulates sketches layer by layer only": "ACCUMULATE",
