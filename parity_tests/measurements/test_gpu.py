@@ -141,6 +141,67 @@ def test_the_count_of_steps_lies_on_the_cpu_and_the_rest_on_the_gpu() -> None:
     assert kinds.pop("step") == "cpu" and set(kinds.values()) == {"cuda"}
 
 
+STEPS_OF_STACKS = {
+    "one at a time": {"foreach": False},
+    "stacks": {"foreach": True},
+    "without the host": {"capturable": True},
+    "in a CUDA graph": {"capturable": True},
+}
+
+
+@pytest.mark.parametrize("how", [how for how in STEPS_OF_STACKS if how != "one at a time"])
+@pytest.mark.parametrize(
+    ("optimizer", "proj_type"),
+    [
+        ("galore_adamw", "continuous"),
+        ("galore_adamw", "random"),
+        ("galore_lion", "continuous_lion"),
+        ("galore_adafactor", "continuous_sgd"),
+        ("osd_muon", "continuous_sgd"),
+    ],
+)
+def test_stacks_and_cuda_graphs_step_as_one_matrix_at_a_time(
+    optimizer: str, proj_type: str, how: str
+) -> None:
+    """In float64, over a schedule, with a refresh of P between replays of the graph."""
+    expected, found = (stacks_of_a_gpu(optimizer, proj_type, x) for x in ("one at a time", how))
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+
+
+def stacks_of_a_gpu(optimizer: str, proj_type: str, how: str) -> list[torch.Tensor]:
+    """The weights of ten matrices and vectors after eight steps."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda shape: torch.randn(shape, generator=generator, device="cuda", dtype=torch.float64)
+    shapes = [(48, 64)] * 4 + [(64, 48)] * 4 + [(64,)] * 2
+    params = [torch.nn.Parameter(draw(shape)) for shape in shapes]
+    named = [(f"{i}.mlp" if x.ndim == 2 else f"{i}.norm", x) for i, x in enumerate(params)]
+    lr = torch.tensor(0.01, device="cuda", dtype=torch.float64)
+    moves = {"peak_lr": 0.01} if proj_type.startswith("continuous") else {}
+    built = osd_torch.make_optimizer(
+        named, optimizer, proj_type, lr=lr, rank=8, update_proj_gap=5, **moves,
+        **STEPS_OF_STACKS[how],
+    )  # fmt: skip
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    graph = None
+    for step in range(8):
+        for param in params:
+            param.grad.copy_(draw(param.shape))
+        for group in built.param_groups:
+            group["lr"].fill_(0.01 * (1 - step / 20))
+        if how != "in a CUDA graph" or step < 2:
+            built.step()
+            continue
+        built.refresh_()
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                built.step()
+        graph.replay()
+    return [param.detach() for param in params]
+
+
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_cudnn_attention_equals_the_written_out_one(is_packed: bool, key_heads: int) -> None:

@@ -42,24 +42,30 @@ def lift_of(case: ResidualCase) -> osd_torch.Lift:
     )
 
 
-def basis_of(case: ResidualCase) -> BasisRule:
+def basis_of(case: ResidualCase, matrices: int) -> BasisRule:
     if "svd" in case.method or case.method == "fira_adamw":
         return osd_torch.svd(case.update_proj_gap)
-    drawn = iter(case.bases[:: case.update_proj_gap])
+    drawn = (P for P in case.bases[:: case.update_proj_gap] for _ in range(matrices))
     fresh = lambda matrix, old, side, key, each: torch.tensor(next(drawn)).to(old.dtype)
     return BasisRule(Clock(case.update_proj_gap), fresh)
 
 
+@pytest.mark.parametrize("foreach", [False, True], ids=["alone", "in a stack"])
 @pytest.mark.parametrize("case", residual_cases(), ids=lambda case: case.key)
-def test_a_matrix_follows_the_released_code(case: ResidualCase) -> None:
+def test_a_matrix_follows_the_released_code(case: ResidualCase, foreach: bool) -> None:
+    """In a stack: the second of two, of which the first has the other sign."""
     weight = nn.Parameter(torch.tensor(case.start))
+    beside = [("other.mlp", nn.Parameter(-torch.tensor(case.start)))] * foreach
     optimizer = osd_torch.SubspaceAdamW(
-        [("mlp", weight)], lr=case.lr, betas=case.betas, eps=case.eps, rank=case.rank,
-        weight_decay=case.weight_decay, basis=basis_of(case), lift=lift_of(case),
+        [*beside, ("mlp", weight)], lr=case.lr, betas=case.betas, eps=case.eps, rank=case.rank,
+        weight_decay=case.weight_decay, basis=basis_of(case, 1 + foreach), lift=lift_of(case),
+        foreach=foreach,
     )  # fmt: skip
     for gradient, ratio in zip(case.gradients, case.lr_ratio, strict=True):
         optimizer.param_groups[0]["lr"] = case.lr * ratio
         weight.grad = torch.tensor(gradient)
+        for _, other in beside:
+            other.grad = -weight.grad
         optimizer.step()
     assert case.error(weight.numpy(force=True)) <= 3e-4
     norm = float(optimizer.state[weight]["lift_norm"])

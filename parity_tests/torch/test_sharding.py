@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -262,9 +263,11 @@ def matrices(is_sharded: bool, dtype: torch.dtype = torch.float32) -> Matrices:
     return module
 
 
-def optimizer_of(module: Matrices, optimizer: str, proj_type: str) -> torch.optim.Optimizer:
+def optimizer_of(
+    module: Matrices, optimizer: str, proj_type: str, **more: Any
+) -> torch.optim.Optimizer:
     named = module.named_parameters()
-    options = {"lr": 0.01, "rank": RANK, "update_proj_gap": 3, "weight_decay": 0.1}
+    options = {"lr": 0.01, "rank": RANK, "update_proj_gap": 3, "weight_decay": 0.1, **more}
     return osd_torch.make_optimizer(named, optimizer, proj_type, **options)
 
 
@@ -318,6 +321,47 @@ def check_placements(module: Matrices, optimizer: torch.optim.Optimizer) -> None
         if moment is not None and moment.dtype != torch.uint8:
             follows_rows = moment.shape[0] == param.shape[0]
             assert moment.placements == (sharded if follows_rows else replicated), name
+
+
+def through_state_dicts(is_sharded: bool, taken: int, foreach: bool) -> list[dict[str, Tensor]]:
+    """Ten more steps by an optimizer that takes over after `taken` steps, and by the first one.
+
+    The state goes from one to the other by `get_optimizer_state_dict`.
+    """
+    module = matrices(is_sharded, torch.float64)
+    module.register_parameter("attn_2", torch.nn.Parameter(module.attn.detach().clone()))
+    first = optimizer_of(module, "galore_adamw", "continuous", foreach=foreach)
+    take_steps(module, first, range(taken))
+    saved = copy.deepcopy(get_optimizer_state_dict(module, first))
+    weights = copy.deepcopy(module.state_dict())
+    ends = []
+    for loads in (False, True):
+        optimizer = first
+        if loads:
+            module.load_state_dict(weights)
+            optimizer = optimizer_of(module, "galore_adamw", "continuous", foreach=foreach)
+            set_optimizer_state_dict(module, optimizer, saved)
+        take_steps(module, optimizer, range(taken, taken + 10))
+        ends.append(everything(module, optimizer))
+    return ends
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["one at a time", "stacks"])
+@pytest.mark.parametrize("taken", [0, 10])
+@pytest.mark.parametrize("where", ["one process", "two processes", "sharded over two"])
+def test_state_dicts_of_torch_distributed(
+    two_processes: Run, where: str, taken: int, foreach: bool
+) -> None:
+    """Before the first step and after ten: the optimizer that loads continues bit for bit."""
+    args = (where == "sharded over two", taken, foreach)
+    if where == "one process":
+        results = [through_state_dicts(*args)]
+    else:
+        results = two_processes(through_state_dicts, *args)
+    for expected, found in results:
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
 
 
 # Each rule of W and of P, and each side. 8-bit codes come from float32 arithmetic: see below.
