@@ -24,7 +24,6 @@ from launch.trainer.directory import claimed
 from launch.trainer.jax_step import (
     attention_on,
     make_step,
-    refuse_layers_on,
     refuse_torch_only,
     weights_dtype,
 )
@@ -83,7 +82,6 @@ def train(options: Options, processes: Processes) -> int:
     # Devices, data and model. Any problem with them is found here, before anything is compiled.
     with processes.together():
         mesh = make_mesh(options, processes.count)
-        refuse_layers_on(mesh, options)
     if jax.default_backend() == "cpu":
         keep_memory()
     with processes.together(in_turn=True):

@@ -19,7 +19,6 @@ from launch.trainer.cli import UsageError, user_errors
 from launch.trainer.jax_step import (
     attention_on,
     make_step,
-    refuse_layers_on,
     refuse_torch_only,
     weights_dtype,
 )
@@ -131,7 +130,6 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         options = options.check(processes)
     refuse_torch_only(options)
     mesh = make_mesh(options, processes, devices)
-    refuse_layers_on(mesh, options)
     with user_errors():
         config = llama.LlamaConfig.from_hf_dict({"model_type": "llama", **options.model.config()})
         schedule = learning_rate_schedule(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.trainer import keywords
-from launch.trainer.cli import UsageError, user_errors
+from launch.trainer.cli import user_errors
 from launch.trainer.options import Options
 
 if TYPE_CHECKING:
@@ -32,19 +32,6 @@ def refuse_torch_only(options: Options) -> None:
         "timeout_minutes": "JAX has its own limit, in launch/trainer/jax_processes.py",
     }
     options.refuse(reasons, "launch.train_torch")
-
-
-def refuse_layers_on(mesh: Mesh | None, options: Options) -> None:
-    """Rejects layer-by-layer updates on several devices.
-
-    Raises:
-        UsageError: They are requested.
-    """
-    if mesh and options.devices.per_layer:
-        raise UsageError(
-            "--per_layer: JAX updates layer by layer on one device only, but there are "
-            f"{mesh.size}; add --single_gpu, or shard the state with --fsdp instead"
-        )
 
 
 def attention_on(backend: str, options: Options, config: LlamaConfig) -> str:
@@ -109,23 +96,23 @@ def make_step(
         basis_dtype=options.subspace.basis_dtype,
         ns_dtype=options.optimizer.ns_dtype,
         projector_init=options.subspace.projector_init,
-        slice_size=SLICE_SIZE if options.devices.per_layer else None,
+        slice_size=SLICE_SIZE if options.devices.per_layer and mesh is None else None,
         **keywords.optimizer_options(options),
     )
-    clipping = options.optimizer.grad_clipping
+    common: dict[str, Any] = {
+        "grad_clipping": options.optimizer.grad_clipping,
+        "mesh": mesh,
+        "compress_gradients": options.devices.compress_gradients,
+        "attention": attention,
+    }
     if options.devices.per_layer:
-        return tx, make_layerwise_train_step(
-            config, tx, grad_clipping=clipping, attention=attention
-        )
+        return tx, make_layerwise_train_step(config, tx, **common)
     return tx, make_train_step(
         config,
         tx,
-        grad_clipping=clipping,
         remat=options.model.activation_checkpointing,
         accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
-        mesh=mesh,
-        compress_gradients=options.devices.compress_gradients,
-        attention=attention,
+        **common,
     )
 
 

@@ -11,6 +11,9 @@ sketch, which is held (`osd_jax.accumulation`), and a second pass takes the step
 An optimizer can be applied layer by layer if it treats each layer independently: without a norm
 over all parameters inside it. The state is that of the plain step, so a checkpoint of either
 resumes with the other.
+
+On a mesh, each weight is sharded as in the plain step and all-gathered one layer at a time; a
+layer's gradient is reduced to the shards of its weight before the next layer's is computed.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, PartitionSpec
 
 from osd_jax import llama
 from osd_jax.accumulation import (
@@ -46,6 +50,7 @@ from osd_jax.llama.layer_state import (
     take,
     with_weights,
 )
+from osd_jax.llama.partition import add_rows, on, partition_specs, split_batch
 from osd_jax.llama.train import (
     Batch,
     Metrics,
@@ -55,6 +60,7 @@ from osd_jax.llama.train import (
     mean_factor,
     measured,
     skipped_metrics,
+    train_state_sharding,
 )
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
@@ -67,6 +73,8 @@ def make_layerwise_train_step(
     tx: optax.GradientTransformation,
     *,
     grad_clipping: float = 0.0,
+    mesh: Mesh | None = None,
+    compress_gradients: bool = False,
     attention: str = "auto",
 ) -> TrainStep:
     """Builds a jitted train step that updates layer by layer; see the description of this module.
@@ -89,11 +97,19 @@ def make_layerwise_train_step(
         layer independently.
       grad_clipping: Maximum norm; 0 does not clip. With one micro-batch the norm of the whole
         gradient, with several that of what is applied (`osd_jax.accumulation.squared_norm_held`).
+      mesh: From `make_mesh`, for states and batches sharded as in `make_train_step`.
+      compress_gradients: Whether a layer's gradients stay on the devices of the mesh's `data` axis
+        and their sketches are reduced over it, as in `make_train_step`; here also with several
+        micro-batches, whose sketches are reduced one by one.
       attention: How attention is computed, as in `llama.forward`.
 
     Returns:
       As `make_train_step`: a function (state, batch, measure) -> (state, metrics). Its first call
       raises ValueError if the optimizer cannot be applied layer by layer.
+
+    Raises:
+      ValueError: `compress_gradients` is given without a mesh, or sketches do not suffice for the
+        optimizer.
 
     Example:
       >>> import jax, osd_jax
@@ -113,6 +129,28 @@ def make_layerwise_train_step(
     """
     parts = parted(tx)
     after_layers = ("norm", "embedding" if config.tie_word_embeddings else "head")
+    if compress_gradients:
+        if mesh is None:
+            raise ValueError(
+                "compress_gradients reduces sketches over a mesh's data axis: give mesh"
+            )
+        check_sketch_suffices(parts)
+    members = mesh.shape["data"] if mesh is not None and compress_gradients else 1
+    reduce = functools.partial(jax.lax.pmean, axis_name="data") if members > 1 else None
+
+    def total(x: Any) -> Any:
+        """The sum over the devices that have gradients of their own."""
+        return x if reduce is None else jax.lax.psum(x, "data")
+
+    def tokens_of(batch: Batch) -> jax.Array:
+        return total(llama.num_predicted(batch["tokens"], batch["mask"]))
+
+    def like_weights(grads: dict[Key, jax.Array]) -> dict[Key, jax.Array]:
+        """Gradients sharded as their weights."""
+        if mesh is None:
+            return grads
+        specs = flatten_dict(partition_specs(unflatten_dict(grads), mesh))
+        return {key: jax.lax.with_sharding_constraint(g, specs[key]) for key, g in grads.items()}
 
     def forward(params: optax.Params, micro: Batch) -> Forward:
         """The layers' inputs, and the gradients of all that follows them, for the mean loss."""
@@ -128,8 +166,10 @@ def make_layerwise_train_step(
         x, inputs = jax.lax.scan(layer, llama.embed(params["embedding"], tokens), params["layers"])
         after = {name: params[name] for name in after_layers}
         loss, pullback = jax.vjp(top, after, x)
-        factor = mean_factor(loss, llama.num_predicted(tokens, mask))
-        return Forward(loss, inputs, *pullback(factor.astype(loss.dtype)))
+        factor = members * mean_factor(total(loss), tokens_of(micro))
+        grads, gradient = pullback(factor.astype(loss.dtype))
+        grads = unflatten_dict(like_weights(flatten_dict(grads)))
+        return Forward(total(loss), inputs, grads, split_batch(gradient))
 
     def backward(layers: Layers, run: Forward, micro: Batch, visit: Visit) -> Any:
         """Passes each layer's gradients to `visit`.
@@ -149,8 +189,8 @@ def make_layerwise_train_step(
             pullback = jax.vjp(again, weights, x)[1]
             grads, gradient = pullback(gradient)
             grads = flatten_dict({"layers": jax.tree.map(lambda g: g[None], grads)})
-            layers, found = visit(layers, index, grads)
-            return (layers, gradient), found
+            layers, found = visit(layers, index, like_weights(grads))
+            return (layers, split_batch(gradient)), found
 
         indices = jnp.arange(config.num_hidden_layers)
         (layers, gradient), found = jax.lax.scan(
@@ -159,37 +199,46 @@ def make_layerwise_train_step(
         embedding = run.after_layers.get("embedding")
         if embedding is None:
             embedding = jnp.zeros((config.vocab_size, config.hidden_size), gradient.dtype)
-        embedding = embedding.at[tokens].add(gradient)
+        embedding = add_rows(embedding, tokens, gradient)
+        embedding = like_weights({("embedding",): embedding})[("embedding",)]
         return layers, run.after_layers | {"embedding": embedding}, found
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch without clipping: updates each layer within the backward pass."""
-        optimizer = LayerOptimizer(tx, state.params, state.opt_state)
-        update = optax.with_extra_args_support(tx).update
+        optimizer = LayerOptimizer(parts, state.params, state.opt_state)
 
         def step(
             part: optax.Params, grads: optax.Params, part_state: optax.OptState, **extra_args: Any
         ) -> Any:
-            updates, part_state = update(grads, part_state, part, **extra_args)
-            return optax.apply_updates(part, updates), part_state
+            """(new weights, their new state, the squared norm of what was applied)."""
+            if reduce is None:
+                squares = _squared_norm(grads)
+                updates, part_state = parts.update(grads, part_state, part, **extra_args)
+            else:
+                part_state = parts.refresh(grads, part_state, True, reduce)
+                sketches = parts.project(grads, part_state, reduce)
+                squares = squared_norm_held(sketches)
+                updates, part_state = parts.apply(sketches, part_state, part, **extra_args)
+            return optax.apply_updates(part, updates), part_state, squares
 
         def visit(layers: Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
             found: Metrics = {}
-            squares = _squared_norm(grads)
+            squares = []
             for key, g in grads.items():
                 old = optimizer.state(layers, index, key)
                 part = unflatten_dict({key: take(layers.weights[key], index)})
                 g = unflatten_dict({key: g})
-                found |= measured(measure, g, old)
-                part, new = step(part, g, old, layer=index)
+                found |= measured(measure, g, old, reduce)
+                part, new, square = step(part, g, old, layer=index)
                 layers = with_weights(optimizer.store(layers, index, old, new), index, part)
-            return layers, (squares, found)
+                squares.append(square)
+            return layers, (sum(squares), found)
 
         def moved(name: str, gradient: jax.Array) -> tuple[optax.Params, Any, jax.Array]:
             """(new weights, leaves of their state by name, the gradient's squared norm)."""
             part = {name: state.params[name]}
-            squares = _squared_norm(gradient)
-            part, new = step(part, {name: gradient}, state_of_part(tx, part, state.opt_state))
+            old = state_of_part(parts, part, state.opt_state)
+            part, new, squares = step(part, {name: gradient}, old)
             return part, leaves_by_name(new), squares
 
         run = forward(state.params, micro)
@@ -205,8 +254,7 @@ def make_layerwise_train_step(
         params = functools.reduce(operator.or_, moved_weights, unflatten_dict(layers.weights))
         opt_state = state_of_parts(state.opt_state, [layers.shared | layers.stacked, *states])
         norm = jnp.sqrt(jnp.sum(layer_squares) + sum(squares))
-        loss = run.loss / llama.num_predicted(micro["tokens"], micro["mask"])
-        return params, opt_state, loss, norm, found
+        return params, opt_state, run.loss / tokens_of(micro), norm, found
 
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: holds sketches, and updates the layers at the end."""
@@ -217,22 +265,22 @@ def make_layerwise_train_step(
         held = nothing_held(parts, state.params, state.opt_state)
         outer_held = {name: held[name] for name in outer}
         layers = optimizer.start._replace(held=by_key({"layers": held["layers"]}))
-        total = llama.num_predicted(batch["tokens"], batch["mask"])
+        tokens = tokens_of(batch)
 
         def one(carry: Any, number_and_micro: Any) -> Any:
             (layers, outer_held, outer_state), (number, micro) = carry, number_and_micro
             is_first = number == 0
-            share = llama.num_predicted(micro["tokens"], micro["mask"]) / total
+            share = tokens_of(micro) / tokens
 
             def visit(layers: Layers, index: jax.Array, grads: dict[Key, jax.Array]) -> Any:
                 found: Metrics = {}
                 squares = _squared_norm(grads)
                 for key, g in grads.items():
                     old, g = optimizer.state(layers, index, key), unflatten_dict({key: g})
-                    found |= measured(measure, g, old)
-                    new = parts.refresh(g, old, is_first)
+                    found |= measured(measure, g, old, reduce)
+                    new = parts.refresh(g, old, is_first, reduce)
                     layers = optimizer.store(layers, index, old, new)
-                    sketch = by_key(parts.project(g, new))[key]
+                    sketch = by_key(parts.project(g, new, reduce))[key]
                     held = hold(take(layers.held[key], index), sketch, share)
                     held = put(layers.held[key], held, index)
                     layers = layers._replace(held=layers.held | {key: held})
@@ -240,8 +288,8 @@ def make_layerwise_train_step(
 
             run = forward(state.params, micro)
             layers, grads, (squares, found) = backward(layers, run, micro, visit)
-            outer_state = parts.refresh(grads, outer_state, is_first)
-            outer_held = hold(outer_held, parts.project(grads, outer_state), share)
+            outer_state = parts.refresh(grads, outer_state, is_first, reduce)
+            outer_held = hold(outer_held, parts.project(grads, outer_state, reduce), share)
             squares = jnp.sum(squares) + _squared_norm(grads)
             return (layers, outer_held, outer_state), (run.loss, squares, found)
 
@@ -250,7 +298,8 @@ def make_layerwise_train_step(
             one, (layers, outer_held, outer_state), (jnp.arange(micro_batches), batch)
         )
         held = (layers.held, outer_held)
-        norm = jnp.sqrt(squares[0] if micro_batches == 1 else squared_norm_held(held))
+        is_whole = micro_batches == 1 and reduce is None
+        norm = jnp.sqrt(squares[0] if is_whole else squared_norm_held(held))
         factor = clipping_factor(norm, grad_clipping)
         factor = jnp.where(all_finite(held), factor, jnp.nan)
 
@@ -269,24 +318,37 @@ def make_layerwise_train_step(
         params = unflatten_dict(layers.weights) | optax.apply_updates(outer, updates)
         states = [layers.shared | layers.stacked, leaves_by_name(outer_state)]
         opt_state = state_of_parts(state.opt_state, states)
-        return params, opt_state, jnp.sum(losses) / total, norm, found
+        return params, opt_state, jnp.sum(losses) / tokens, norm, found
+
+    def step_of_member(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
+        if batch["tokens"].shape[0] == 1 and not grad_clipping:
+            return at_once(state, {name: x[0] for name, x in batch.items()}, measure)
+        return after_all(state, batch, measure)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array], measure: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        if batch["tokens"].shape[0] == 1 and not grad_clipping:
-            one = {name: x[0] for name, x in batch.items()}
-            params, opt_state, loss, norm, found = at_once(state, one, measure)
-        else:
-            params, opt_state, loss, norm, found = after_all(state, batch, measure)
+        step = step_of_member
+        if reduce is not None:
+            whole, split = PartitionSpec(), PartitionSpec(None, "data")
+            step = jax.shard_map(
+                step, mesh=mesh, axis_names={"data"}, in_specs=(whole, split, whole),
+                out_specs=whole, check_vma=False,  # gradients stay unreduced
+            )  # fmt: skip
+        with on(mesh):
+            params, opt_state, loss, norm, found = step(state, batch, measure)
         metrics = {
             "loss": loss,
             "gradient_norm": norm,
             **skipped_metrics(opt_state),
             **jax.tree.map(jnp.mean, found),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        state = TrainState(state.step + 1, params, opt_state)
+        if mesh is not None:
+            layout = train_state_sharding(tx, params, mesh)
+            state = jax.lax.with_sharding_constraint(state, layout)
+        return state, metrics
 
     return train_step
 

@@ -119,6 +119,12 @@ def look_up(table: jax.Array, tokens: jax.typing.ArrayLike) -> jax.Array:
     return split_batch(_split(rows, "data", None, "fsdp"))
 
 
+def add_rows(table: jax.Array, tokens: jax.typing.ArrayLike, rows: jax.Array) -> jax.Array:
+    """`table.at[tokens].add(rows)`, sharded like the transpose of `look_up`."""
+    rows = _split(split_batch(rows), "data", None, "fsdp")
+    return table.at[_split(jnp.asarray(tokens), "data")].add(rows)
+
+
 def _split(array: jax.Array, *spec: Any) -> jax.Array:
     """Constrains leading axes to the mesh axes of each entry that exist and divide the axis."""
     mesh = jax.sharding.get_abstract_mesh()

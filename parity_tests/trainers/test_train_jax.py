@@ -179,10 +179,6 @@ def mistakes(home: Home, reference: Path) -> dict[str, tuple[dict[str, Any], str
             {"continue_from": reference / "checkpoints", "rank": 5},
             r"another model or optimizer: .*\[2, 4, 32\] there and",
         ),
-        "per layer": (
-            {"optimizer": "galore_adamw_per_layer", "single_gpu": None, "batch_size": 8},
-            r"--per_layer: .*one device only, but there are 8; add --single_gpu",
-        ),
         "what torch alone does": (
             {"compile": True},
             r"--compile: JAX always compiles; .*or use launch\.train_torch",

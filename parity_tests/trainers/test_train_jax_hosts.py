@@ -165,6 +165,9 @@ MESHES = [
     pytest.param({"fsdp": True}, "fsdp=8", marks=SLOW, id="fsdp"),
     pytest.param({"mesh": "fsdp=2,tensor=-1"}, "fsdp=2,tensor=4", marks=SLOW, id="tensor"),
     pytest.param({"mesh": "data=4"}, "data=4", marks=SLOW, id="four"),
+    pytest.param(
+        {"mesh": "data=2,fsdp=4", "per_layer": True}, "data=2,fsdp=4", marks=SLOW, id="layers"
+    ),
 ]
 
 

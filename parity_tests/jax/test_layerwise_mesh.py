@@ -1,0 +1,118 @@
+"""Layer-by-layer updates in JAX on meshes of 8 virtual devices: the numbers of one device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from osd_jax import llama, make_optimizer
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.partition import batch_sharding
+from osd_jax.llama.train import init_state, make_train_step, train_state_sharding
+from osd_jax.sharding import make_mesh
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+)
+STEPS, ROWS, LENGTH = 20, 16, 24
+Sizes = tuple[int, int, int]
+
+
+def meshes(default: Sizes) -> list[Any]:
+    """The meshes, of which only one runs by default: each takes many seconds to compile."""
+    sizes = ((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4))
+    return [pytest.param(x, marks=[pytest.mark.slow] * (x != default)) for x in sizes]
+
+
+class Run(NamedTuple):
+    """Losses of 20 steps, the last norm, and the compiler's figure of temporary bytes."""
+
+    losses: np.ndarray
+    norm: float
+    temporaries: int
+
+
+@functools.cache
+def run(
+    make: Any,
+    sizes: Sizes | None,
+    proj_type: str = "continuous",
+    micro_batches: int = 1,
+    **options: Any,
+) -> Run:
+    """Trains on one device, or on a mesh, with the same batches."""
+    mesh = None if sizes is None else make_mesh(*sizes)
+    # A larger step would let rounding grow past 1e-5 within the steps.
+    tx = make_optimizer(
+        "galore_adamw", proj_type, learning_rate=1e-3, rank=8, update_proj_gap=15,
+        select=llama.is_projected, dimension_numbers=llama.dimension_numbers,
+    )  # fmt: skip
+    state = init_state(llama.init(CONFIG, 0), tx, mesh)
+    step: Any = make(CONFIG, tx, mesh=mesh, **options)
+    rng = np.random.default_rng(0)
+    losses, compiled = [], None
+    for number in range(STEPS):
+        shape = (micro_batches, ROWS, LENGTH)
+        batch = {
+            "tokens": rng.integers(0, CONFIG.vocab_size, shape, np.int32),
+            "mask": rng.random(shape) > 0.1,
+        }
+        where = jax.devices()[0] if mesh is None else batch_sharding(mesh)
+        args = (state, jax.device_put(batch, where), jax.numpy.array(number == 3))
+        # One layout in and out: a step never compiles again.
+        compiled = compiled or step.lower(*args).compile()
+        state, metrics = compiled(*args)
+        losses.append(float(metrics["loss"]))
+        assert np.isfinite(float(metrics["energy/attention/query"])) == (number == 3)
+    if mesh is not None:
+        layout = train_state_sharding(tx, state.params, mesh)
+        same = jax.tree.map(lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), state, layout)
+        assert all(jax.tree.leaves(same))
+    assert compiled is not None
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return Run(np.array(losses), float(metrics["gradient_norm"]), memory)
+
+
+@pytest.mark.parametrize("sizes", meshes((2, 2, 2)), ids=str)
+def test_losses_are_those_of_the_plain_step_on_one_device(sizes: Sizes) -> None:
+    found, alone = run(make_layerwise_train_step, sizes), run(make_train_step, None)
+    np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
+    assert found.norm == pytest.approx(alone.norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", meshes((8, 1, 1)), ids=str)
+def test_less_is_alive_than_in_the_plain_step(sizes: Sizes) -> None:
+    plain = run(make_train_step, sizes, remat=True)
+    assert run(make_layerwise_train_step, sizes).temporaries < plain.temporaries
+
+
+@pytest.mark.parametrize("sizes", meshes((8, 1, 1))[:2], ids=str)
+def test_reduced_sketches_give_the_same_losses(sizes: Sizes) -> None:
+    """With `std`, which does not read the norm that reduced sketches estimate."""
+    found = run(make_layerwise_train_step, sizes, "std", compress_gradients=True)
+    alone = run(make_train_step, None, "std")
+    np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduced", [False, True])
+def test_several_micro_batches_and_clipping(reduced: bool) -> None:
+    args, options = ("std", 2), {"grad_clipping": 0.3}
+    alone = run(make_layerwise_train_step, None, *args, **options)
+    found = run(make_layerwise_train_step, (2, 2, 2), *args, **options, compress_gradients=reduced)
+    np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
+    assert found.norm == pytest.approx(alone.norm, rel=1e-4)
+
+
+def test_reduced_sketches_need_a_mesh() -> None:
+    tx = make_optimizer("galore_adamw", "std", learning_rate=0.1, rank=4)
+    with pytest.raises(ValueError, match="mesh's data axis: give mesh"):
+        make_layerwise_train_step(CONFIG, tx, compress_gradients=True)
