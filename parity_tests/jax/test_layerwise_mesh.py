@@ -27,7 +27,7 @@ Sizes = tuple[int, int, int]
 
 
 def meshes(default: Sizes) -> list[Any]:
-    """The meshes, of which only one runs by default: each takes many seconds to compile."""
+    """The meshes; only one runs by default, since each takes many seconds to compile."""
     sizes = ((8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4))
     return [pytest.param(x, marks=[pytest.mark.slow] * (x != default)) for x in sizes]
 
