@@ -53,7 +53,7 @@ def basis_of(case: ResidualCase, matrices: int) -> BasisRule:
 @pytest.mark.parametrize("foreach", [False, True], ids=["alone", "in a stack"])
 @pytest.mark.parametrize("case", residual_cases(), ids=lambda case: case.key)
 def test_a_matrix_follows_the_released_code(case: ResidualCase, foreach: bool) -> None:
-    """In a stack: the second of two, of which the first has the other sign."""
+    """In a stack: the second of two; the first has the other sign."""
     weight = nn.Parameter(torch.tensor(case.start))
     beside = [("other.mlp", nn.Parameter(-torch.tensor(case.start)))] * foreach
     optimizer = osd_torch.SubspaceAdamW(
