@@ -212,8 +212,8 @@ def of_dict(name: str) -> tuple[list[list[np.ndarray]], list[tuple[int, ...]]]:
     return found, [x.shape for x in jax.tree.leaves(osd_jax.projectors(state))]
 
 
-# Every kind with two transformations and every transformation with two kinds; the rest is slow.
-EVERYWHERE = {"continuous", "accumulated", "nnx.State", "no keys"}
+# Every kind with one transformation and every transformation with one kind; the rest is slow.
+EVERYWHERE = {"continuous", "nnx.State"}
 TREES = [
     pytest.param(name, kind, marks=() if EVERYWHERE & {name, kind} else pytest.mark.slow)
     for name in OPTIMIZERS
@@ -269,7 +269,17 @@ def network_grads(model: Network, seed: int) -> nnx.State:
     return jax.tree.map(one, nnx.state(model, nnx.Param))
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "multi_steps"])
+# By default one of each structure of state.
+WITH_NNX = ("continuous", "both sides", "8 bits", "accumulated", "partition", "multi_steps")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in WITH_NNX))
+        for name in [*OPTIMIZERS, "multi_steps"]
+    ],
+)
 def test_nnx_optimizer_takes_the_steps_of_a_dict(name: str) -> None:
     """It hands boxes to `init` and bare arrays to `update`."""
     if name == "multi_steps":
@@ -527,7 +537,7 @@ def test_a_basis_that_is_set_is_a_constant(projector: str) -> None:
 def every_optimizer() -> list[Any]:
     found = [(one, kind) for one in osd_names.SUBSPACE_OPTIMIZERS for kind in osd_names.PROJ_TYPES]
     found = [
-        pair if pair[0] == "galore_adamw" or pair[1] in ("std", "full", "continuous", "oja")
+        pair if pair[0] == "galore_adamw" or pair[1] in ("full", "continuous")
         else pytest.param(*pair, marks=pytest.mark.slow)
         for pair in found
     ]  # fmt: skip
