@@ -108,9 +108,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
-    """Runs a function of the test's module on two processes and returns what each returned."""
+    """Runs a function of the test's module on two processes and returns what each returned.
+
+    The processes start once for all modules: importing takes them seconds.
+    """
     from parity_tests.support.two_processes import TwoProcesses
 
     processes = TwoProcesses(tmp_path_factory.mktemp("two_processes"))
