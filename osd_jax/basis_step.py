@@ -16,6 +16,7 @@ from osd_jax.cond import cond_once
 from osd_jax.layout import MatrixLayout
 from osd_jax.numerics import float32_or_more, has_direction, like_sharding, squared_norm
 from osd_jax.sketch import SQUARED_NORM, Basis, Reduce, Sketch, is_two_sided
+from osd_jax.stacks import whole_matrices
 from osd_jax.state import NOT_SET
 from osd_jax.trees import KeyPath, by_path, path_of, unboxed, unzip
 
@@ -54,7 +55,7 @@ def _set_waiting(
     set_at: jax.Array,
 ) -> tuple[Basis, jax.Array]:
     # Reduced before the check for a zero gradient, so that every device decides alike.
-    grad = grad if reduce is None else reduce(grad)
+    grad = whole_matrices(grad if reduce is None else reduce(grad), layout.stack_axis)
     has_one = has_direction(squared_norm(layout.to_matrix(grad)))
     wanted = (set_at == NOT_SET) & has_one
     return cond_once(
@@ -129,12 +130,18 @@ def restarted(
 
 
 def move_basis(
-    rule: BasisRule, bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any, age: Any
+    rule: BasisRule,
+    bases: Any,
+    here: Any,
+    sketches: Any,
+    optimizer: optax.OptState,
+    moves: Any,
+    age: Any,
 ) -> Any:
     """One step of P's optimizer -> (bases, its state), for the P where `moves` (...) is True.
 
-    `age` is the number of this step by each matrix's own count; P's optimizer receives it as an
-    extra argument of `update`.
+    `here` are the bases as the sketches lie (`whole_matrices`). `age` is the number of this step by
+    each matrix's own count; P's optimizer receives it as an extra argument of `update`.
     """
     assert rule.gradient is not None and rule.optimizer is not None
     gradient_of = rule.gradient
@@ -156,8 +163,8 @@ def move_basis(
         return jax.tree.map(pick, old, basis, step)
 
     each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
-    wide = jax.tree.map(float32_or_more, bases)
+    wide, wide_here = jax.tree.map(float32_or_more, (bases, here))
     steps, new = optax.with_extra_args_support(rule.optimizer).update(
-        each(gradient, wide, sketches, moves), optimizer, wide, age=age
+        each(gradient, wide_here, sketches, moves), optimizer, wide, age=age
     )
     return each(stepped, bases, wide, steps, sketches, moves), new

@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from osd_jax.state import Quantized
 from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+WEIGHT_AXES = ("fsdp", "tensor")
+MIN_SHARED_SIZE = 1024  # Smaller arrays of optimizer state stay whole.
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -111,19 +114,29 @@ def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def state_sharding(
-    tx: optax.GradientTransformation, params: optax.Params, specs: Any, mesh: Mesh
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    specs: Any,
+    mesh: Mesh,
+    share_over: Sequence[str] | None = None,
 ) -> Any:
     """The sharding of any Optax optimizer's state, given the sharding of its parameters.
 
     It traces `tx.init`, without computing anything, on parameters whose types carry their sharding
     (JAX's Explicit axes), and returns the types of the results: each axis of the state is sharded
-    like the parameter's axis from which it derives, whatever the structure of the state.
+    like the parameter's axis from which it derives, whatever the structure of the state. An array
+    that is then whole over a mesh axis is split over it too, along the first of its own axes that
+    divides: the layers of a stack, or R's rank.
 
     Args:
       tx: From `make_optimizer`, `scale_by_subspace`, Optax, or a composition of these.
       params: The parameters, or their shapes and dtypes.
       specs: A tree of `PartitionSpec` like `params`, with or without its boxes.
       mesh: A mesh with any axes.
+      share_over: Mesh axes over which no array of the state stays whole, if one of its axes
+        divides. None: those over which a parameter is split, so not an axis of data parallelism;
+        nothing under a mesh with Explicit axes, where operations determine the types. (): none, as
+        in earlier versions.
 
     Returns:
       A tree of `NamedSharding` like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`
@@ -159,9 +172,69 @@ def state_sharding(
     shapes = jax.tree_util.tree_map_with_path(split, unboxed(params), unboxed(specs))
     with jax.sharding.use_abstract_mesh(typed):
         state = jax.eval_shape(tx.init, boxed_like(params, shapes))
+    if share_over is None:
+        leaves = jax.tree.leaves(unboxed(specs))
+        used = {name for spec in leaves for axes in spec for name in mesh_axes(axes)}
+        is_auto = AxisType.Explicit not in mesh.axis_types
+        share_over = [name for name in mesh.axis_names if is_auto and name in used]
     return jax.tree.map(
-        lambda x: NamedSharding(mesh, x.sharding.spec if x.sharding else PartitionSpec()), state
+        lambda x: _shared(x, mesh, share_over), state, is_leaf=lambda x: isinstance(x, Quantized)
     )
+
+
+def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
+    """The sharding of a traced array, or of an 8-bit one, split over `share_over` too."""
+    if isinstance(x, Quantized):
+        return _shared_8bit(x, mesh, share_over)
+    return NamedSharding(mesh, _split_further(x.shape, _spec(x), mesh, share_over))
+
+
+def _shared_8bit(x: Quantized, mesh: Mesh, share_over: Sequence[str]) -> Quantized:
+    """Codes and scales split alike, so that each device has whole blocks with their scales."""
+    codes, scales = _spec(x.codes), _spec(x.scales)
+    is_cut = codes[-1] != scales[-1] and set(mesh_axes(codes[-1])) <= set(share_over)
+    if is_cut:
+        codes = PartitionSpec(*codes[:-1], None)
+    if codes[-1] == scales[-1]:
+        has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
+        shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
+        codes = scales = _split_further(shape, scales, mesh, share_over, x.codes.size)
+    return Quantized(NamedSharding(mesh, codes), NamedSharding(mesh, scales))
+
+
+def _spec(x: Any) -> PartitionSpec:
+    """The spec of a traced array, an entry for each axis."""
+    found = tuple(x.sharding.spec) if x.sharding else ()
+    return PartitionSpec(*found, *[None] * (len(x.shape) - len(found)))
+
+
+def _split_further(
+    shape: Sequence[int],
+    spec: PartitionSpec,
+    mesh: Mesh,
+    share_over: Sequence[str],
+    size: int | None = None,
+) -> PartitionSpec:
+    """A spec over the axes of `share_over` too, each along the first axis of `shape` it divides.
+
+    Args:
+      shape: Sizes of the axes that may be split; the spec may have more.
+      spec: The spec before.
+      mesh: The mesh.
+      share_over: Axes of the mesh.
+      size: Number of elements of the array, if not that of `shape`; a small one stays as it is.
+    """
+    if (math.prod(shape) if size is None else size) < MIN_SHARED_SIZE:
+        return spec
+    entries = [mesh_axes(axes) for axes in spec]
+    for name in share_over:
+        if any(name in axes for axes in entries) or mesh.shape[name] == 1:
+            continue
+        shards = [shard_count(mesh, (*axes, name)) for axes in entries]
+        divided = (i for i, n in enumerate(shape) if n % shards[i] == 0)
+        if (first := next(divided, None)) is not None:
+            entries[first] += (name,)
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 
 def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:
