@@ -16,7 +16,7 @@ from osd_jax.cond import cond_once
 from osd_jax.layout import MatrixLayout
 from osd_jax.numerics import float32_or_more, has_direction, like_sharding, squared_norm
 from osd_jax.sketch import SQUARED_NORM, Basis, Reduce, Sketch, is_two_sided
-from osd_jax.stacks import whole_matrices
+from osd_jax.stacks import split_matrices, whole_matrices
 from osd_jax.state import NOT_SET
 from osd_jax.trees import KeyPath, by_path, path_of, unboxed, unzip
 
@@ -148,7 +148,8 @@ def move_basis(
 
     def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
         pick = lambda x: jnp.where(moves[..., None, None], x, 0)
-        return jax.tree.map(pick, gradient_of(basis, sketch))
+        # P's optimizer meets the gradient where P is stored.
+        return jax.tree.map(lambda x: split_matrices(pick(x)), gradient_of(basis, sketch))
 
     def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
         norm = sketch.statistics.get(SQUARED_NORM.name)

@@ -23,8 +23,9 @@ from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-WEIGHT_AXES = ("fsdp", "tensor")
-MIN_SHARED_SIZE = 1024  # Smaller arrays of optimizer state stay whole.
+FSDP = "fsdp"
+# State smaller than this part of the largest array stays whole: each split costs a collective.
+SMALL_PART = 0.01
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -125,8 +126,8 @@ def state_sharding(
     It traces `tx.init`, without computing anything, on parameters whose types carry their sharding
     (JAX's Explicit axes), and returns the types of the results: each axis of the state is sharded
     like the parameter's axis from which it derives, whatever the structure of the state. An array
-    that is then whole over a mesh axis is split over it too, along the first of its own axes that
-    divides: the layers of a stack, or R's rank.
+    that is then whole over a mesh axis is split over it too, along another axis of its own that
+    divides, such as the rank axis of R's moments.
 
     Args:
       tx: From `make_optimizer`, `scale_by_subspace`, Optax, or a composition of these.
@@ -177,63 +178,59 @@ def state_sharding(
         used = {name for spec in leaves for axes in spec for name in mesh_axes(axes)}
         is_auto = AxisType.Explicit not in mesh.axis_types
         share_over = [name for name in mesh.axis_names if is_auto and name in used]
-    return jax.tree.map(
-        lambda x: _shared(x, mesh, share_over), state, is_leaf=lambda x: isinstance(x, Quantized)
-    )
+    largest = max((x.size for x in jax.tree.leaves(state)), default=0)
+
+    def sharding(x: Any) -> Any:
+        size = sum(part.size for part in jax.tree.leaves(x))
+        return _shared(x, mesh, share_over if size >= SMALL_PART * largest else ())
+
+    return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
     """The sharding of a traced array, or of an 8-bit one, split over `share_over` too."""
-    if isinstance(x, Quantized):
-        return _shared_8bit(x, mesh, share_over)
-    return NamedSharding(mesh, _split_further(x.shape, _spec(x), mesh, share_over))
-
-
-def _shared_8bit(x: Quantized, mesh: Mesh, share_over: Sequence[str]) -> Quantized:
-    """Codes and scales split alike, so that each device has whole blocks with their scales."""
+    if not isinstance(x, Quantized):
+        return NamedSharding(mesh, _split_further(x.shape, _spec(x), mesh, share_over))
+    # Codes and scales are split alike, so that each device has whole blocks with their scales.
     codes, scales = _spec(x.codes), _spec(x.scales)
-    is_cut = codes[-1] != scales[-1] and set(mesh_axes(codes[-1])) <= set(share_over)
-    if is_cut:
+    if codes[-1] != scales[-1] and set(mesh_axes(codes[-1])) <= set(share_over):
         codes = PartitionSpec(*codes[:-1], None)
     if codes[-1] == scales[-1]:
         has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
         shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
-        codes = scales = _split_further(shape, scales, mesh, share_over, x.codes.size)
+        codes = scales = _split_further(shape, scales, mesh, share_over)
     return Quantized(NamedSharding(mesh, codes), NamedSharding(mesh, scales))
 
 
 def _spec(x: Any) -> PartitionSpec:
-    """The spec of a traced array, an entry for each axis."""
+    """The spec of a traced array, with an entry for each axis."""
     found = tuple(x.sharding.spec) if x.sharding else ()
     return PartitionSpec(*found, *[None] * (len(x.shape) - len(found)))
 
 
 def _split_further(
-    shape: Sequence[int],
-    spec: PartitionSpec,
-    mesh: Mesh,
-    share_over: Sequence[str],
-    size: int | None = None,
+    shape: Sequence[int], spec: PartitionSpec, mesh: Mesh, share_over: Sequence[str]
 ) -> PartitionSpec:
-    """A spec over the axes of `share_over` too, each along the first axis of `shape` it divides.
+    """A spec over the axes of `share_over` too, each along the first axis that it divides.
+
+    Whole axes come before split ones, and a matrix's before that of the stack (layers, a, b), whose
+    matrices a step moves between devices.
 
     Args:
-      shape: Sizes of the axes that may be split; the spec may have more.
-      spec: The spec before.
+      shape: The sizes of the axes that may be split; the spec may have more.
+      spec: The spec before, with an entry for each axis.
       mesh: The mesh.
       share_over: Axes of the mesh.
-      size: Number of elements of the array, if not that of `shape`; a small one stays as it is.
     """
-    if (math.prod(shape) if size is None else size) < MIN_SHARED_SIZE:
-        return spec
     entries = [mesh_axes(axes) for axes in spec]
     for name in share_over:
-        if any(name in axes for axes in entries) or mesh.shape[name] == 1:
+        if mesh.shape[name] == 1 or any(name in axes for axes in entries):
             continue
         shards = [shard_count(mesh, (*axes, name)) for axes in entries]
-        divided = (i for i, n in enumerate(shape) if n % shards[i] == 0)
-        if (first := next(divided, None)) is not None:
-            entries[first] += (name,)
+        divided = [i for i, size in enumerate(shape) if size % shards[i] == 0]
+        if divided:
+            is_stack = lambda i: i == 0 and len(entries) > 2
+            entries[min(divided, key=lambda i: (bool(entries[i]), is_stack(i), i))] += (name,)
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 

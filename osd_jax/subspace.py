@@ -62,7 +62,7 @@ from osd_jax.sketch import (
     reading_gradient,
     sketches_of,
 )
-from osd_jax.stacks import split_matrices, whole_matrices
+from osd_jax.stacks import on_every_device, split_matrices, whole_matrices
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import boxed_like, promotes, unboxed, unzip
@@ -295,6 +295,7 @@ def scale_by_subspace(
                 set_at,
             ),
         )
+        bases, set_at = jax.tree.map(split_matrices, bases), jax.tree.map(on_every_device, set_at)
         if transport is not None:
             changed = (state.projector.basis, bases, state.inner)
             state = state._replace(inner=cond_once(may_change, transported, unchanged, *changed))
@@ -425,7 +426,11 @@ def scale_by_subspace(
             return apply(bare(unboxed(grads)), state, grads, **extra_args)
         if True in kinds:
             raise ValueError(f"the tree mixes whole gradients and sketches; {ONLY_SKETCHES}")
-        grads = boxed_like(grads, whole_gradients(layouts(grads), unboxed(grads)))
+        tree = layouts(grads)
+        # They arrive split like the weights, so that nothing is exchanged for a skipped step.
+        split = lambda layout, g: split_matrices(g, layout.stack_axis)
+        whole = whole_gradients(tree, jax.tree.map(split, tree, unboxed(grads)))
+        grads = boxed_like(grads, whole)
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 
