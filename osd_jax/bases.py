@@ -26,6 +26,7 @@ from osd_jax.numerics import (
     written_transpose,
 )
 from osd_jax.sketch import CORRELATION, SQUARED_NORM, Basis, Needs, Sketch, TwoSided
+from osd_jax.stacks import map_own_matrices
 from osd_names import (
     MOVE_PROJECTOR,
     PROJECTOR_INITS,
@@ -331,8 +332,11 @@ def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -
     def each(wanted: jax.Array, *arrays: Any) -> Any:
         if wanted.ndim:
             return jax.lax.map(lambda one: each(*one), (wanted, *arrays))
-        return jax.lax.cond(wanted, function, nothing, *arrays)
+        return if_wanted(wanted, *arrays)
 
+    if_wanted = lambda wanted, *own: jax.lax.cond(wanted, function, nothing, *own)
+    if (found := map_own_matrices(if_wanted, wanted, *arrays)) is not None:
+        return found
     wanted, *whole = jax.tree.map(replicated, (wanted, *arrays))
     # A single matrix is always wanted. A `cond` would copy it if it is a transposed view.
     return each(wanted, *whole) if wanted.ndim else function(*whole)

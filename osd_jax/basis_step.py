@@ -16,6 +16,7 @@ from osd_jax.cond import cond_once
 from osd_jax.layout import MatrixLayout
 from osd_jax.numerics import float32_or_more, has_direction, like_sharding, squared_norm
 from osd_jax.sketch import SQUARED_NORM, Basis, Reduce, Sketch, is_two_sided
+from osd_jax.stacks import split_matrices, whole_matrices
 from osd_jax.state import NOT_SET
 from osd_jax.trees import KeyPath, by_path, path_of, unboxed, unzip
 
@@ -54,7 +55,7 @@ def _set_waiting(
     set_at: jax.Array,
 ) -> tuple[Basis, jax.Array]:
     # Reduced before the check for a zero gradient, so that every device decides alike.
-    grad = grad if reduce is None else reduce(grad)
+    grad = whole_matrices(grad if reduce is None else reduce(grad), layout.stack_axis)
     has_one = has_direction(squared_norm(layout.to_matrix(grad)))
     wanted = (set_at == NOT_SET) & has_one
     return cond_once(
@@ -129,19 +130,26 @@ def restarted(
 
 
 def move_basis(
-    rule: BasisRule, bases: Any, sketches: Any, optimizer: optax.OptState, moves: Any, age: Any
+    rule: BasisRule,
+    bases: Any,
+    here: Any,
+    sketches: Any,
+    optimizer: optax.OptState,
+    moves: Any,
+    age: Any,
 ) -> Any:
     """One step of P's optimizer -> (bases, its state), for the P where `moves` (...) is True.
 
-    `age` is the number of this step by each matrix's own count; P's optimizer receives it as an
-    extra argument of `update`.
+    `here` are the bases as the sketches lie (`whole_matrices`). `age` is the number of this step by
+    each matrix's own count; P's optimizer receives it as an extra argument of `update`.
     """
     assert rule.gradient is not None and rule.optimizer is not None
     gradient_of = rule.gradient
 
     def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
         pick = lambda x: jnp.where(moves[..., None, None], x, 0)
-        return jax.tree.map(pick, gradient_of(basis, sketch))
+        # P's optimizer meets the gradient where P is stored.
+        return jax.tree.map(lambda x: split_matrices(pick(x)), gradient_of(basis, sketch))
 
     def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
         norm = sketch.statistics.get(SQUARED_NORM.name)
@@ -156,8 +164,8 @@ def move_basis(
         return jax.tree.map(pick, old, basis, step)
 
     each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
-    wide = jax.tree.map(float32_or_more, bases)
+    wide, wide_here = jax.tree.map(float32_or_more, (bases, here))
     steps, new = optax.with_extra_args_support(rule.optimizer).update(
-        each(gradient, wide, sketches, moves), optimizer, wide, age=age
+        each(gradient, wide_here, sketches, moves), optimizer, wide, age=age
     )
     return each(stepped, bases, wide, steps, sketches, moves), new

@@ -60,6 +60,11 @@ class MatrixLayout:
         first_of_p = len(self.matrix_shape) - 2
         return self.axes[-1] < self.axes[first_of_p]
 
+    @property
+    def stack_axis(self) -> int | None:
+        """The parameter's first batch axis, the first axis of M; None for a single matrix."""
+        return self.axes[0] if len(self.matrix_shape) > 2 else None
+
     def to_matrix(self, array: jax.Array) -> jax.Array:
         """(the parameter's shape) -> (..., p, q)."""
         return array.transpose(self.axes).reshape(self.matrix_shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from importlib import resources
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import optax
 
 from osd_jax.numerics import check_static, explicit_sharding, like_sharding
 from osd_jax.sharding import takes_shapes
+from osd_jax.state import Quantized
 from osd_jax.trees import boxed_like, promotes, unboxed
 
 BLOCK_SIZE = 256
@@ -29,18 +30,6 @@ Rounding = Literal["table", "nearest"]
 # Moments that are never negative, by Optax's field names: their code book spends no codes on a
 # sign.
 UNSIGNED_FIELDS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
-
-
-class Quantized(NamedTuple):
-    """An array in blockwise 8 bits.
-
-    Attributes:
-      codes: uint8, the array's own shape (..., n).
-      scales: float32, (..., ceil(n / block)): the largest absolute value of each block.
-    """
-
-    codes: jax.Array
-    scales: jax.Array
 
 
 @functools.cache

@@ -18,10 +18,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from osd_jax.state import Quantized
 from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+FSDP = "fsdp"
+# State smaller than this part of the largest array stays whole: each split costs a collective.
+SMALL_PART = 0.01
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -111,19 +115,29 @@ def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
 
 
 def state_sharding(
-    tx: optax.GradientTransformation, params: optax.Params, specs: Any, mesh: Mesh
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    specs: Any,
+    mesh: Mesh,
+    share_over: Sequence[str] | None = None,
 ) -> Any:
     """The sharding of any Optax optimizer's state, given the sharding of its parameters.
 
     It traces `tx.init`, without computing anything, on parameters whose types carry their sharding
     (JAX's Explicit axes), and returns the types of the results: each axis of the state is sharded
-    like the parameter's axis from which it derives, whatever the structure of the state.
+    like the parameter's axis from which it derives, whatever the structure of the state. An array
+    that is then whole over a mesh axis is split over it too, along another axis of its own that
+    divides, such as the rank axis of R's moments.
 
     Args:
       tx: From `make_optimizer`, `scale_by_subspace`, Optax, or a composition of these.
       params: The parameters, or their shapes and dtypes.
       specs: A tree of `PartitionSpec` like `params`, with or without its boxes.
       mesh: A mesh with any axes.
+      share_over: Mesh axes over which no array of the state stays whole, if one of its axes
+        divides. None: those over which a parameter is split, so not an axis of data parallelism;
+        nothing under a mesh with Explicit axes, where operations determine the types. (): none, as
+        in earlier versions.
 
     Returns:
       A tree of `NamedSharding` like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`
@@ -159,9 +173,65 @@ def state_sharding(
     shapes = jax.tree_util.tree_map_with_path(split, unboxed(params), unboxed(specs))
     with jax.sharding.use_abstract_mesh(typed):
         state = jax.eval_shape(tx.init, boxed_like(params, shapes))
-    return jax.tree.map(
-        lambda x: NamedSharding(mesh, x.sharding.spec if x.sharding else PartitionSpec()), state
-    )
+    if share_over is None:
+        leaves = jax.tree.leaves(unboxed(specs))
+        used = {name for spec in leaves for axes in spec for name in mesh_axes(axes)}
+        is_auto = AxisType.Explicit not in mesh.axis_types
+        share_over = [name for name in mesh.axis_names if is_auto and name in used]
+    largest = max((x.size for x in jax.tree.leaves(state)), default=0)
+
+    def sharding(x: Any) -> Any:
+        size = sum(part.size for part in jax.tree.leaves(x))
+        return _shared(x, mesh, share_over if size >= SMALL_PART * largest else ())
+
+    return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
+    """The sharding of a traced array, or of an 8-bit one, split over `share_over` too."""
+    if not isinstance(x, Quantized):
+        return NamedSharding(mesh, _split_further(x.shape, _spec(x), mesh, share_over))
+    # Codes and scales are split alike, so that each device has whole blocks with their scales.
+    codes, scales = _spec(x.codes), _spec(x.scales)
+    if codes[-1] != scales[-1] and set(mesh_axes(codes[-1])) <= set(share_over):
+        codes = PartitionSpec(*codes[:-1], None)
+    if codes[-1] == scales[-1]:
+        has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
+        shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
+        codes = scales = _split_further(shape, scales, mesh, share_over)
+    return Quantized(NamedSharding(mesh, codes), NamedSharding(mesh, scales))
+
+
+def _spec(x: Any) -> PartitionSpec:
+    """The spec of a traced array, with an entry for each axis."""
+    found = tuple(x.sharding.spec) if x.sharding else ()
+    return PartitionSpec(*found, *[None] * (len(x.shape) - len(found)))
+
+
+def _split_further(
+    shape: Sequence[int], spec: PartitionSpec, mesh: Mesh, share_over: Sequence[str]
+) -> PartitionSpec:
+    """A spec over the axes of `share_over` too, each along the first axis that it divides.
+
+    Whole axes come before split ones, and a matrix's before that of the stack (layers, a, b), whose
+    matrices a step moves between devices.
+
+    Args:
+      shape: The sizes of the axes that may be split; the spec may have more.
+      spec: The spec before, with an entry for each axis.
+      mesh: The mesh.
+      share_over: Axes of the mesh.
+    """
+    entries = [mesh_axes(axes) for axes in spec]
+    for name in share_over:
+        if mesh.shape[name] == 1 or any(name in axes for axes in entries):
+            continue
+        shards = [shard_count(mesh, (*axes, name)) for axes in entries]
+        divided = [i for i, size in enumerate(shape) if size % shards[i] == 0]
+        if divided:
+            is_stack = lambda i: i == 0 and len(entries) > 2
+            entries[min(divided, key=lambda i: (bool(entries[i]), is_stack(i), i))] += (name,)
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 
 def takes_shapes(init: Callable[[Any], Any]) -> Callable[[Any], Any]:

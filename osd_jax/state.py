@@ -1,4 +1,4 @@
-"""The state of the subspaces: the bases P, when each was set, and the state of the rules."""
+"""The state of the subspaces, the bases P and when each was set; arrays of 8-bit state."""
 
 from __future__ import annotations
 
@@ -93,6 +93,18 @@ def _unflatten_state(structure: Any, children: Any) -> SubspaceState:
 
 
 jax.tree_util.register_pytree_with_keys(SubspaceState, _flatten_state, _unflatten_state)
+
+
+class Quantized(NamedTuple):
+    """An array in blockwise 8 bits.
+
+    Attributes:
+      codes: uint8, the array's own shape (..., n).
+      scales: float32, (..., ceil(n / block)): the largest absolute value of each block.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
 
 
 def set_before(set_at: Any, count: jax.Array) -> Any:

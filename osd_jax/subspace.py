@@ -62,6 +62,7 @@ from osd_jax.sketch import (
     reading_gradient,
     sketches_of,
 )
+from osd_jax.stacks import on_every_device, split_matrices, whole_matrices
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import boxed_like, promotes, unboxed, unzip
@@ -205,6 +206,10 @@ def scale_by_subspace(
         """A tree of layouts like `params`, without its boxes."""
         return layouts_of(params, dimension_numbers, side)
 
+    def whole_gradients(tree: Any, grads: optax.Updates) -> Any:
+        """Gradients without boxes, each device with whole matrices; `tree` is of layouts."""
+        return jax.tree.map(lambda layout, g: whole_matrices(g, layout.stack_axis), tree, grads)
+
     def transported(old: Any, new: Any, inner_state: optax.OptState) -> optax.OptState:
         """The inner state after a change of bases."""
         assert transport is not None
@@ -290,6 +295,7 @@ def scale_by_subspace(
                 set_at,
             ),
         )
+        bases, set_at = jax.tree.map(split_matrices, bases), jax.tree.map(on_every_device, set_at)
         if transport is not None:
             changed = (state.projector.basis, bases, state.inner)
             state = state._replace(inner=cond_once(may_change, transported, unchanged, *changed))
@@ -310,7 +316,9 @@ def scale_by_subspace(
     @promotes
     def project(grads: optax.Updates, state: SubspaceState, reduce: Reduce | None = None) -> Any:
         """Gradients -> a tree of `Sketch`, with the statistics of the projector and the lift."""
-        tree, grads = layouts(grads), unboxed(grads)
+        tree = layouts(grads)
+        grads = whole_gradients(tree, unboxed(grads))
+        bases = jax.tree.map(whole_matrices, state.projector.basis)
 
         def moving(grads: optax.Updates, bases: Any) -> Any:
             return sketches_of(tree, grads, bases, at_moves, reduce)
@@ -325,8 +333,8 @@ def scale_by_subspace(
             return jax.tree.map(one, jax.eval_shape(moving, grads, bases), found, is_leaf=is_sketch)
 
         if clock.move_every == 1 or len(always) == len(at_moves):
-            return moving(grads, state.projector.basis)
-        return cond_once(moves_now(state), moving, staying, grads, state.projector.basis)
+            return moving(grads, bases)
+        return cond_once(moves_now(state), moving, staying, grads, bases)
 
     @promotes
     def apply(
@@ -353,6 +361,7 @@ def scale_by_subspace(
             )
         tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
         bases, optimizer, set_at = state.projector
+        here = jax.tree.map(whole_matrices, bases)
         moves, moved, inner_state = moves_now(state), (bases, optimizer), state.inner
 
         def after_move(inner_state: optax.OptState) -> optax.OptState:
@@ -362,18 +371,18 @@ def scale_by_subspace(
             return jax.lax.cond(moves, transported, unchanged, *changed)
 
         if projector.gradient is not None:
-            stay = lambda bases, sketches, optimizer, moves, age: (bases, optimizer)
+            stay = lambda bases, here, sketches, optimizer, moves, age: (bases, optimizer)
             age = steps_since_set(set_at, state.count, clock.move_every)
-            args = (bases, sketches, optimizer, set_before(set_at, state.count), age)
+            args = (bases, here, sketches, optimizer, set_before(set_at, state.count), age)
             # No custom derivative: values captured by P's optimizer, such as a learning rate, may
             # be traced.
             moved = jax.lax.cond(moves, functools.partial(move_basis, projector), stay, *args)
         read = jax.tree.map(lambda sketch: sketch.only(always), sketches, is_leaf=is_sketch)
         if projector.order == "before":
-            bases = moved[0]
+            here = jax.tree.map(whole_matrices, moved[0])
             again = lambda grads, bases, read: sketches_of(tree, grads, bases, always)
             still = lambda grads, bases, read: read
-            read = jax.lax.cond(moves, again, still, whole, bases, read)
+            read = jax.lax.cond(moves, again, still, whole, here, read)
             inner_state = after_move(inner_state)
         low_rank = jax.tree.map(lambda sketch: sketch.low_rank, read, is_leaf=is_sketch)
         directions, inner_state = inner.update(low_rank, inner_state, None, **extra_args)
@@ -386,12 +395,13 @@ def scale_by_subspace(
             matrix = layout.to_matrix(g) if lift_rule.needs.gradient == "always" else None
             lifted = lift_rule.apply(d, Seen(basis, read, matrix, own, layout.side))
             check_lift_state(lift_rule, lifted.state, own)
-            update = lifted_update(layout, basis, lifted)
+            update = split_matrices(lifted_update(layout, basis, lifted), layout.stack_axis)
             return update if widen_updates else update.astype(x.dtype), {**own, **lifted.state}
 
+        directions = jax.tree.map(whole_matrices, directions)
         own = state.lift if jax.tree.leaves(state.lift) else jax.tree.map(lambda _: {}, tree)
         found = jax.tree.map(
-            lift_one, tree, like, bases, directions, read, tree if grads is None else whole, own
+            lift_one, tree, like, here, directions, read, tree if grads is None else whole, own
         )
         updates, own = unzip(tree, found)
         state = state._replace(
@@ -416,6 +426,11 @@ def scale_by_subspace(
             return apply(bare(unboxed(grads)), state, grads, **extra_args)
         if True in kinds:
             raise ValueError(f"the tree mixes whole gradients and sketches; {ONLY_SKETCHES}")
+        tree = layouts(grads)
+        # They arrive split like the weights, so that nothing is exchanged for a skipped step.
+        split = lambda layout, g: split_matrices(g, layout.stack_axis)
+        whole = whole_gradients(tree, jax.tree.map(split, tree, unboxed(grads)))
+        grads = boxed_like(grads, whole)
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 

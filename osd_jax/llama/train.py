@@ -199,12 +199,18 @@ def make_train_step(
             "give mesh, and accumulate='gradients'"
         )
 
+    def split_like_weights(grads: optax.Updates) -> optax.Updates:
+        """Gradients that a reduce-scatter has summed, whatever the optimizer does with them."""
+        if mesh is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
+
     def gradient(params: optax.Params, micro: Batch) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
             return _batch_loss(params, config, micro, remat=remat, attention=attention)
 
         (loss, count), grads = jax.value_and_grad(total, has_aux=True)(params)
-        return loss, count, grads
+        return loss, count, split_like_weights(grads)
 
     def accumulated(params: optax.Params, batch: Mapping[str, jax.Array]) -> Any:
         """Sums of loss, tokens and gradients over the micro-batches, the gradients in float32."""

@@ -5,9 +5,11 @@ Eight virtual CPU devices must give the numbers of one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +23,10 @@ from jax.sharding import PartitionSpec as P
 import osd_jax
 from launch.compile_tpu.hlo import Collective, collectives
 from osd_jax import llama, make_optimizer
+from osd_jax.llama.checkpoint import Checkpoints
 from osd_jax.llama.partition import batch_sharding, partition_specs
 from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
-from osd_jax.sharding import make_mesh, parse_mesh, state_sharding
+from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
 from osd_jax.trees import path_name
 from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
 from parity_tests.support import CONFIGS
@@ -141,10 +144,13 @@ def own_mesh() -> Mesh:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def state_specs(tx: Any, params: Any = PARAMS, specs: Any = SPECS) -> dict[str, tuple[Any, Any]]:
-    """By path: (shape, spec)."""
+def state_specs(
+    tx: Any, params: Any = PARAMS, specs: Any = SPECS, share_over: Any = ()
+) -> dict[str, tuple[Any, Any]]:
+    """By path: (shape, spec), without further splits of what the weights' axes leave whole."""
     mesh = own_mesh()
-    found = jax.tree_util.tree_flatten_with_path(state_sharding(tx, params, specs, mesh))[0]
+    layout = state_sharding(tx, params, specs, mesh, share_over)
+    found = jax.tree_util.tree_flatten_with_path(layout)[0]
     state = jax.tree.leaves(jax.eval_shape(tx.init, params))
     assert all(x.mesh == mesh for _, x in found)
     return {
@@ -227,6 +233,78 @@ def test_a_spec_that_does_not_divide_is_refused() -> None:
         state_specs(optax.adam(0.1), params, {"mlp": P("x", "y")})
 
 
+# -------------------------------------------------------- state that no axis of a weight splits
+
+
+def owners(spec: tuple[Any, ...]) -> set[str]:
+    """The mesh axes of a spec."""
+    return {name for axes in spec for name in mesh_axes(axes)}
+
+
+@pytest.mark.parametrize(("name", "proj_type"), ALL)
+def test_no_large_array_stays_whole_over_an_axis_that_splits_weights(
+    name: str, proj_type: str
+) -> None:
+    tx = make_optimizer(name, proj_type, learning_rate=0.1, rank=16, dimension_numbers=NUMBERS)
+    before, after = state_specs(tx), state_specs(tx, share_over=None)
+    largest = max((math.prod(shape) for shape, _ in after.values()), default=0)
+    for path, (shape, spec) in after.items():
+        for old, new in zip(before[path][1], spec, strict=True):
+            assert set(mesh_axes(old)) <= set(mesh_axes(new)), path
+        if math.prod(shape) >= 0.02 * largest and len(shape) > 1:
+            assert owners(spec) == {"x", "y"}, path
+        if math.prod(shape) < 0.005 * largest and not path.endswith("scales"):
+            assert spec == before[path][1], path
+
+
+def test_what_stays_whole_is_split_along_its_rank() -> None:
+    params = {"mlp": jax.ShapeDtypeStruct((4, 64, 64), jnp.float32)}
+    tx = osd_jax.scale_by_subspace(
+        optax.scale_by_adam(), osd_jax.online_pca(optax.adam(1e-2)), rank=16,
+        dimension_numbers=osd_jax.SubspaceDimensionNumbers(1, 2),
+    )  # fmt: skip
+    specs = {"mlp": P(None, "x", None)}
+    for share_over, rank, of_p in (((), None, None), (None, "x", None), (("x", "y"), "x", "y")):
+        found = state_specs(tx, params, specs, share_over)
+        assert found["projector/basis/mlp"] == ((4, 64, 16), (None, "x", of_p))
+        assert found["projector/set_at/mlp"] == ((4,), (None,))
+        assert found["inner/mu/mlp"] == ((4, 16, 64), (None, rank, "y" if of_p else None))
+
+
+@pytest.mark.parametrize(
+    ("columns", "codes", "scales"),
+    [
+        (1024, (None, "x"), (None, "x")),  # a block on each device
+        (512, ("x", None), ("x", None)),  # half a block would be
+        (600, ("x", None), ("x", None)),  # the last block is a part
+    ],
+)
+def test_scales_go_with_whole_blocks(columns: int, codes: Any, scales: Any) -> None:
+    params = {"table": jax.ShapeDtypeStruct((64, columns), jnp.float32)}
+    tx = osd_jax.quantize_state(optax.scale_by_adam())
+    found = state_specs(tx, params, {"table": P(None, "x")}, None)
+    for moment in ("mu", "nu"):
+        assert found[f"{moment}/table/codes"] == ((64, columns), codes)
+        assert found[f"{moment}/table/scales"] == ((64, -(-columns // 256)), scales)
+    kept = state_specs(tx, params, {"table": P(None, "x")}, ())
+    assert kept["mu/table/codes"] == ((64, columns), (None, "x"))
+
+
+def test_axes_of_data_parallelism_split_state_if_they_are_named() -> None:
+    params = {"mlp": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    for share_over, spec in ((None, ("x", None)), (("x", "y"), ("x", "y"))):
+        found = state_specs(optax.adam(0.1), params, {"mlp": P("x", None)}, share_over)
+        assert found["0/mu/mlp"] == ((64, 64), spec)
+
+
+def test_explicit_axes_keep_the_types_of_the_operations() -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    params, specs = {"mlp": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, {"mlp": P("x", None)}
+    tx = make_optimizer("galore_adamw", "std", learning_rate=0.1, rank=4)
+    same = [state_sharding(tx, params, specs, mesh, over) for over in (None, ())]
+    assert same[0] == same[1]
+
+
 # -------------------------------------------------------------------------------- train steps
 
 
@@ -294,6 +372,7 @@ def test_so_does_one_that_does_not_divide_the_model(sizes: tuple[int, int, int])
     [
         ("galore_adamw8bit", "continuous_adam8bit"),
         pytest.param("galore_adafactor", "std", marks=pytest.mark.slow),
+        pytest.param("osd_muon", "oja", marks=pytest.mark.slow),
     ],
 )
 def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
@@ -303,28 +382,34 @@ def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
 
 
 def share(config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any) -> float:
-    """Bytes per device if every array were split into as many shards as possible.
-
-    Full-rank weights and moments over fsdp and tensor; P over the axis of the weight's projected
-    side, R over the other axis: (L, 64, 64) and (L, 64, 128) are projected on the input side, (L,
-    128, 64) on the output side.
-    """
-    _, fsdp, tensor = sizes
-    params = shapes(config)
-    total = 0.0
-    for path, x in jax.tree_util.tree_flatten_with_path((params, jax.eval_shape(tx.init, params)))[
-        0
-    ]:
-        name = path_name(path)
-        parts = fsdp * tensor
-        if "norm" in name or x.ndim == 0:
-            parts = 1
-        elif "projector" in name:
-            parts = tensor if "attention/output" in name else fsdp
-        elif "inner_states/subspace" in name:
-            parts = fsdp if "attention/output" in name else tensor
-        total += x.size * x.dtype.itemsize / parts
+    """Bytes per device if every array but norms' were split over fsdp and tensor."""
+    params, total = shapes(config), 0.0
+    both = (params, jax.eval_shape(tx.init, params))
+    for path, x in jax.tree_util.tree_flatten_with_path(both)[0]:
+        is_whole = "norm" in path_name(path) or x.ndim == 0
+        total += x.size * x.dtype.itemsize / (1 if is_whole else sizes[1] * sizes[2])
     return total
+
+
+def test_state_comes_back_from_another_layout_and_mesh(tmp_path: Path) -> None:
+    """Saved with R's moments whole over fsdp, as earlier versions did, and on three meshes."""
+    tx, started = optimizer(), run(EVEN, (1, 8, 1)).state
+    mesh = make_mesh(1, 8, 1)
+    whole = state_sharding(tx, started.params, partition_specs(started.params, mesh), mesh, ())
+    assert whole != train_state_sharding(tx, started.params, mesh).opt_state
+    state = started._replace(opt_state=jax.device_put(started.opt_state, whole))
+    for number, sizes in enumerate([(1, 8, 1), (2, 2, 2), None, (1, 8, 1)]):
+        with Checkpoints(tmp_path / str(number), keep=1) as checkpoints:
+            checkpoints.save(1, state, {})
+        like: Any = jax.eval_shape(lambda: init_state(llama.init(EVEN, 0), tx))
+        if sizes is not None:
+            layout = train_state_sharding(tx, like.params, make_mesh(*sizes))
+            like = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
+        state = Checkpoints(tmp_path / str(number)).restore(1, like).state
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(started), strict=True):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(started), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -340,17 +425,17 @@ def kernels(config: llama.LlamaConfig) -> dict[str, tuple[int, ...]]:
 def assert_gathers_weights_only(
     found: list[Collective], config: llama.LlamaConfig, sizes: tuple[int, int, int]
 ) -> None:
-    """Outside conditionals, the weights that FSDP gathers; within the optimizer's, nothing.
+    """Outside conditionals, the weights that FSDP gathers; within the optimizer's, no stack.
 
     The optimizer is within one conditional, that of a finite gradient, and the first P within two.
     """
     layers, tensor = config.num_hidden_layers, sizes[2]
     norms = 4 * layers * config.hidden_size
-    gathered = [c for c in found if c.op == "all-gather" and c.branches < 2]
+    gathered = [c for c in found if c.op == "all-gather" and not c.branches]
     large = [c for c in gathered if c.bytes > max(norms, 4 * ROWS * LENGTH)]
-    moved = [c for c in found if c.branches == 1 and c.op in ("all-to-all", "collective-permute")]
-    assert not [c for c in large if c.branches], large
-    assert not [c for c in moved if c.bytes > norms], moved
+    if tensor == 1:  # all-to-alls alone: each device has whole matrices
+        within = [c for c in found if c.branches and c.op != "all-to-all"]
+        assert not [c for c in within if c.bytes > norms], within
     wanted: dict[tuple[int, ...], int] = {}
     for name, shape in kernels(config).items():
         if name != "embedding" and sizes[1] > 1:  # whose rows travel, not the table
@@ -363,14 +448,56 @@ def assert_gathers_weights_only(
     ) * 4 / tensor  # fmt: skip
     assert sum(c.bytes * c.times for c in large) <= 2 * weights
     assert all("dot_general" in c.name and "jvp" in c.name for c in large), large
-    # The first P takes one layer's gradient at a time.
+    # The first P takes one layer's gradient at a time, and no P and no R is larger here.
     matrix = max(4 * math.prod(shape[-2:]) for shape in kernels(config).values())
-    assert all(c.bytes <= matrix for c in found if c.branches == 2 and c.op == "all-gather")
+    assert all(c.bytes <= matrix for c in found if c.branches and c.op == "all-gather")
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_online_pca_gathers_no_gradient_and_no_state(sizes: tuple[int, int, int]) -> None:
     assert_gathers_weights_only(collectives(run(EVEN, sizes).text), EVEN, sizes)
+
+
+def exchanged(
+    config: llama.LlamaConfig,
+    tx: Any,
+    sizes: tuple[int, int, int],
+    *,
+    rows: int,
+    length: int,
+    **options: Any,
+) -> list[Collective]:
+    """What a step that does not measure exchanges, by the compiler; nothing is allocated."""
+    mesh = make_mesh(*sizes)
+    step = make_train_step(config, tx, mesh=mesh, **options)
+    params = shapes(config)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    state = jax.tree.map(put, state, train_state_sharding(tx, params, mesh))
+    batch = {
+        name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=batch_sharding(mesh))
+        for name, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
+    }
+    unmeasured: Any = jax.jit(lambda state, batch: step(state, batch, False), donate_argnums=0)
+    return collectives(unmeasured.lower(state, batch).compile().as_text())
+
+
+# Megabytes that a device sent when R's moments were whole over fsdp and R was all-reduced: in every
+# step, and in conditionals.
+SENT_BEFORE = {
+    (1, 8, 1): (5.294828, 1.830864),
+    (2, 2, 2): (2.764060, 1.290784),
+    (1, 2, 4): (2.923004, 1.413072),
+}
+
+
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_a_step_sends_no_more_than_with_whole_state(sizes: tuple[int, int, int]) -> None:
+    """With eight layers: with fewer than devices, what is sent includes padding."""
+    config = dataclasses.replace(EVEN, num_hidden_layers=8, vocab_size=1024)
+    found = exchanged(config, optimizer(), sizes, rows=ROWS, length=LENGTH)
+    for before, within in zip(SENT_BEFORE[sizes], (False, True), strict=True):
+        assert sum(c.sent for c in found if bool(c.branches) == within) / 1e6 <= before
 
 
 # -------------------------------------------------------------------------- reduced sketches
@@ -405,21 +532,9 @@ def every_step(
 ) -> list[Collective]:
     """What data parallelism over eight devices exchanges in each step, by the compiler.
 
-    Not what is conditional: setting P from whole gradients, on the steps that do so. Nothing is
-    allocated.
+    Not what is conditional: setting P from whole gradients, on the steps that do so.
     """
-    mesh = make_mesh(8)
-    step = make_train_step(config, tx, mesh=mesh, **options)
-    params = shapes(config)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
-    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    state = jax.tree.map(put, state, train_state_sharding(tx, params, mesh))
-    batch = {
-        name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))
-    }
-    unmeasured: Any = jax.jit(lambda state, batch: step(state, batch, False), donate_argnums=0)
-    found = collectives(unmeasured.lower(state, batch).compile().as_text())
+    found = exchanged(config, tx, (8, 1, 1), rows=rows, length=length, **options)
     return [one for one in found if not one.branches]
 
 

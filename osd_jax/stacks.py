@@ -1,0 +1,103 @@
+"""Stacks of matrices over a mesh: each device has whole matrices of a stack while P is at work.
+
+FSDP splits the rows or the columns of a weight. R, A and the lift of a split matrix need sums or
+copies over all devices, of as many numbers as R and P have. Whole matrices need none: an all-to-all
+moves the gradient's shards of a stack (layers, p, q) to the devices that have these layers, and the
+update's shards back, and a device sends only its own shard. If there are fewer layers than devices,
+some have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from osd_jax.sharding import FSDP
+
+_FREE = PartitionSpec.UNCONSTRAINED
+
+
+def _auto_axes() -> dict[str, int]:
+    """The sizes of the mesh axes over which the compiler partitions (Auto), if `fsdp` is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    sizes = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    return sizes if sizes.get(FSDP, 1) > 1 else {}
+
+
+def _constrained(array: jax.Array, axis: int | None, of_stack: str | None) -> jax.Array:
+    if axis is None or array.ndim < 3 or not _auto_axes():
+        return array
+    spec = [of_stack if i == axis else _FREE for i in range(array.ndim)]
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
+
+
+def whole_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
+    """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix.
+
+    The mesh is that of `jax.set_mesh`, or of `osd_jax.llama.partition.on`. Without an axis `fsdp`,
+    or if JAX's types carry the sharding (Explicit axes), it does nothing.
+
+    Args:
+      array: A stack, (layers, ..., a, b), or a parameter or a gradient that holds one.
+      axis: The axis of the stack. None: the array is one matrix, and nothing happens.
+    """
+    return _constrained(array, axis, FSDP)
+
+
+def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
+    """The inverse of `whole_matrices`: the compiler splits the matrices as it splits the weight.
+
+    Args:
+      array: See `whole_matrices`.
+      axis: See `whole_matrices`.
+    """
+    return _constrained(array, axis, None)
+
+
+def on_every_device(array: jax.Array) -> jax.Array:
+    """Copies a small array, such as one number per matrix, to every device of the mesh."""
+    if not _auto_axes():
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec())
+
+
+def map_own_matrices(function: Callable[..., Any], wanted: jax.Array, *arrays: Any) -> Any | None:
+    """`function(wanted, *arrays)` of each matrix of a stack, one at a time, on its own device.
+
+    Args:
+      function: (bool (), the arrays of one matrix) -> arrays.
+      wanted: bool (batch...).
+      *arrays: Trees of arrays (batch..., ...).
+
+    Returns:
+      The results with leading batch axes; None without a mesh as in `whole_matrices`.
+    """
+    sizes = _auto_axes()
+    if not sizes or not wanted.ndim:
+        return None
+    batch, count = wanted.shape, wanted.size
+    others = {name for name, size in sizes.items() if name != FSDP and size > 1}
+
+    def as_row(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, *x.shape[len(batch) :])
+        return jnp.pad(x, [(0, -count % sizes[FSDP])] + [(0, 0)] * (x.ndim - 1))
+
+    def one(own: Any) -> Any:
+        if others:  # gathers one matrix over them
+            own = jax.lax.with_sharding_constraint(own, PartitionSpec())
+        return function(*own)
+
+    by_stack = PartitionSpec(FSDP)
+    found = jax.shard_map(
+        lambda *own: jax.lax.map(one, own),
+        axis_names=sizes.keys() - others,
+        in_specs=by_stack,
+        out_specs=by_stack,
+        check_vma=False,  # LAPACK-like routines run on each device for itself
+    )(*jax.tree.map(as_row, (wanted, *arrays)))
+    return jax.tree.map(lambda x: x[:count].reshape(*batch, *x.shape[1:]), found)
