@@ -199,7 +199,8 @@ def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
         has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
         shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
         codes = scales = _split_further(shape, scales, mesh, share_over)
-    return Quantized(NamedSharding(mesh, codes), NamedSharding(mesh, scales))
+    both: list[Any] = [NamedSharding(mesh, spec) for spec in (codes, scales)]
+    return Quantized(*both)
 
 
 def _spec(x: Any) -> PartitionSpec:

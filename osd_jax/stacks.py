@@ -30,7 +30,7 @@ def _auto_axes() -> dict[str, int]:
 
 
 def _constrained(array: jax.Array, axis: int | None, of_stack: str | None) -> jax.Array:
-    if axis is None or array.ndim < 3 or not _auto_axes():
+    if axis is None or array.ndim < 3 or array.shape[axis] == 1 or not _auto_axes():
         return array
     spec = [of_stack if i == axis else _FREE for i in range(array.ndim)]
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
@@ -44,7 +44,8 @@ def whole_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
 
     Args:
       array: A stack, (layers, ..., a, b), or a parameter or a gradient that holds one.
-      axis: The axis of the stack. None: the array is one matrix, and nothing happens.
+      axis: The axis of the stack. None: the array is one matrix, and nothing happens; nor with a
+        stack of one, whose matrix all devices share.
     """
     return _constrained(array, axis, FSDP)
 
@@ -75,10 +76,11 @@ def map_own_matrices(function: Callable[..., Any], wanted: jax.Array, *arrays: A
       *arrays: Trees of arrays (batch..., ...).
 
     Returns:
-      The results with leading batch axes; None without a mesh as in `whole_matrices`.
+      The results with leading batch axes; None for one matrix, and without a mesh as in
+      `whole_matrices`.
     """
     sizes = _auto_axes()
-    if not sizes or not wanted.ndim:
+    if not sizes or wanted.size == 1:
         return None
     batch, count = wanted.shape, wanted.size
     others = {name for name, size in sizes.items() if name != FSDP and size > 1}

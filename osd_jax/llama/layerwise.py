@@ -50,7 +50,7 @@ from osd_jax.llama.layer_state import (
     take,
     with_weights,
 )
-from osd_jax.llama.partition import add_rows, on, partition_specs, split_batch
+from osd_jax.llama.partition import add_rows, like_weights, on, split_batch
 from osd_jax.llama.train import (
     Batch,
     Metrics,
@@ -145,13 +145,6 @@ def make_layerwise_train_step(
     def tokens_of(batch: Batch) -> jax.Array:
         return total(llama.num_predicted(batch["tokens"], batch["mask"]))
 
-    def like_weights(grads: dict[Key, jax.Array]) -> dict[Key, jax.Array]:
-        """Gradients sharded as their weights."""
-        if mesh is None:
-            return grads
-        specs = flatten_dict(partition_specs(unflatten_dict(grads), mesh))
-        return {key: jax.lax.with_sharding_constraint(g, specs[key]) for key, g in grads.items()}
-
     def forward(params: optax.Params, micro: Batch) -> Forward:
         """The layers' inputs, and the gradients of all that follows them, for the mean loss."""
         tokens, mask = micro["tokens"], micro["mask"]
@@ -168,8 +161,7 @@ def make_layerwise_train_step(
         loss, pullback = jax.vjp(top, after, x)
         factor = members * mean_factor(total(loss), tokens_of(micro))
         grads, gradient = pullback(factor.astype(loss.dtype))
-        grads = unflatten_dict(like_weights(flatten_dict(grads)))
-        return Forward(total(loss), inputs, grads, split_batch(gradient))
+        return Forward(total(loss), inputs, like_weights(grads, mesh), split_batch(gradient))
 
     def backward(layers: Layers, run: Forward, micro: Batch, visit: Visit) -> Any:
         """Passes each layer's gradients to `visit`.
@@ -188,8 +180,8 @@ def make_layerwise_train_step(
             again = lambda w, x: llama.layer(w, config, x, *place, attention)
             pullback = jax.vjp(again, weights, x)[1]
             grads, gradient = pullback(gradient)
-            grads = flatten_dict({"layers": jax.tree.map(lambda g: g[None], grads)})
-            layers, found = visit(layers, index, like_weights(grads))
+            grads = {"layers": jax.tree.map(lambda g: g[None], grads)}
+            layers, found = visit(layers, index, flatten_dict(like_weights(grads, mesh)))
             return (layers, split_batch(gradient)), found
 
         indices = jnp.arange(config.num_hidden_layers)
@@ -199,9 +191,8 @@ def make_layerwise_train_step(
         embedding = run.after_layers.get("embedding")
         if embedding is None:
             embedding = jnp.zeros((config.vocab_size, config.hidden_size), gradient.dtype)
-        embedding = add_rows(embedding, tokens, gradient)
-        embedding = like_weights({("embedding",): embedding})[("embedding",)]
-        return layers, run.after_layers | {"embedding": embedding}, found
+        of_embedding = {"embedding": add_rows(embedding, tokens, gradient)}
+        return layers, run.after_layers | like_weights(of_embedding, mesh), found
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch without clipping: updates each layer within the backward pass."""

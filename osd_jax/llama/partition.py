@@ -88,6 +88,18 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def like_weights(grads: optax.Updates, mesh: Mesh | None) -> optax.Updates:
+    """Gradients split like their weights: a reduce-scatter sums them, whatever reads them.
+
+    Args:
+      grads: Of all weights, or of some: the same nested dict with fewer keys.
+      mesh: Their mesh; None: one device.
+    """
+    if mesh is None:
+        return grads
+    return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of (K, B, S) micro-batches: B over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))

@@ -26,7 +26,7 @@ from osd_jax.accumulation import (
 )
 from osd_jax.diagnostics import subspace_diagnostics
 from osd_jax.guard import skipped_steps
-from osd_jax.llama.partition import on, partition_specs
+from osd_jax.llama.partition import like_weights, on, partition_specs
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
 from osd_jax.sharding import state_sharding
@@ -199,18 +199,12 @@ def make_train_step(
             "give mesh, and accumulate='gradients'"
         )
 
-    def split_like_weights(grads: optax.Updates) -> optax.Updates:
-        """Gradients that a reduce-scatter has summed, whatever the optimizer does with them."""
-        if mesh is None:
-            return grads
-        return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
-
     def gradient(params: optax.Params, micro: Batch) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
             return _batch_loss(params, config, micro, remat=remat, attention=attention)
 
         (loss, count), grads = jax.value_and_grad(total, has_aux=True)(params)
-        return loss, count, split_like_weights(grads)
+        return loss, count, like_weights(grads, mesh)
 
     def accumulated(params: optax.Params, batch: Mapping[str, jax.Array]) -> Any:
         """Sums of loss, tokens and gradients over the micro-batches, the gradients in float32."""
