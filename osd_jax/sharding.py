@@ -3,7 +3,8 @@
 A mesh has three axes. The batch is sharded over `data` and `fsdp`. Each weight is sharded over
 `fsdp` and `tensor`: one of its matrix axes over `fsdp`, all-gathered where it is used, the other
 over `tensor`, as in Megatron. Optimizer state follows its weight: P is sharded like the axis that
-it projects, R like the other axis, and the rank axis is replicated.
+it projects, R's moments like the other axis, and both along the rank axis over the mesh axes that
+are left.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
         has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
         shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
         codes = scales = _split_further(shape, scales, mesh, share_over)
-    both: list[Any] = [NamedSharding(mesh, spec) for spec in (codes, scales)]
+    both: Any = NamedSharding(mesh, codes), NamedSharding(mesh, scales)
     return Quantized(*both)
 
 
@@ -230,8 +231,9 @@ def _split_further(
         shards = [shard_count(mesh, (*axes, name)) for axes in entries]
         divided = [i for i, size in enumerate(shape) if size % shards[i] == 0]
         if divided:
+            is_split = lambda i: shard_count(mesh, entries[i]) > 1
             is_stack = lambda i: i == 0 and len(entries) > 2
-            entries[min(divided, key=lambda i: (bool(entries[i]), is_stack(i), i))] += (name,)
+            entries[min(divided, key=lambda i: (is_split(i), is_stack(i), i))] += (name,)
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 

@@ -294,7 +294,8 @@ def product_flops(jaxpr: Any) -> float:
     """Floating-point operations of the matrix products in a traced function, 2 m k n each.
 
     The compiler's own count counts a loop's body once. Of several branches the most expensive
-    counts, and of a Pallas kernel all blocks, also those that it skips.
+    counts, and of a Pallas kernel all blocks, also those that it skips. A function that runs on
+    each device (`shard_map`) counts once for each.
 
     Args:
         jaxpr: From `jax.jit(f).trace(...)`: `.jaxpr.jaxpr`.
@@ -313,6 +314,11 @@ def product_flops(jaxpr: Any) -> float:
             times = equation.params.get("length", 1)
             if equation.primitive.name == "pallas_call":
                 times = math.prod(equation.params["grid_mapping"].grid)
+            if equation.primitive.name == "shard_map":
+                sizes = equation.params["mesh"].shape
+                # `newly_manual_axes`; `manual_axes` in other versions of JAX.
+                names = (x for key, x in equation.params.items() if key.endswith("manual_axes"))
+                times = math.prod(sizes[name] for name in next(names))
             total += sum(inner) * times
     return total
 

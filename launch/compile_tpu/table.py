@@ -4,7 +4,7 @@
 
 compiles the train step of `launch/recipes/tpu.sh` for every size and slice with launch.compile_tpu.
 A 7B step takes minutes. The results are stored in `docs/tpu.json`, so an interrupted table resumes;
-delete the file to compile everything again.
+delete the file to compile everything again. `--only "v5e:4x4 1b"` compiles the named rows again.
 """
 
 from __future__ import annotations
@@ -137,13 +137,13 @@ def page(found: dict[str, Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def make_table(wanted: Iterable[Row], out: Path) -> str:
-    """Compiles the rows missing from `out` and writes the page."""
+def make_table(wanted: Iterable[Row], out: Path, again: Sequence[str] = ()) -> str:
+    """Compiles the rows missing from `out`, and those with the keys `again`; writes the page."""
     path = out / "tpu.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found: dict[str, Any] = {key: Report(**report) for key, report in kept.items()}
     for row in wanted:
-        if row.key not in found:
+        if row.key not in found or row.key in again:
             print(f"compiling {row.key}", flush=True)
             found[row.key] = compiled(row)
             as_json = {key: vars(report) for key, report in found.items()}
@@ -157,9 +157,14 @@ def main(argv: Sequence[str]) -> int:
     """Runs the program; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.compile_tpu.table", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="output folder of the page")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="as 'v5e:4x4 1b'")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    print(make_table(rows(), args.out))
+    known = {row.key: row for row in rows()}
+    if unknown := [key for key in args.only if key not in known]:
+        parser.error(f"--only: {unknown[0]!r} is no row; expected one of {', '.join(known)}")
+    wanted = [known[key] for key in args.only] or known.values()
+    print(make_table(wanted, args.out, again=args.only))
     return 0
 
 

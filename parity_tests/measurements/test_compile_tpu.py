@@ -92,6 +92,16 @@ def test_products_are_counted_in_loops_and_branches() -> None:
     assert product_flops(traced.jaxpr.jaxpr) == in_loop + 2 * 2 * 3 * 11
 
 
+def test_products_on_each_device_are_counted_on_all() -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec("x")
+    product = jax.shard_map(
+        lambda x: x @ x.T, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"x"}
+    )
+    traced = jax.jit(product).trace(jnp.ones((8, 3)))
+    assert product_flops(traced.jaxpr.jaxpr) == 4 * 2 * 2 * 3 * 2
+
+
 def test_products_of_a_kernel_are_counted_in_all_its_blocks() -> None:
     """Splash attention of 256 positions: two products of 256 x 256 x 16 for each of 2 x 4 heads."""
     q, k = (jax.ShapeDtypeStruct((2, 256, heads, 16), jnp.float32) for heads in (4, 2))
@@ -239,6 +249,8 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     table.make_table(wanted[:1], tmp_path)
     text = table.make_table(wanted, tmp_path)
     assert asked == ["v5e:1x1", "v5e:4x4"]
+    assert table.make_table(wanted[:1], tmp_path, again=[wanted[0].key]) == text
+    assert asked == ["v5e:1x1", "v5e:4x4", "v5e:1x1"]
     assert (tmp_path / "tpu.md").read_text() == text
     row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
     assert row in text and "**does not fit** (3.14 GiB)" in text
