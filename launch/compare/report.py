@@ -7,6 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from launch.compare.methods import BAR, METHODS, Config, Setting
@@ -35,12 +36,14 @@ class Summary(NamedTuple):
         losses: Validation loss by confirming seed; inf if the run failed.
         trials: Validation loss of the search, by configuration.
         curve: Training loss of the first confirming seed.
+        others: Validation loss by seed of other configurations that were confirmed.
     """
 
     config: Config
     losses: dict[int, float]
     trials: dict[Config, float]
     curve: list[float | None]
+    others: Mapping[Config, Mapping[int, float]] = MappingProxyType({})
 
     @property
     def mean(self) -> float:
@@ -85,7 +88,11 @@ def summary(runs: Iterable[Run], setting: str, method: str) -> Summary | None:
         (run for run in confirming if config_of(run) == config), key=lambda r: r["seed"]
     )
     losses = {run["seed"]: loss_of(run) for run in chosen}
-    return Summary(config, losses, trials, chosen[0]["curve"] if chosen else [])
+    others: dict[Config, dict[int, float]] = defaultdict(dict)
+    for run in confirming:
+        if config_of(run) != config:
+            others[config_of(run)][run["seed"]] = loss_of(run)
+    return Summary(config, losses, trials, chosen[0]["curve"] if chosen else [], others)
 
 
 def best_config(runs: Iterable[Run], setting: Setting, method: str) -> Config | None:
@@ -191,12 +198,15 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
             f"{each} |"
         )
     pairs = [(a, b) for a, b in PAIRS if a in found and b in found]
-    texts = [(a, b, difference(found[a].losses, found[b].losses)) for a, b in pairs]
-    if any(text for *_, text in texts):
+    texts = [
+        (METHODS[a].title + name, METHODS[b].title, text)
+        for a, b in pairs
+        for name, losses in confirmed(found[a])
+        if (text := difference(losses, found[b].losses))
+    ]
+    if texts:
         lines += ["", "| method | minus | paired difference, 95 % interval |", "|---|---|---:|"]
-        lines += [
-            f"| {METHODS[a].title} | {METHODS[b].title} | {text} |" for a, b, text in texts if text
-        ]
+        lines += [f"| {one} | {other} | {text} |" for one, other, text in texts]
     lines += [
         "",
         "Validation loss of every trial, with one seed:",
@@ -207,6 +217,15 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
     for name, one in ranked:
         lines.append(f"| {METHODS[name].title} | {trials_text(one)} |")
     return lines
+
+
+def confirmed(one: Summary) -> list[tuple[str, Mapping[int, float]]]:
+    """The losses by seed of the chosen configuration, and of others with the values they have."""
+    others = [
+        (f"; not chosen by the search: {config.lr:g} {_plain(config.own)}".rstrip(), losses)
+        for config, losses in sorted(one.others.items())
+    ]
+    return [("", one.losses), *others]
 
 
 def rate_text(one: Summary) -> str:

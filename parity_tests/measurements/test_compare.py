@@ -65,6 +65,24 @@ def test_a_rate_at_an_edge_of_its_trials_is_marked() -> None:
     assert report.rate_text(one) == "0.02, at the edge of its trials"
 
 
+def test_other_configurations_with_seeds_are_listed_but_not_chosen() -> None:
+    def one(method: str, lr: float, seed: int, loss: float) -> dict[str, Any]:
+        given = {"setting": "quickstart-1M", "method": method, "lr": lr, "full_lr": 0.03, "own": ""}
+        return {**given, "seed": seed, "loss": loss, "curve": []}
+
+    found = [one("galore", 0.01, seed, 4.0) for seed in (0, 100, 1, 2)]
+    for lr, by_search, losses in ((0.01, 3.9, (4.1, 4.2)), (0.02, 4.0, (3.8, 3.9))):
+        found += [one("osd_paper", lr, seed, by_search) for seed in (0, 100)]
+        found += [one("osd_paper", lr, seed, x) for seed, x in zip((1, 2), losses, strict=True)]
+    summaries = {m: report.summary(found, "quickstart-1M", m) for m in ("osd_paper", "galore")}
+    ours = summaries["osd_paper"]
+    assert ours and ours.config.lr == 0.01 and ours.losses == {1: 4.1, 2: 4.2}
+    page = "\n".join(report.section("quickstart-1M", summaries))  # type: ignore[arg-type]
+    title = METHODS["osd_paper"].title
+    assert f"| {title} | {METHODS['galore'].title} | +0.150 ± " in page
+    assert f"| {title}; not chosen by the search: 0.02 | {METHODS['galore'].title} | -0.150" in page
+
+
 def test_a_rate_that_fails_is_not_chosen() -> None:
     loss = lambda config: math.inf if config.lr > 0.01 else -config.lr
     assert tune.search(loss, Config(0.01, 0.03, ""), ("",))[0].lr == 0.01
