@@ -62,6 +62,22 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ["XLA_FLAGS"] += QUICK_COMPILER
 
 
+# The files that take longest, first: else a worker may start one when the other has finished.
+LONGEST = (
+    "trainers/test_train_torch", "algorithm/test_oracle", "jax/test_layerwise", "jax/test_seam",
+    "trainers/test_train_jax", "torch/test_sharding", "measurements/test_compile_tpu",
+    "jax/test_residuals", "jax/test_compose", "jax/test_sharding", "jax/test_trees",
+    "measurements/test_bench", "trainers/test_train_jax_hosts", "jax/test_golden",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the files by `LONGEST`; `launch/test.sh` hands them out in this order."""
+    place = {f"{name}.py": i for i, name in enumerate(LONGEST)}
+    name = lambda item: item.path.relative_to(Path(__file__).parent).as_posix()
+    items.sort(key=lambda item: place.get(name(item), len(LONGEST)))
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """With XLA's optimizations: for what a program sends, keeps alive or recomputes."""
