@@ -247,7 +247,7 @@ def test_diagnostics_and_sharding_of_any_tree(kind: str) -> None:
         lambda x: PartitionSpec("fsdp") if x.ndim == 2 else PartitionSpec(), params
     )
     for given in (specs, trees.unboxed(specs)):
-        layout = state_sharding(tx, params, given, mesh)
+        layout = state_sharding(tx, params, given, mesh, share_over=())
         assert jax.tree.structure(layout) == jax.tree.structure(tx.init(params))
         spread = {x.spec for x in osd_jax.projectors(layout).values()}
         assert spread == {PartitionSpec("fsdp", None), PartitionSpec(None, None)}
