@@ -310,10 +310,10 @@ def gaussian(every: int) -> BasisRule:
 def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -> Any:
     """Applies `function` to each wanted matrix of some stacks, one at a time.
 
-    Under a mesh this gathers one matrix at a time, not the stack. On a CPU it also avoids a
-    deadlock:
-    LAPACK's batched routines wait for threads of the pool that runs the devices, and 8 virtual
-    devices can wait for each other forever.
+    Under a mesh this gathers one matrix at a time, not the stack; inside
+    `osd_jax.stacks.moving_whole_matrices` each device takes its own matrices. On a CPU it also
+    avoids a deadlock: LAPACK's batched routines wait for threads of the pool that runs the devices,
+    and 8 virtual devices can wait for each other forever.
 
     Args:
       wanted: bool (batch...), True for at least one matrix. Where it is False, `function` does not
@@ -322,7 +322,8 @@ def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -
       *arrays: Trees of arrays (batch..., ...), such as M and P.
 
     Returns:
-      The results of `function` with leading batch axes, replicated on every device.
+      The results of `function` with leading batch axes, replicated on every device, or each on the
+      device that has its matrix.
     """
 
     def nothing(*arrays: Any) -> Any:

@@ -25,8 +25,9 @@ from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 FSDP = "fsdp"
-# State smaller than this part of the largest array stays whole: each split costs a collective.
-SMALL_PART = 0.01
+# Arrays of fewer values than this, and than this part of the largest one, stay whole: each split
+# costs a collective.
+SMALL, SMALL_PART = 2**18, 0.01
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -136,9 +137,11 @@ def state_sharding(
       specs: A tree of `PartitionSpec` like `params`, with or without its boxes.
       mesh: A mesh with any axes.
       share_over: Mesh axes over which no array of the state stays whole, if one of its axes
-        divides. None: those over which a parameter is split, so not an axis of data parallelism;
-        nothing under a mesh with Explicit axes, where operations determine the types. (): none, as
-        in earlier versions.
+        divides and it is not small: below 2^18 values and a hundredth of the largest. None: those
+        over which a parameter is split, so not an axis of data parallelism; nothing under a mesh
+        with Explicit axes, where operations determine the types. (): none, as in earlier versions.
+        Where such an array is read, it is all-gathered; only the train steps of `osd_jax.llama`
+        move whole matrices instead (`osd_jax.stacks`).
 
     Returns:
       A tree of `NamedSharding` like `tx.init(params)`, for `jax.jit(tx.init, out_shardings=...)`
@@ -180,10 +183,11 @@ def state_sharding(
         is_auto = AxisType.Explicit not in mesh.axis_types
         share_over = [name for name in mesh.axis_names if is_auto and name in used]
     largest = max((x.size for x in jax.tree.leaves(state)), default=0)
+    least = min(SMALL_PART * largest, SMALL)
 
     def sharding(x: Any) -> Any:
         size = sum(part.size for part in jax.tree.leaves(x))
-        return _shared(x, mesh, share_over if size >= SMALL_PART * largest else ())
+        return _shared(x, mesh, share_over if size >= least else ())
 
     return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, Quantized))
 
@@ -193,13 +197,16 @@ def _shared(x: Any, mesh: Mesh, share_over: Sequence[str]) -> Any:
     if not isinstance(x, Quantized):
         return NamedSharding(mesh, _split_further(x.shape, _spec(x), mesh, share_over))
     # Codes and scales are split alike, so that each device has whole blocks with their scales.
-    codes, scales = _spec(x.codes), _spec(x.scales)
+    codes, scales = before = _spec(x.codes), _spec(x.scales)
     if codes[-1] != scales[-1] and set(mesh_axes(codes[-1])) <= set(share_over):
         codes = PartitionSpec(*codes[:-1], None)
     if codes[-1] == scales[-1]:
         has_whole_blocks = x.codes.shape[-1] % x.scales.shape[-1] == 0
         shape = x.scales.shape if has_whole_blocks else x.scales.shape[:-1]
         codes = scales = _split_further(shape, scales, mesh, share_over)
+    names = [{name for axes in spec for name in mesh_axes(axes)} for spec in (before[0], codes)]
+    if not names[0] <= names[1]:  # no other axis divides: better split within blocks than whole
+        codes, scales = before
     both: Any = NamedSharding(mesh, codes), NamedSharding(mesh, scales)
     return Quantized(*both)
 

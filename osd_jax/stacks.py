@@ -9,7 +9,9 @@ some have none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,16 +23,41 @@ from osd_jax.sharding import FSDP
 _FREE = PartitionSpec.UNCONSTRAINED
 
 
+_moves = contextvars.ContextVar("moves", default=False)
+
+
+@contextlib.contextmanager
+def moving_whole_matrices() -> Iterator[None]:
+    """Inside this context, what is traced moves whole matrices over the mesh axis `fsdp`.
+
+    For meshes with axes as of `osd_jax.sharding.make_mesh`, and weights whose stack axis is whole,
+    as in `osd_jax.llama.partition.on`.
+    """
+    token = _moves.set(True)
+    try:
+        yield
+    finally:
+        _moves.reset(token)
+
+
 def _auto_axes() -> dict[str, int]:
-    """The sizes of the mesh axes over which the compiler partitions (Auto), if `fsdp` is one."""
+    """The sizes of the mesh axes over which the compiler partitions, if matrices move over `fsdp`.
+
+    Empty if JAX's types carry the sharding over an axis (Explicit).
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    kinds = list(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if not _moves.get() or any(
+        kind == AxisType.Explicit and mesh.shape[name] > 1 for name, kind in kinds
+    ):
+        return {}
     sizes = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
     return sizes if sizes.get(FSDP, 1) > 1 else {}
 
 
 def _constrained(array: jax.Array, axis: int | None, of_stack: str | None) -> jax.Array:
-    if axis is None or array.ndim < 3 or array.shape[axis] == 1 or not _auto_axes():
+    is_one = axis is None or array.ndim < 3 or array.shape[axis] == 1
+    if is_one or not isinstance(array, jax.core.Tracer) or not _auto_axes():
         return array
     spec = [of_stack if i == axis else _FREE for i in range(array.ndim)]
     return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
@@ -39,8 +66,8 @@ def _constrained(array: jax.Array, axis: int | None, of_stack: str | None) -> ja
 def whole_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
     """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix.
 
-    The mesh is that of `jax.set_mesh`, or of `osd_jax.llama.partition.on`. Without an axis `fsdp`,
-    or if JAX's types carry the sharding (Explicit axes), it does nothing.
+    Outside `moving_whole_matrices`, without an axis `fsdp`, or if JAX's types carry the sharding
+    (Explicit axes), it does nothing.
 
     Args:
       array: A stack, (layers, ..., a, b), or a parameter or a gradient that holds one.
@@ -62,7 +89,7 @@ def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
 
 def on_every_device(array: jax.Array) -> jax.Array:
     """Copies a small array, such as one number per matrix, to every device of the mesh."""
-    if not _auto_axes():
+    if not isinstance(array, jax.core.Tracer) or not _auto_axes():
         return array
     return jax.lax.with_sharding_constraint(array, PartitionSpec())
 
@@ -76,8 +103,8 @@ def map_own_matrices(function: Callable[..., Any], wanted: jax.Array, *arrays: A
       *arrays: Trees of arrays (batch..., ...).
 
     Returns:
-      The results with leading batch axes; None for one matrix, and without a mesh as in
-      `whole_matrices`.
+      The results with leading batch axes; None for one matrix, and where `whole_matrices` does
+      nothing.
     """
     sizes = _auto_axes()
     if not sizes or wanted.size == 1:

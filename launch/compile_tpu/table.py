@@ -55,6 +55,7 @@ def rows() -> Iterator[Row]:
         for topology in SLICES:
             if size != "7b" or not topology.endswith(":1x1"):
                 yield Row(size, topology, "")
+    yield Row("7b", "v5e:4x4", "layer by layer", "--per_layer --grad_clipping 0")
     yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
     sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
     yield Row("7b", "v6e:1x1", "layer by layer, continuous_sgd", sgd)
@@ -125,7 +126,8 @@ def page(found: dict[str, Report]) -> str:
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
-        "layer-by-layer updates. All other rows are the published runs, with 512 rows per update.",
+        "layer-by-layer updates. All other rows are the published runs, with 512 rows per update; "
+        "with layer-by-layer updates on several chips, without clipping.",
         "",
         "To reproduce the table, or to compile a step of your own, install `pip install -e "
         "'.[jax,train,tpu]'` and run:",

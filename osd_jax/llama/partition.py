@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count
+from osd_jax.stacks import moving_whole_matrices
 from osd_jax.trees import path_name
 
 logger = logging.getLogger(__name__)
@@ -105,9 +107,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
 
 
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Inside this context, `split_batch` in a traced function knows its mesh."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+@contextlib.contextmanager
+def on(mesh: Mesh | None) -> Iterator[None]:
+    """Inside this context, what is traced knows its mesh: `split_batch`, `osd_jax.stacks`."""
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), moving_whole_matrices():
+        yield
 
 
 def split_batch(array: jax.Array) -> jax.Array:
