@@ -21,8 +21,6 @@ from jax.sharding import AxisType, PartitionSpec
 from osd_jax.sharding import FSDP
 
 _FREE = PartitionSpec.UNCONSTRAINED
-
-
 _moves = contextvars.ContextVar("moves", default=False)
 
 

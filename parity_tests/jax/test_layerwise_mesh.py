@@ -11,9 +11,9 @@ import pytest
 
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.layerwise import make_layerwise_train_step
-from osd_jax.llama.partition import batch_sharding
-from osd_jax.llama.train import init_state, make_train_step, train_state_sharding
+from osd_jax.llama.train import make_train_step, train_state_sharding
 from osd_jax.sharding import make_mesh
+from parity_tests.support.mesh_runs import train
 
 CONFIG = llama.LlamaConfig(
     vocab_size=256,
@@ -22,7 +22,7 @@ CONFIG = llama.LlamaConfig(
     num_hidden_layers=4,
     num_attention_heads=8,
 )
-STEPS, ROWS, LENGTH = 20, 16, 24
+STEPS, MEASURED, ROWS, LENGTH = 20, 3, 16, 24
 Sizes = tuple[int, int, int]
 
 
@@ -55,30 +55,17 @@ def run(
         "galore_adamw", proj_type, learning_rate=1e-3, rank=8, update_proj_gap=15,
         select=llama.is_projected, dimension_numbers=llama.dimension_numbers,
     )  # fmt: skip
-    state = init_state(llama.init(CONFIG, 0), tx, mesh)
-    step: Any = make(CONFIG, tx, mesh=mesh, **options)
-    rng = np.random.default_rng(0)
-    losses, compiled = [], None
-    for number in range(STEPS):
-        shape = (micro_batches, ROWS, LENGTH)
-        batch = {
-            "tokens": rng.integers(0, CONFIG.vocab_size, shape, np.int32),
-            "mask": rng.random(shape) > 0.1,
-        }
-        where = jax.devices()[0] if mesh is None else batch_sharding(mesh)
-        args = (state, jax.device_put(batch, where), jax.numpy.array(number == 3))
-        # One layout in and out: a step never compiles again.
-        compiled = compiled or step.lower(*args).compile()
-        state, metrics = compiled(*args)
-        losses.append(float(metrics["loss"]))
-        assert np.isfinite(float(metrics["energy/attention/query"])) == (number == 3)
+    step = make(CONFIG, tx, mesh=mesh, **options)
+    measures = [number == MEASURED for number in range(STEPS)]
+    done = train(CONFIG, tx, step, mesh, (micro_batches, ROWS, LENGTH), measures)
+    energies = [metrics["energy/attention/query"] for metrics in done.metrics]
+    assert np.isfinite(energies).tolist() == measures
     if mesh is not None:
-        layout = train_state_sharding(tx, state.params, mesh)
-        same = jax.tree.map(lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), state, layout)
-        assert all(jax.tree.leaves(same))
-    assert compiled is not None
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    return Run(np.array(losses), float(metrics["gradient_norm"]), memory)
+        layout = train_state_sharding(tx, done.state.params, mesh)
+        is_same = lambda x, to: x.sharding.is_equivalent_to(to, x.ndim)
+        assert all(jax.tree.leaves(jax.tree.map(is_same, done.state, layout)))
+    memory = done.compiled.memory_analysis().temp_size_in_bytes
+    return Run(done.losses, done.metrics[-1]["gradient_norm"], memory)
 
 
 @pytest.mark.parametrize("sizes", meshes((2, 2, 2)), ids=str)

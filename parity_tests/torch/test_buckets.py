@@ -220,12 +220,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(layers: int, optimizer: str, proj_type: str, **how: Any) -> int:
+def launches(layers: int, optimizer: str, proj_type: str, width: int = 16, **how: Any) -> int:
     """Of one step of the matrices of a LLaMA with this number of layers, seven each."""
-    shapes = [(16, 16)] * 4 + [(40, 16)] * 2 + [(16, 40)]
+    hidden = 5 * width // 2
+    shapes = [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes * layers]
     pairs = [(f"{i}.mlp.weight", param) for i, param in enumerate(params)]
-    built = osd_torch.make_optimizer(pairs, optimizer, proj_type, lr=0.01, rank=4, **how)
+    built = osd_torch.make_optimizer(pairs, optimizer, proj_type, lr=0.01, rank=width // 4, **how)
     for _ in range(3):
         for param in params:
             param.grad = torch.randn_like(param)
@@ -251,6 +252,18 @@ def test_launches_do_not_grow_with_the_layers(optimizer: str, proj_type: str, mo
     assert of_60m == of_350m <= most
     one_by_one = launches(8, optimizer, proj_type, foreach=False)
     assert one_by_one > 4 * of_60m > 0  # the counter counts
+
+
+@pytest.mark.parametrize(
+    ("proj_type", "most"), [("continuous_adam8bit", 140), ("continuous_sgd", 120), ("std", 60)]
+)
+def test_launches_of_8_bit_state_do_not_grow_with_the_layers(proj_type: str, most: int) -> None:
+    """Matrices large enough for 8 bits."""
+    args = ("galore_adamw8bit", proj_type, 256)
+    of_two, of_four = (launches(n, *args, foreach=True) for n in (2, 4))
+    print(f"galore_adamw8bit {proj_type}: {of_two} launches")
+    assert of_two == of_four <= most
+    assert launches(4, *args, foreach=False) > 3 * of_four > 0  # the counter counts
 
 
 def test_states_are_views_that_load_and_copy() -> None:
