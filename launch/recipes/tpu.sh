@@ -14,8 +14,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
 flags+=(--projector_init qr) # XLA takes minutes to compile an SVD for TPUs
 shift
-case ${flags[*]} in
-*llama_1b* | *llama_7b*) flags+=(--fsdp) ;;
+case " $*" in
+*" --mesh"* | *" --compress_gradients"* | *" --single_gpu"*) ;;
+*) flags+=(--fsdp) ;; # weights and state split over all chips; 60M too sends fewer bytes so
 esac
 [ -n "${DRY_RUN:-}" ] || set_up jax train tpu
 run .venv/bin/python -m launch.train_jax "${flags[@]}" --run_dir "${RUNS:-runs}" "$@"

@@ -66,12 +66,20 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.data.total_batch_size == 512
         assert options.data.batch_size == min(rows * devices, 512 // processes)
         assert options.data.batch_size % devices == 0
-        # what is needed for the weights to fit
-        assert options.devices.fsdp == (recipe != "gpu" and size in ("1b", "7b"))
+        # on TPUs always, elsewhere for weights that do not fit
+        big = size in ("1b", "7b")
+        assert options.devices.fsdp == {"gpu": False, "slurm": big, "tpu": True}[recipe]
         assert options.devices.per_layer == (recipe == "gpu" and is_7b)
         assert options.devices.single_gpu == (recipe == "gpu")
         assert options.run.resume and (options.run.seed, options.run.name) == (3, "other")
         refuse_torch_only(options)
+
+
+def test_another_mesh_replaces_fsdp() -> None:
+    for more in (("--mesh", "data=2,fsdp=2"), ("--mesh=data=4",), ("--compress_gradients",)):
+        command = printed("tpu", "60m", *more).stdout.split()
+        options = Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=1)
+        assert not options.devices.fsdp
 
 
 def test_what_is_wrong_is_named() -> None:
