@@ -26,7 +26,7 @@ from osd_jax.numerics import (
     written_transpose,
 )
 from osd_jax.sketch import CORRELATION, SQUARED_NORM, Basis, Needs, Sketch, TwoSided
-from osd_jax.stacks import map_own_matrices
+from osd_jax.stacks import decomposed, map_own_matrices
 from osd_names import (
     MOVE_PROJECTOR,
     PROJECTOR_INITS,
@@ -162,7 +162,7 @@ def oja_gradient(basis: jax.Array, sketch: Sketch) -> jax.Array:
 
 def orthonormalized(basis: jax.Array) -> jax.Array:
     """The Q of P's QR decomposition, (p, r), with signs such that R's diagonal is positive."""
-    q, r = jnp.linalg.qr(basis)
+    q, r = decomposed(jnp.linalg.qr, basis)
     return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
 
 
@@ -253,9 +253,11 @@ def random(every: int) -> BasisRule:
     """
     check_period(every)
 
+    left = lambda matrix: jnp.linalg.svd(matrix, full_matrices=False)[0]
+
     def draw(key: jax.Array, old: jax.Array, each: Each) -> jax.Array:
         def one(gaussian: jax.Array) -> jax.Array:
-            return jnp.linalg.svd(gaussian, full_matrices=False)[0].astype(old.dtype)
+            return decomposed(left, gaussian).astype(old.dtype)
 
         return each(one, jax.random.normal(key, old.shape, accumulator_dtype(old.dtype)))
 
@@ -311,9 +313,10 @@ def each_matrix(wanted: jax.Array, function: Callable[..., Any], *arrays: Any) -
     """Applies `function` to each wanted matrix of some stacks, one at a time.
 
     Under a mesh this gathers one matrix at a time, not the stack; inside
-    `osd_jax.stacks.moving_whole_matrices` each device takes its own matrices. On a CPU it also
-    avoids a deadlock: LAPACK's batched routines wait for threads of the pool that runs the devices,
-    and 8 virtual devices can wait for each other forever.
+    `osd_jax.stacks.moving_whole_matrices` each device takes its own matrices, and of a stack of one
+    `function` itself copies what it decomposes to every device. On a CPU it also avoids a deadlock:
+    LAPACK's batched routines wait for threads of the pool that runs the devices, and 8 virtual
+    devices can wait for each other forever.
 
     Args:
       wanted: bool (batch...), True for at least one matrix. Where it is False, `function` does not
@@ -356,7 +359,7 @@ def leading_singular_vectors(
     """
 
     def one(matrix: jax.Array) -> Basis:
-        left, right = _signed_svd(matrix if side == "output" else matrix.mT)
+        left, right = decomposed(_signed_svd, matrix if side == "output" else matrix.mT)
 
         def take(vectors: jax.Array, old: jax.Array) -> jax.Array:
             return vectors[:, : old.shape[-1]].astype(old.dtype)
@@ -395,6 +398,6 @@ def _random_range(key: jax.Array, matrix: jax.Array, old: jax.Array, each: Each)
     gaussian = jax.random.normal(key, (matrix.shape[-1], old.shape[-1]), wide.dtype)
 
     def one(matrix: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(matrix @ gaussian)[0].astype(old.dtype)
+        return decomposed(jnp.linalg.qr, matrix @ gaussian)[0].astype(old.dtype)
 
     return each(one, wide)

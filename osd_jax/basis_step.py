@@ -55,7 +55,8 @@ def _set_waiting(
     set_at: jax.Array,
 ) -> tuple[Basis, jax.Array]:
     # Reduced before the check for a zero gradient, so that every device decides alike.
-    grad = whole_matrices(grad if reduce is None else reduce(grad), layout.stack_axis)
+    grad = grad if reduce is None else reduce(grad)
+    grad = whole_matrices(grad, layout.stack_axis, columns=None)
     has_one = has_direction(squared_norm(layout.to_matrix(grad)))
     wanted = (set_at == NOT_SET) & has_one
     return cond_once(

@@ -65,6 +65,14 @@ class MatrixLayout:
         """The parameter's first batch axis, the first axis of M; None for a single matrix."""
         return self.axes[0] if len(self.matrix_shape) > 2 else None
 
+    @property
+    def column_axis(self) -> int:
+        """The parameter's first axis of q."""
+        count, columns = 1, self.matrix_shape[-1]
+        while math.prod(self.shape[axis] for axis in self.axes[-count:]) < columns:
+            count += 1
+        return self.axes[-count]
+
     def to_matrix(self, array: jax.Array) -> jax.Array:
         """(the parameter's shape) -> (..., p, q)."""
         return array.transpose(self.axes).reshape(self.matrix_shape)

@@ -24,7 +24,7 @@ from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-FSDP = "fsdp"
+FSDP, TENSOR = "fsdp", "tensor"
 # Arrays of fewer values than this, and than this part of the largest one, stay whole: each split
 # costs a collective.
 SMALL, SMALL_PART = 2**18, 0.01

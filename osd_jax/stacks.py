@@ -4,21 +4,22 @@ FSDP splits the rows or the columns of a weight. R, A and the lift of a split ma
 copies over all devices, of as many numbers as R and P have. Whole matrices need none: an all-to-all
 moves the gradient's shards of a stack (layers, p, q) to the devices that have these layers, and the
 update's shards back, and a device sends only its own shard. If there are fewer layers than devices,
-some have none.
+some have none. A stack of one, as in a layerwise step, has whole columns on each device instead: R
+then needs no sum, and each device has all of P.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from osd_jax.sharding import FSDP
+from osd_jax.sharding import FSDP, TENSOR
 
 _FREE = PartitionSpec.UNCONSTRAINED
 _moves = contextvars.ContextVar("moves", default=False)
@@ -53,26 +54,45 @@ def _auto_axes() -> dict[str, int]:
     return sizes if sizes.get(FSDP, 1) > 1 else {}
 
 
-def _constrained(array: jax.Array, axis: int | None, of_stack: str | None) -> jax.Array:
-    is_one = axis is None or array.ndim < 3 or array.shape[axis] == 1
-    if is_one or not isinstance(array, jax.core.Tracer) or not _auto_axes():
+def _constrained(array: jax.Array, spec: Mapping[int, Any]) -> jax.Array:
+    """Splits some of the axes as in a `PartitionSpec`; the compiler chooses for the others."""
+    if not isinstance(array, jax.core.Tracer) or not _auto_axes():
         return array
-    spec = [of_stack if i == axis else _FREE for i in range(array.ndim)]
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
+    entries = [spec.get(i, _FREE) for i in range(array.ndim)]
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*entries))
 
 
-def whole_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
-    """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix.
+def whole_matrices(array: jax.Array, axis: int | None = 0, columns: int | None = -1) -> jax.Array:
+    """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix; of one, the columns.
 
     Outside `moving_whole_matrices`, without an axis `fsdp`, or if JAX's types carry the sharding
     (Explicit axes), it does nothing.
 
     Args:
       array: A stack, (layers, ..., a, b), or a parameter or a gradient that holds one.
-      axis: The axis of the stack. None: the array is one matrix, and nothing happens; nor with a
-        stack of one, whose matrix all devices share.
+      axis: The axis of the stack. None: the array is one matrix, and nothing happens.
+      columns: The axis that is split in a stack of one: that of q. None: a stack of one stays as it
+        is.
     """
-    return _constrained(array, axis, FSDP)
+    if axis is None or array.ndim < 3:
+        return array
+    if array.shape[axis] > 1:
+        return _constrained(array, {axis: FSDP})
+    if columns is None:
+        return array
+    # The axis of q keeps its split over `tensor`; that of p may have it too.
+    names = tuple(name for name in (TENSOR, FSDP) if name in _auto_axes())
+    return _constrained(array, {columns % array.ndim: names})
+
+
+def bases_of_whole(bases: Any) -> Any:
+    """Each P (layers, ..., p, r) on the device of its M, and of a stack of one on every device."""
+
+    def one(basis: jax.Array) -> jax.Array:
+        is_one = basis.ndim > 2 and basis.shape[0] == 1
+        return on_every_device(basis) if is_one else whole_matrices(basis)
+
+    return jax.tree.map(one, bases)
 
 
 def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
@@ -82,14 +102,29 @@ def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
       array: See `whole_matrices`.
       axis: See `whole_matrices`.
     """
-    return _constrained(array, axis, None)
+    if axis is None or array.ndim < 3 or array.shape[axis] == 1:
+        return array
+    return _constrained(array, {axis: None})
 
 
 def on_every_device(array: jax.Array) -> jax.Array:
     """Copies a small array, such as one number per matrix, to every device of the mesh."""
-    if not isinstance(array, jax.core.Tracer) or not _auto_axes():
-        return array
-    return jax.lax.with_sharding_constraint(array, PartitionSpec())
+    return _constrained(array, dict.fromkeys(range(array.ndim)))
+
+
+def decomposed(function: Callable[[jax.Array], Any], matrix: jax.Array) -> Any:
+    """`function(matrix)`, such as a QR, of a whole matrix on every device.
+
+    Args:
+      function: (p, q) -> arrays. The compiler does not partition it.
+      matrix: (p, q), gathered from shards of its rows, in which a product before it is computed.
+    """
+    sizes, whole = _auto_axes(), PartitionSpec()
+    if not sizes:
+        return function(matrix)
+    return jax.shard_map(
+        function, axis_names=set(sizes), in_specs=whole, out_specs=whole, check_vma=False
+    )(_constrained(matrix, {0: FSDP}))
 
 
 def map_own_matrices(function: Callable[..., Any], wanted: jax.Array, *arrays: Any) -> Any | None:

@@ -62,7 +62,7 @@ from osd_jax.sketch import (
     reading_gradient,
     sketches_of,
 )
-from osd_jax.stacks import on_every_device, split_matrices, whole_matrices
+from osd_jax.stacks import bases_of_whole, on_every_device, split_matrices, whole_matrices
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import boxed_like, promotes, unboxed, unzip
@@ -208,7 +208,11 @@ def scale_by_subspace(
 
     def whole_gradients(tree: Any, grads: optax.Updates) -> Any:
         """Gradients without boxes, each device with whole matrices; `tree` is of layouts."""
-        return jax.tree.map(lambda layout, g: whole_matrices(g, layout.stack_axis), tree, grads)
+
+        def one(layout: MatrixLayout, grad: jax.Array) -> jax.Array:
+            return whole_matrices(grad, layout.stack_axis, layout.column_axis)
+
+        return jax.tree.map(one, tree, grads)
 
     def transported(old: Any, new: Any, inner_state: optax.OptState) -> optax.OptState:
         """The inner state after a change of bases."""
@@ -318,7 +322,7 @@ def scale_by_subspace(
         """Gradients -> a tree of `Sketch`, with the statistics of the projector and the lift."""
         tree = layouts(grads)
         grads = whole_gradients(tree, unboxed(grads))
-        bases = jax.tree.map(whole_matrices, state.projector.basis)
+        bases = bases_of_whole(state.projector.basis)
 
         def moving(grads: optax.Updates, bases: Any) -> Any:
             return sketches_of(tree, grads, bases, at_moves, reduce)
@@ -361,7 +365,7 @@ def scale_by_subspace(
             )
         tree, like, whole = layouts(params), unboxed(params), unboxed(grads)
         bases, optimizer, set_at = state.projector
-        here = jax.tree.map(whole_matrices, bases)
+        here = bases_of_whole(bases)
         moves, moved, inner_state = moves_now(state), (bases, optimizer), state.inner
 
         def after_move(inner_state: optax.OptState) -> optax.OptState:
@@ -379,7 +383,7 @@ def scale_by_subspace(
             moved = jax.lax.cond(moves, functools.partial(move_basis, projector), stay, *args)
         read = jax.tree.map(lambda sketch: sketch.only(always), sketches, is_leaf=is_sketch)
         if projector.order == "before":
-            here = jax.tree.map(whole_matrices, moved[0])
+            here = bases_of_whole(moved[0])
             again = lambda grads, bases, read: sketches_of(tree, grads, bases, always)
             still = lambda grads, bases, read: read
             read = jax.lax.cond(moves, again, still, whole, here, read)

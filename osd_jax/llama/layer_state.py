@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from osd_jax.accumulation import Held
 from osd_jax.selection import of_a_part
@@ -137,14 +138,21 @@ class LayerOptimizer:
       tx: The optimizer.
       params: All weights.
       state: The optimizer's state before the update.
+      layout: The sharding of the state, a tree of `NamedSharding` like it: a layer's slices have
+        it too, or the compiler may gather whole stacks for them. None: one device.
 
     Attributes:
       start: The initial `_Layers`, before the first layer.
     """
 
     def __init__(
-        self, tx: optax.GradientTransformation, params: optax.Params, state: optax.OptState
+        self,
+        tx: optax.GradientTransformation,
+        params: optax.Params,
+        state: optax.OptState,
+        layout: Any = None,
     ) -> None:
+        self._specs = {name: x.spec for name, x in leaves_by_name(layout).items()}
         weights = flatten_dict({"layers": params["layers"]})
         self._like: dict[Key, Any] = {}
         self._before: dict[str, jax.Array] = {}
@@ -176,7 +184,9 @@ class LayerOptimizer:
         """The state of one parameter of a layer: its slices, and the shared part before it."""
         like = self._like[key]
         leaves = [
-            take(layers.stacked[name], index) if name in layers.stacked else self._before[name]
+            self._sharded(name, take(layers.stacked[name], index))
+            if name in layers.stacked
+            else self._before[name]
             for name in leaves_by_name(like)
         ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -188,9 +198,18 @@ class LayerOptimizer:
         before = leaves_by_name(old)
         changed = {name: x for name, x in leaves_by_name(new).items() if x is not before[name]}
         stacked = {
-            k: put(layers.stacked[k], x, index) for k, x in changed.items() if k in layers.stacked
+            k: put(layers.stacked[k], self._sharded(k, x), index)
+            for k, x in changed.items()
+            if k in layers.stacked
         }
         shared = {
             k: _combined([layers.shared[k], x]) for k, x in changed.items() if k in layers.shared
         }
         return layers._replace(stacked=layers.stacked | stacked, shared=layers.shared | shared)
+
+    def _sharded(self, name: str, slices: jax.Array) -> jax.Array:
+        """Slices of a stack, sharded like the stack except for its own axis."""
+        if name not in self._specs:
+            return slices
+        spec = PartitionSpec(None, *self._specs[name][1:])
+        return jax.lax.with_sharding_constraint(slices, spec)

@@ -138,6 +138,13 @@ def make_layerwise_train_step(
     members = mesh.shape["data"] if mesh is not None and compress_gradients else 1
     reduce = functools.partial(jax.lax.pmean, axis_name="data") if members > 1 else None
 
+    def layout(params: optax.Params) -> TrainState:
+        """The sharding of the state; None on one device."""
+        none: Any = None
+        if mesh is None:
+            return TrainState(none, none, none)
+        return train_state_sharding(tx, params, mesh)
+
     def total(x: Any) -> Any:
         """The sum over the devices that have gradients of their own."""
         return x if reduce is None else jax.lax.psum(x, "data")
@@ -196,7 +203,9 @@ def make_layerwise_train_step(
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch without clipping: updates each layer within the backward pass."""
-        optimizer = LayerOptimizer(parts, state.params, state.opt_state)
+        optimizer = LayerOptimizer(
+            parts, state.params, state.opt_state, layout(state.params).opt_state
+        )
 
         def step(
             part: optax.Params, grads: optax.Params, part_state: optax.OptState, **extra_args: Any
@@ -250,7 +259,9 @@ def make_layerwise_train_step(
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: holds sketches, and updates the layers at the end."""
         check_sketch_suffices(parts)
-        optimizer = LayerOptimizer(parts, state.params, state.opt_state)
+        optimizer = LayerOptimizer(
+            parts, state.params, state.opt_state, layout(state.params).opt_state
+        )
         outer = {name: x for name, x in state.params.items() if name != "layers"}
         outer_state = state_of_part(parts, outer, state.opt_state)
         held = nothing_held(parts, state.params, state.opt_state)
@@ -337,8 +348,7 @@ def make_layerwise_train_step(
         }
         state = TrainState(state.step + 1, params, opt_state)
         if mesh is not None:
-            layout = train_state_sharding(tx, params, mesh)
-            state = jax.lax.with_sharding_constraint(state, layout)
+            state = jax.lax.with_sharding_constraint(state, layout(params))
         return state, metrics
 
     return train_step

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch.compile_tpu.hlo import collectives
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.train import make_train_step, train_state_sharding
@@ -33,11 +34,12 @@ def meshes(default: Sizes) -> list[Any]:
 
 
 class Run(NamedTuple):
-    """Losses of 20 steps, the last norm, and the compiler's figure of temporary bytes."""
+    """Losses of 20 steps, the last norm, the compiler's figure of temporary bytes, its program."""
 
     losses: np.ndarray
     norm: float
     temporaries: int
+    program: str
 
 
 @functools.cache
@@ -65,7 +67,8 @@ def run(
         is_same = lambda x, to: x.sharding.is_equivalent_to(to, x.ndim)
         assert all(jax.tree.leaves(jax.tree.map(is_same, done.state, layout)))
     memory = done.compiled.memory_analysis().temp_size_in_bytes
-    return Run(done.losses, done.metrics[-1]["gradient_norm"], memory)
+    norm = done.metrics[-1]["gradient_norm"]
+    return Run(done.losses, norm, memory, done.compiled.as_text())
 
 
 @pytest.mark.parametrize("sizes", meshes((2, 2, 2)), ids=str)
@@ -73,6 +76,17 @@ def test_losses_are_those_of_the_plain_step_on_one_device(sizes: Sizes) -> None:
     found, alone = run(make_layerwise_train_step, sizes), run(make_train_step, None)
     np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
     assert found.norm == pytest.approx(alone.norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", meshes((2, 2, 2))[1:], ids=str)
+def test_no_stack_is_gathered_for_one_layer(sizes: Sizes) -> None:
+    """Of weights or state: only a layer's slice is."""
+    found = collectives(run(make_layerwise_train_step, sizes).program)
+    gathers = [one for one in found if one.op == "all-gather" and one.times > 1]
+    gathers = [one for one in gathers if LENGTH not in one.shape]  # no activations
+    assert len(gathers) > 20
+    layers = CONFIG.num_hidden_layers
+    assert not [one for one in gathers if len(one.shape) > 2 and one.shape[0] == layers]
 
 
 @pytest.mark.parametrize("sizes", meshes((8, 1, 1)), ids=str)
