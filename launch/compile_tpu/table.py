@@ -55,9 +55,6 @@ def rows() -> Iterator[Row]:
         for topology in SLICES:
             if size != "7b" or not topology.endswith(":1x1"):
                 yield Row(size, topology, "")
-    for length in (2048, 4096, 8192):
-        flags = f"--max_length {length} --batch_size 4 --total_batch_size 16"  # 4 chips a host
-        yield Row("1b", "v6e:4x4", f"rows of {length:,}", flags)
     yield Row("7b", "v5e:4x4", "layer by layer", "--per_layer --grad_clipping 0")
     yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
     sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
@@ -129,9 +126,10 @@ def page(found: dict[str, Report]) -> str:
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
-        "layer-by-layer updates. Those of 1B with long rows have one row per chip. All other rows "
-        "are the published runs, with 512 rows of 256 tokens per update; with layer-by-layer "
-        "updates on several chips, without clipping.",
+        "layer-by-layer updates. All other rows are the published runs, with 512 rows of 256 "
+        "tokens per update; with layer-by-layer updates on several chips, without clipping. The "
+        "rows of 7B on v6e:16x16 and on v5p were compiled before optimizer state was split over "
+        "all chips.",
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that `set_up` does not install, and a description of the GPU. The "
