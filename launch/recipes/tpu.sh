@@ -14,12 +14,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
 flags+=(--projector_init qr) # XLA takes minutes to compile an SVD for TPUs
 shift
-# All weights and state split over the chips. Below 1B that also sends fewer bytes than data
-# parallelism on up to 16 chips, and more on 64 (docs/tpu.md).
+# All weights and state split over the chips. Below 1B that sends fewer bytes than data parallelism
+# on 16 chips, but more on 4 and on 64, as the TPU compiler arranges it.
 case "${flags[*]} $*" in
 *" --mesh"* | *" --compress_gradients"* | *" --single_gpu"*) ;;
 *llama_1b* | *llama_7b*) flags+=(--fsdp) ;;
-*) [ $((${HOSTS:-1} * ${CHIPS:-4})) -gt 16 ] || flags+=(--fsdp) ;;
+*) [ $((${HOSTS:-1} * ${CHIPS:-4})) -ne 16 ] || flags+=(--fsdp) ;;
 esac
 [ -n "${DRY_RUN:-}" ] || set_up jax train tpu
 run .venv/bin/python -m launch.train_jax "${flags[@]}" --run_dir "${RUNS:-runs}" "$@"

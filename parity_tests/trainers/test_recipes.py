@@ -25,6 +25,7 @@ PLACES = [
     ("slurm", {"SLURM_NTASKS": "8"}, 8, 1),
     ("slurm", {"SLURM_NTASKS": "64"}, 64, 1),
     ("tpu", {}, 1, 4),
+    ("tpu", {"HOSTS": "4"}, 4, 4),
     ("tpu", {"HOSTS": "16", "CHIPS": "8", "RUNS": "there"}, 16, 8),
 ]
 
@@ -66,10 +67,10 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.data.total_batch_size == 512
         assert options.data.batch_size == min(rows * devices, 512 // processes)
         assert options.data.batch_size % devices == 0
-        # for weights that do not fit, and on up to 16 chips of a TPU
-        is_small_slice = recipe == "tpu" and processes * devices <= 16
+        # for weights that do not fit, and where it sends fewer bytes: on 16 chips of a TPU
+        has_16_chips = recipe == "tpu" and processes * devices == 16
         is_large = recipe != "gpu" and size in ("1b", "7b")
-        assert options.devices.fsdp == (is_large or is_small_slice)
+        assert options.devices.fsdp == (is_large or has_16_chips)
         assert options.devices.per_layer == (recipe == "gpu" and is_7b)
         assert options.devices.single_gpu == (recipe == "gpu")
         assert options.run.resume and (options.run.seed, options.run.name) == (3, "other")
@@ -78,8 +79,8 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
 
 def test_another_mesh_replaces_fsdp() -> None:
     for more in (("--mesh", "data=2,fsdp=2"), ("--mesh=data=4",), ("--compress_gradients",)):
-        command = printed("tpu", "60m", *more).stdout.split()
-        options = Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=1)
+        command = printed("tpu", "60m", *more, HOSTS="4").stdout.split()
+        options = Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=4)
         assert not options.devices.fsdp
 
 
