@@ -222,8 +222,9 @@ def _split_further(
 ) -> PartitionSpec:
     """A spec over the axes of `share_over` too, each along the first axis that it divides.
 
-    Whole axes come before split ones, and a matrix's before that of the stack (layers, a, b), whose
-    matrices a step moves between devices.
+    A matrix's axes come before that of the stack (layers, a, b), whose matrices a step moves
+    between devices, and of which a layerwise step reads one at a time. Among these, whole axes come
+    before split ones.
 
     Args:
       shape: The sizes of the axes that may be split; the spec may have more.
@@ -240,7 +241,7 @@ def _split_further(
         if divided:
             is_split = lambda i: shard_count(mesh, entries[i]) > 1
             is_stack = lambda i: i == 0 and len(entries) > 2
-            entries[min(divided, key=lambda i: (is_split(i), is_stack(i), i))] += (name,)
+            entries[min(divided, key=lambda i: (is_stack(i), is_split(i), i))] += (name,)
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 

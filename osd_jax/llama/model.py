@@ -126,7 +126,8 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """(B, S, H) -> (B, S, H), arguments as in `Attention`."""
         normed = rms_norm(x, self.attention_norm[...], self.eps)
-        x = x + self.attention(normed, angles, segments, attention)
+        # Without this constraint XLA computes wrong sums on some meshes over data, fsdp and tensor.
+        x = split_batch(x + self.attention(normed, angles, segments, attention))
         return split_batch(x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)))
 
 

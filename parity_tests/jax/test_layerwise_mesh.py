@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from launch.compile_tpu.hlo import collectives
+from launch.compile_tpu.hlo import Collective, collectives
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.layerwise import make_layerwise_train_step
-from osd_jax.llama.train import make_train_step, train_state_sharding
+from osd_jax.llama.partition import batch_sharding
+from osd_jax.llama.train import init_state, make_train_step, train_state_sharding
 from osd_jax.sharding import make_mesh
 from parity_tests.support.mesh_runs import train
 
@@ -78,15 +80,53 @@ def test_losses_are_those_of_the_plain_step_on_one_device(sizes: Sizes) -> None:
     assert found.norm == pytest.approx(alone.norm, rel=1e-4)
 
 
+def test_a_few_tokens_have_the_loss_of_one_device() -> None:
+    """XLA partitions a step with other numbers of tokens in another way."""
+    config = llama.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    tx = make_optimizer("adamw", "std", learning_rate=1e-3)
+    found = []
+    for mesh in (None, make_mesh(2, 2, 2)):
+        step = make_layerwise_train_step(config, tx, mesh=mesh)
+        found.append(train(config, tx, step, mesh, (1, 8, 16), [False]).losses)
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", meshes((2, 2, 2))[1:], ids=str)
 def test_no_stack_is_gathered_for_one_layer(sizes: Sizes) -> None:
     """Of weights or state: only a layer's slice is."""
-    found = collectives(run(make_layerwise_train_step, sizes).program)
-    gathers = [one for one in found if one.op == "all-gather" and one.times > 1]
+    assert not gathered_stacks(run(make_layerwise_train_step, sizes).program, CONFIG)
+
+
+def test_no_stack_of_8bit_state_is_gathered_for_one_layer() -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512)
+    tx = make_optimizer(
+        "galore_adamw8bit", "continuous_adam8bit", learning_rate=1e-3, rank=64, update_proj_gap=15,
+        projector_init="qr", select=llama.is_projected, dimension_numbers=llama.dimension_numbers,
+    )  # fmt: skip
+    mesh = make_mesh(2, 2, 2)
+    like = jax.eval_shape(lambda: init_state(llama.init(config, 0), tx))
+    layout = train_state_sharding(tx, like.params, mesh)
+    state = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
+    tokens = jax.ShapeDtypeStruct((1, ROWS, LENGTH), np.int32, sharding=batch_sharding(mesh))
+    batch = {"tokens": tokens, "mask": tokens.update(dtype=np.bool)}
+    step: Any = make_layerwise_train_step(config, tx, mesh=mesh)
+    compiled = step.lower(state, batch, jax.ShapeDtypeStruct((), np.bool)).compile()
+    assert not gathered_stacks(compiled.as_text(), config)
+
+
+def gathered_stacks(program: str, config: llama.LlamaConfig) -> list[Collective]:
+    """All-gathers of arrays with an axis of layers, inside the loop over layers."""
+    gathers = [x for x in collectives(program) if x.op == "all-gather" and x.times > 1]
     gathers = [one for one in gathers if LENGTH not in one.shape]  # no activations
     assert len(gathers) > 20
-    layers = CONFIG.num_hidden_layers
-    assert not [one for one in gathers if len(one.shape) > 2 and one.shape[0] == layers]
+    layers = config.num_hidden_layers
+    return [one for one in gathers if len(one.shape) > 2 and one.shape[0] == layers]
 
 
 @pytest.mark.parametrize("sizes", meshes((8, 1, 1)), ids=str)
