@@ -252,7 +252,6 @@ def random(every: int) -> BasisRule:
       >>> tx = osd_jax.scale_by_subspace(optax.scale_by_adam(), osd_jax.random(200), rank=4)
     """
     check_period(every)
-
     left = lambda matrix: jnp.linalg.svd(matrix, full_matrices=False)[0]
 
     def draw(key: jax.Array, old: jax.Array, each: Each) -> jax.Array:

@@ -141,7 +141,7 @@ def move_basis(
 ) -> Any:
     """One step of P's optimizer -> (bases, its state), for the P where `moves` (...) is True.
 
-    `here` are the bases as the sketches lie (`whole_matrices`). `age` is the number of this step by
+    `here` are the bases as the sketches lie (`bases_of_whole`). `age` is the number of this step by
     each matrix's own count; P's optimizer receives it as an extra argument of `update`.
     """
     assert rule.gradient is not None and rule.optimizer is not None

@@ -222,9 +222,9 @@ def _split_further(
 ) -> PartitionSpec:
     """A spec over the axes of `share_over` too, each along the first axis that it divides.
 
-    A matrix's axes come before that of the stack (layers, a, b), whose matrices a step moves
-    between devices, and of which a layerwise step reads one at a time. Among these, whole axes come
-    before split ones.
+    A matrix's axes come before that of the stack (layers, a, b): a step moves its matrices between
+    devices, and a layerwise step reads one at a time. Among a matrix's axes, whole ones come before
+    split ones.
 
     Args:
       shape: The sizes of the axes that may be split; the spec may have more.

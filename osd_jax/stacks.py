@@ -80,7 +80,7 @@ def whole_matrices(array: jax.Array, axis: int | None = 0, columns: int | None =
         return _constrained(array, {axis: FSDP})
     if columns is None:
         return array
-    # The axis of q keeps its split over `tensor`; that of p may have it too.
+    # Of a weight that `tensor` splits along p, too, it splits q here.
     names = tuple(name for name in (TENSOR, FSDP) if name in _auto_axes())
     return _constrained(array, {columns % array.ndim: names})
 
@@ -115,9 +115,13 @@ def on_every_device(array: jax.Array) -> jax.Array:
 def decomposed(function: Callable[[jax.Array], Any], matrix: jax.Array) -> Any:
     """`function(matrix)`, such as a QR, of a whole matrix on every device.
 
+    The compiler may not partition `function`. The matrix is all-gathered from shards of its rows,
+    so that a product that results in it is computed in these shards. Where `whole_matrices` does
+    nothing, this is only a call.
+
     Args:
-      function: (p, q) -> arrays. The compiler does not partition it.
-      matrix: (p, q), gathered from shards of its rows, in which a product before it is computed.
+      function: (p, q) -> arrays.
+      matrix: (p, q).
     """
     sizes, whole = _auto_axes(), PartitionSpec()
     if not sizes:

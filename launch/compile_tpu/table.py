@@ -132,9 +132,9 @@ def page(found: dict[str, Report]) -> str:
         "all chips.",
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
-        "libraries, several GB that `set_up` does not install, and a description of the GPU. The "
-        "sharding is the same there, so weights and state per device are those above; XLA "
-        "chooses other collectives by the links between GPUs.",
+        "libraries, several GB that this project does not install, and a description of the GPU. "
+        "The sharding of a mesh is the same on GPUs, and so are weights and state per device; XLA "
+        "chooses collectives by the links between GPUs.",
         "",
         "To reproduce the table, or to compile a step of your own, install `pip install -e "
         "'.[jax,train,tpu]'` and run:",

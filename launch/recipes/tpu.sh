@@ -14,8 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
 flags+=(--projector_init qr) # XLA takes minutes to compile an SVD for TPUs
 shift
-# All weights and state split over the chips. Below 1B that sends fewer bytes than data parallelism
-# on 16 chips, but more on 4 and on 64, as the TPU compiler arranges it.
+# --fsdp splits weights and state over all chips, unless another mesh is given. Below 1B it sends
+# fewer bytes than data parallelism on 16 chips, but more on 4 and on 64, by the TPU compiler.
 case "${flags[*]} $*" in
 *" --mesh"* | *" --compress_gradients"* | *" --single_gpu"*) ;;
 *llama_1b* | *llama_7b*) flags+=(--fsdp) ;;

@@ -138,8 +138,9 @@ class LayerOptimizer:
       tx: The optimizer.
       params: All weights.
       state: The optimizer's state before the update.
-      layout: The sharding of the state, a tree of `NamedSharding` like it: a layer's slices have
-        it too, or the compiler may gather whole stacks for them. None: one device.
+      layout: The sharding of the state, a tree of `NamedSharding` like it. A layer's slices have it
+        too, except along the axis of the stack; without it the compiler may gather whole stacks.
+        None: one device.
 
     Attributes:
       start: The initial `_Layers`, before the first layer.

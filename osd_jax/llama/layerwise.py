@@ -138,12 +138,10 @@ def make_layerwise_train_step(
     members = mesh.shape["data"] if mesh is not None and compress_gradients else 1
     reduce = functools.partial(jax.lax.pmean, axis_name="data") if members > 1 else None
 
-    def layout(params: optax.Params) -> TrainState:
-        """The sharding of the state; None on one device."""
-        none: Any = None
-        if mesh is None:
-            return TrainState(none, none, none)
-        return train_state_sharding(tx, params, mesh)
+    def optimizer_of(state: TrainState) -> LayerOptimizer:
+        """The optimizer of one layer's parameters at a time, before the first layer."""
+        layout = None if mesh is None else train_state_sharding(tx, state.params, mesh).opt_state
+        return LayerOptimizer(parts, state.params, state.opt_state, layout)
 
     def total(x: Any) -> Any:
         """The sum over the devices that have gradients of their own."""
@@ -203,9 +201,7 @@ def make_layerwise_train_step(
 
     def at_once(state: TrainState, micro: Batch, measure: jax.Array) -> Any:
         """One micro-batch without clipping: updates each layer within the backward pass."""
-        optimizer = LayerOptimizer(
-            parts, state.params, state.opt_state, layout(state.params).opt_state
-        )
+        optimizer = optimizer_of(state)
 
         def step(
             part: optax.Params, grads: optax.Params, part_state: optax.OptState, **extra_args: Any
@@ -259,9 +255,7 @@ def make_layerwise_train_step(
     def after_all(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """Micro-batches or clipping: holds sketches, and updates the layers at the end."""
         check_sketch_suffices(parts)
-        optimizer = LayerOptimizer(
-            parts, state.params, state.opt_state, layout(state.params).opt_state
-        )
+        optimizer = optimizer_of(state)
         outer = {name: x for name, x in state.params.items() if name != "layers"}
         outer_state = state_of_part(parts, outer, state.opt_state)
         held = nothing_held(parts, state.params, state.opt_state)
@@ -348,7 +342,8 @@ def make_layerwise_train_step(
         }
         state = TrainState(state.step + 1, params, opt_state)
         if mesh is not None:
-            state = jax.lax.with_sharding_constraint(state, layout(params))
+            layout = train_state_sharding(tx, params, mesh)
+            state = jax.lax.with_sharding_constraint(state, layout)
         return state, metrics
 
     return train_step
