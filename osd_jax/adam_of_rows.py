@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from osd_jax.layout import DimensionNumbers, declared_vectors
 from osd_jax.numerics import accumulator_dtype, bias_correction, check_static, float32_or_more
 from osd_jax.quantization import MIN_8BIT_SIZE, Quantized, dequantize, quantize
 from osd_jax.sharding import takes_shapes
 from osd_jax.transport import refuse_factored
-from osd_jax.trees import boxed_like, promotes, unboxed
+from osd_jax.trees import KeyPath, boxed_like, promotes, unboxed
 
 
 class ScaleByAdamOfRowsState(NamedTuple):
@@ -39,6 +40,7 @@ def scale_by_adam_of_rows(
     eps: Any = 1e-8,
     *,
     first_8bit: bool = False,
+    dimension_numbers: DimensionNumbers = None,
 ) -> optax.GradientTransformation:
     """Adam with one second moment per row of a matrix, the mean of g^2 along the row.
 
@@ -48,9 +50,9 @@ def scale_by_adam_of_rows(
 
     Rows are the entries of the longer axis, whichever it is: the vocabulary of an embedding or a
     head. For a square matrix they are the entries of the first axis. The state of (m, n) has mn +
-    max(m, n) numbers, compared with Adam's 2mn. All other arrays, including stacks of matrices and
-    matrices with one row or column, have Adam's state and step. Moments and updates are float32,
-    float64 for float64.
+    max(m, n) numbers, compared with Adam's 2mn. All other arrays, including stacks of matrices,
+    stacks of vectors that `dimension_numbers` declares, and matrices with one row or column, have
+    Adam's state and step. Moments and updates are float32, float64 for float64.
 
     In 8 bits, m is stored row by row, in blocks of up to 256 values that do not cross rows. Codes
     far below the largest value of their block are so coarse that b1 times a value may round back to
@@ -63,6 +65,9 @@ def scale_by_adam_of_rows(
       eps: Added to the root of the second moment, after bias correction.
       first_8bit: Whether to store the first moment of a matrix of at least 4096 values in 8 bits,
         with the code book of `osd_jax.quantize_state`.
+      dimension_numbers: As in `scale_by_subspace`. Here it only matters which 2-D arrays it
+        declares as vectors (`reduction_axis=()`), such as the norms of stacked layers, (layers, n).
+        Without it every 2-D array is a matrix.
 
     Returns:
       An Optax transformation with state `ScaleByAdamOfRowsState`.
@@ -75,35 +80,53 @@ def scale_by_adam_of_rows(
       >>> state = osd_jax.scale_by_adam_of_rows().init({"embedding": jnp.zeros((32, 8))})
       >>> state.mu["embedding"].shape, state.nu["embedding"].shape
       ((32, 8), (32,))
+
+      Stacked norms of two layers, declared as vectors:
+
+      >>> vectors = {"norm": osd_jax.SubspaceDimensionNumbers((), 1)}
+      >>> tx = osd_jax.scale_by_adam_of_rows(dimension_numbers=vectors)
+      >>> tx.init({"norm": jnp.zeros((2, 8))}).nu["norm"].shape
+      (2, 8)
     """
     check_static("first_8bit", first_8bit)
 
-    def in_8_bits(m: jax.Array) -> Quantized:
-        turned = m.mT if axis_of_rows(m) == 1 else m
-        return quantize(turned, signed=True, rounding="nearest")
+    def axes_of_rows(tree: optax.Updates) -> Any:
+        """A tree of `axis_of_rows`, with -1 for None, which would be an empty subtree."""
+        holds_vectors = declared_vectors(dimension_numbers, tree)
 
-    def read(m: Any, like: jax.Array) -> jax.Array:
+        def one(path: KeyPath, x: jax.Array) -> int:
+            axis = None if holds_vectors(path) else axis_of_rows(x)
+            return _NO_AXIS if axis is None else axis
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def in_8_bits(m: jax.Array, axis: int) -> Quantized:
+        return quantize(m.mT if axis == 1 else m, signed=True, rounding="nearest")
+
+    def read(m: Any, axis: int) -> jax.Array:
         if not isinstance(m, Quantized):
             return m
         values = dequantize(m, signed=True)
-        return values.mT if axis_of_rows(like) == 1 else values
+        return values.mT if axis == 1 else values
 
     @takes_shapes
     def init(params: optax.Params) -> ScaleByAdamOfRowsState:
-        def first(x: jax.Array) -> Any:
+        def first(x: jax.Array, axis: int) -> Any:
             zeros = jnp.zeros_like(x, accumulator_dtype(x.dtype))
-            is_large = axis_of_rows(x) is not None and x.size >= MIN_8BIT_SIZE
-            return in_8_bits(zeros) if first_8bit and is_large else zeros
+            is_large = axis != _NO_AXIS and x.size >= MIN_8BIT_SIZE
+            return in_8_bits(zeros, axis) if first_8bit and is_large else zeros
 
-        def second(x: jax.Array) -> jax.Array:
-            axis = axis_of_rows(x)
+        def second(x: jax.Array, axis: int) -> jax.Array:
             # A reduction instead of a slice also works on a sharded axis.
-            like = x if axis is None else x.sum(1 - axis)
+            like = x if axis == _NO_AXIS else x.sum(1 - axis)
             return jnp.zeros_like(like, accumulator_dtype(x.dtype))
 
         params = unboxed(params)
+        axes = axes_of_rows(params)
         return ScaleByAdamOfRowsState(
-            jnp.zeros([], jnp.int32), jax.tree.map(first, params), jax.tree.map(second, params)
+            jnp.zeros([], jnp.int32),
+            jax.tree.map(first, params, axes),
+            jax.tree.map(second, params, axes),
         )
 
     @promotes
@@ -113,28 +136,34 @@ def scale_by_adam_of_rows(
         del params
         count = optax.safe_increment(state.count)
 
-        def first(g: jax.Array, m: Any) -> jax.Array:
-            return b1 * read(m, g) + (1 - b1) * g
+        def first(g: jax.Array, axis: int, m: Any) -> jax.Array:
+            return b1 * read(m, axis) + (1 - b1) * g
 
-        def second(g: jax.Array, v: jax.Array) -> jax.Array:
-            axis, square = axis_of_rows(g), jnp.square(g)
-            new = square if axis is None else jnp.mean(square, axis=1 - axis)
+        def second(g: jax.Array, axis: int, v: jax.Array) -> jax.Array:
+            square = jnp.square(g)
+            new = square if axis == _NO_AXIS else jnp.mean(square, axis=1 - axis)
             return b2 * v + (1 - b2) * new
 
-        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+        def direction(m: jax.Array, axis: int, v: jax.Array) -> jax.Array:
             c1, c2 = (bias_correction(count, b).astype(m.dtype) for b in (b1, b2))
-            root, axis = jnp.sqrt(v / c2) + eps, axis_of_rows(m)
-            return m / c1 / (root if axis is None else jnp.expand_dims(root, 1 - axis))
+            root = jnp.sqrt(v / c2) + eps
+            return m / c1 / (root if axis == _NO_AXIS else jnp.expand_dims(root, 1 - axis))
+
+        def stored(m: jax.Array, axis: int, old: Any) -> Any:
+            return in_8_bits(m, axis) if isinstance(old, Quantized) else m
 
         grads = jax.tree.map(float32_or_more, unboxed(updates))
-        mu = jax.tree.map(first, grads, state.mu)
-        nu = jax.tree.map(second, grads, state.nu)
-        kept = lambda m, old: in_8_bits(m) if isinstance(old, Quantized) else m
-        return boxed_like(updates, jax.tree.map(direction, mu, nu)), ScaleByAdamOfRowsState(
-            count, jax.tree.map(kept, mu, state.mu), nu
+        axes = axes_of_rows(grads)
+        mu = jax.tree.map(first, grads, axes, state.mu)
+        nu = jax.tree.map(second, grads, axes, state.nu)
+        return boxed_like(updates, jax.tree.map(direction, mu, axes, nu)), ScaleByAdamOfRowsState(
+            count, jax.tree.map(stored, mu, axes, state.mu), nu
         )
 
     return optax.GradientTransformation(init, update)
+
+
+_NO_AXIS = -1
 
 
 def axis_of_rows(x: jax.Array) -> int | None:

@@ -73,7 +73,8 @@ def osd_adamw(
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.
       second_moment: For matrices that are not projected: "full", or "row", one number for each
-        entry of the longer axis; see `scale_by_adam_of_rows`.
+        entry of the longer axis; see `scale_by_adam_of_rows`. Stacked vectors, such as the norms of
+        all layers, must then be declared in `dimension_numbers`.
       first_moment: For these matrices with "row": "full", or "8bit".
       weight_decay: Decoupled, multiplied by the learning rate, after the update.
       mask: A tree of bool like the parameters, or a function from them to one: what has weight
@@ -122,7 +123,10 @@ def osd_adamw(
     rule = adamw_rule(learning_rate, b1, b2, eps, linear=is_linear(lift))
     check_moments(second_moment, first_moment)
     if second_moment == "row":
-        by_rows = scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
+        by_rows = scale_by_adam_of_rows(
+            b1, b2, eps,
+            first_8bit=first_moment == "8bit", dimension_numbers=dimension_numbers,
+        )  # fmt: skip
         others = adamw_rule(learning_rate)._replace(low_rank=descending(by_rows, learning_rate))
         rule = apart(rule, others, functools.partial(decaying, weight_decay, mask))
     return in_subspace(

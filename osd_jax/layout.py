@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import zlib
@@ -189,6 +190,24 @@ def dimension_numbers_by_path(
         return numbers[path_of(alike[0])]
 
     return lookup
+
+
+def declared_vectors(
+    dimension_numbers: DimensionNumbers, params: optax.Params
+) -> Callable[[KeyPath], bool]:
+    """Looks up by its path whether a parameter is declared to hold vectors.
+
+    A parameter without an entry is not: only projected parameters need one.
+    """
+    lookup = dimension_numbers_by_path(dimension_numbers, params)
+
+    def holds_vectors(path: KeyPath) -> bool:
+        with contextlib.suppress(ValueError):
+            numbers = lookup(path)
+            return numbers is not None and numbers.reduction_axis == ()
+        return False
+
+    return holds_vectors
 
 
 def check_rank(rank: int) -> None:

@@ -99,7 +99,8 @@ def osd_muon(
       b2: AdamW's b2 for these.
       eps: AdamW's eps for these; added to the root of the second moment after bias correction.
       second_moment: For matrices that are not projected: "full", or "row", one number for each
-        entry of the longer axis; see `scale_by_adam_of_rows`.
+        entry of the longer axis; see `scale_by_adam_of_rows`. Stacked vectors, such as the norms of
+        all layers, must then be declared in `dimension_numbers`.
       first_moment: "full", or "8bit" for the first moment of these matrices with "row", and for the
         momentum.
       ns_steps: Number of Newton-Schulz steps.
@@ -166,7 +167,7 @@ def osd_muon(
             functools.partial(decaying, weight_decay, mask),
             by_us,
             trace=scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit"),
-            adam=_adam_of_others(b1, b2, eps, second_moment, first_moment),
+            adam=_adam_of_others(b1, b2, eps, second_moment, first_moment, dimension_numbers),
         ),
         shared,
         following(transport_moments, b1, b2, rounding="nearest"),
@@ -174,13 +175,20 @@ def osd_muon(
 
 
 def _adam_of_others(
-    b1: Any, b2: Any, eps: Any, second_moment: SecondMoment, first_moment: FirstMoment
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    second_moment: SecondMoment,
+    first_moment: FirstMoment,
+    dimension_numbers: DimensionNumbers,
 ) -> optax.GradientTransformation:
     """Adam for the parameters that are not projected."""
     check_moments(second_moment, first_moment)
     if second_moment == "full":
         return optax.scale_by_adam(b1, b2, eps)
-    return scale_by_adam_of_rows(b1, b2, eps, first_8bit=first_moment == "8bit")
+    return scale_by_adam_of_rows(
+        b1, b2, eps, first_8bit=first_moment == "8bit", dimension_numbers=dimension_numbers
+    )
 
 
 def muon_rule(

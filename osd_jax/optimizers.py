@@ -165,7 +165,8 @@ def make_optimizer(
       residual_scale: Weight of the residuals `column_ema` (None: 0.4) and `sign` (None: 1).
       growth_limiter: Whether `norm_ratio` and `gradient_only` grow by at most 1 % per step.
       second_moment: Second moment of Adam for matrices that are not selected: "full", or "row", one
-        number for each entry of the longer axis, so that an embedding has one per token.
+        number for each entry of the longer axis, so that an embedding has one per token. Stacked
+        vectors, such as the norms of all layers, must then be declared in `dimension_numbers`.
       first_moment: With "row": "full", or "8bit"; Muon's momentum is then in 8 bits too.
       select: (path, parameter) -> whether it is projected, such as `select_linear(model)`. None:
         the matrices inside numbered blocks, and those with `attn`, `attention` or `mlp` in their
@@ -329,7 +330,10 @@ def make_optimizer(
     betas = _betas(kind, beta1, beta2)
     own_eps = 1e-6 if optimizer == "galore_adamw" else 1e-8
     adam = (*betas, own_eps if eps is None else eps)
-    by_rows = functools.partial(scale_by_adam_of_rows, *adam, first_8bit=first_moment == "8bit")
+    by_rows = functools.partial(
+        scale_by_adam_of_rows, *adam,
+        first_8bit=first_moment == "8bit", dimension_numbers=dimension_numbers,
+    )  # fmt: skip
     newton_schulz: dict[str, Any] = {"dtype": ns_dtype, "scale": muon_scale}
     trace = scale_by_momentum(momentum, nesterov, in_8bit=first_moment == "8bit")
     # Parameters that are not selected, with a separate learning rate.

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from osd_jax.llama.old_checkpoints import as_saved
 from osd_jax.llama.train import TrainState
-from osd_jax.state import NOT_SET, ProjectorState, SubspaceState
 from osd_jax.trees import path_name
 
 
@@ -90,8 +89,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> Restored:
         """Reads a checkpoint back, bit for bit.
 
-        A checkpoint from before `set_at` existed is read as if the first step had set every P,
-        provided a step was taken.
+        A checkpoint of an earlier version is converted; see `osd_jax.llama.old_checkpoints`.
 
         Args:
           step: The step of the checkpoint.
@@ -107,8 +105,7 @@ class Checkpoints:
         abstract = jax.tree.map(_with_sharding, like)
         with self._reading(step):
             saved = self._manager.item_metadata(step)["state"].tree
-        is_old = _holds_no_set_at(saved, abstract)
-        there = _without_set_at(abstract) if is_old else abstract
+        there, converted = as_saved(saved, abstract)
         self._check_alike(step, saved, there)
         with self._reading(step):
             found = self._manager.restore(
@@ -117,8 +114,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(there), extra=ocp.args.JsonRestore()
                 ),
             )
-        state = _with_set_at(found["state"], abstract) if is_old else found["state"]
-        return Restored(state, found["extra"])
+        return Restored(converted(found["state"]), found["extra"])
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -200,67 +196,6 @@ class Checkpoints:
         # exist.
         if kind is None or jax.process_count() == 1:
             self._manager.close()
-
-
-# -------------------------------------------- checkpoints from before `ProjectorState.set_at`
-
-
-class _OldProjectorState(NamedTuple):
-    basis: Any
-    optimizer: optax.OptState
-
-
-def _is_subspace(x: Any) -> bool:
-    return isinstance(x, SubspaceState)
-
-
-def _holds_no_set_at(saved: Any, wanted: Any) -> bool:
-    """Whether `wanted` contains arrays of `set_at` and `saved` contains none."""
-    names = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(saved)[0]}
-    ours = jax.tree_util.tree_flatten_with_path(wanted, is_leaf=_is_subspace)[0]
-    set_at = {
-        path_name((*path, *inner))
-        for path, own in ours
-        if _is_subspace(own)
-        for inner, _ in jax.tree_util.tree_flatten_with_path(own)[0]
-        if [getattr(key, "name", None) for key in inner[:2]] == ["projector", "set_at"]
-    }
-    return bool(set_at) and set_at.isdisjoint(names)
-
-
-def _without_set_at(state: Any) -> Any:
-    """A state whose projector states lack `set_at`, as in earlier versions."""
-
-    def one(x: Any) -> Any:
-        if not _is_subspace(x):
-            return x
-        return x._replace(projector=_OldProjectorState(x.projector.basis, x.projector.optimizer))
-
-    return jax.tree.map(one, state, is_leaf=_is_subspace)
-
-
-def _with_set_at(old: Any, like: Any) -> Any:
-    """The inverse: every P was set at step 0 if a step was taken, and otherwise waits.
-
-    Args:
-      old: A state of arrays, as from `_without_set_at`.
-      like: The complete state, of shapes with shardings.
-    """
-
-    def one(x: Any, like: Any) -> Any:
-        if not _is_subspace(x):
-            return x
-        value = 0 if np.asarray(x.count) > 0 else NOT_SET
-
-        def filled(like: jax.ShapeDtypeStruct) -> jax.Array:
-            whole = np.full(like.shape, value, like.dtype)
-            return jax.make_array_from_callback(like.shape, like.sharding, whole.__getitem__)
-
-        set_at = jax.tree.map(filled, like.projector.set_at)
-        projector = ProjectorState(x.projector.basis, x.projector.optimizer, set_at)
-        return x._replace(projector=projector)
-
-    return jax.tree.map(one, old, like, is_leaf=_is_subspace)
 
 
 def _with_sharding(x: Any) -> jax.ShapeDtypeStruct:

@@ -168,6 +168,11 @@ class LayerOptimizer:
             # one layer.
             two_layers = leaves_by_name(_state_shapes(tx, unflatten_dict({key: of_two})))
             for name, shape in leaves_by_name(self._like[key]).items():
+                if name not in leaves or name not in two_layers:
+                    raise ValueError(
+                        f"the optimizer's state has {name} for one layer but not for all of them: "
+                        "it cannot be updated layer by layer"
+                    )
                 leaf, two = leaves[name], two_layers[name]
                 if leaf.shape == shape.shape == two.shape:
                     self._before[name] = leaf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import osd_jax
-from osd_jax import scale_by_adam_of_rows
+from osd_jax import llama, scale_by_adam_of_rows
+from osd_jax.adam_of_rows import ScaleByAdamOfRowsState
 from osd_jax.quantization import Quantized
 from osd_jax.rules import on_matrices
 from osd_jax.sharding import state_sharding
@@ -35,6 +37,23 @@ STEPS = 20
 B1, B2, EPS = 0.9, 0.999, 1e-8
 SHAPES = [(30, 7), (7, 30), (9, 9), (1, 12), (12, 1), (11,), (2, 5, 4)]
 ids = lambda shape: "x".join(map(str, shape))
+is_rows = lambda x: isinstance(x, ScaleByAdamOfRowsState)
+
+IN_LLAMA: dict[str, Any] = {
+    "second_moment": "row",
+    "first_moment": "8bit",
+    "select": llama.is_projected,
+    "dimension_numbers": llama.dimension_numbers,
+}
+make_optimizer = partial(osd_jax.make_optimizer, learning_rate=0.01, **IN_LLAMA)
+BUILT: dict[str, Any] = {
+    "osd_adamw": partial(osd_jax.osd_adamw, 0.01, rank=4, **IN_LLAMA),
+    "osd_muon": partial(osd_jax.osd_muon, 0.01, rank=4, **IN_LLAMA),
+    "adamw": partial(make_optimizer, "adamw", "std"),
+    "muon": partial(make_optimizer, "muon", "std"),
+    "galore_adamw": partial(make_optimizer, "galore_adamw", "continuous", rank=4),
+    "osd_muon by name": partial(make_optimizer, "osd_muon", "continuous", rank=4),
+}
 
 
 def draw(shape: tuple[int, ...], seed: int = 0, steps: int = STEPS) -> np.ndarray:
@@ -371,6 +390,55 @@ def test_moments_cannot_follow_another_basis() -> None:
 def test_first_8bit_is_a_plain_value() -> None:
     with pytest.raises(ValueError, match="first_8bit is an array"):
         scale_by_adam_of_rows(first_8bit=jnp.array(True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(3, 11), (11, 3), (8, 600)], ids=ids)
+def test_declared_vectors_are_stepped_as_alone(shape: tuple[int, int]) -> None:
+    """The norms of stacked layers, (layers, n): each like PyTorch's own vector of its layer."""
+    gradients = draw(shape)
+    vectors = {"norm": osd_jax.SubspaceDimensionNumbers((), 1)}
+    tx = scale_by_adam_of_rows(first_8bit=True, dimension_numbers=vectors)
+
+    def step(state: Any, g: jax.Array) -> Any:
+        # Only projected parameters need an entry in `dimension_numbers`.
+        directions, state = tx.update({"norm": g, "head": g}, state)
+        return state, directions
+
+    with jax.enable_x64(True):
+        params = dict.fromkeys(("norm", "head"), jnp.asarray(gradients[0]))
+        state, found = jax.jit(lambda g: jax.lax.scan(step, tx.init(params), g))(gradients)
+        matrix, _ = by_jax(gradients, first_8bit=True)
+    assert state.mu["norm"].shape == state.nu["norm"].shape == shape
+    assert state.nu["head"].shape == (max(shape),)
+    np.testing.assert_array_equal(found["head"], matrix)
+    for layer in range(shape[0]):
+        alone, held = by_torch(gradients[:, layer], AdamOfRows(first_8bit=True))
+        np.testing.assert_allclose(found["norm"][:, layer], alone, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(state.nu["norm"][layer], held["exp_avg_sq"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("built", sorted(BUILT))
+def test_stacked_norms_of_llama_have_adams_state(built: str) -> None:
+    """In every optimizer that takes `second_moment`, also where they would be in 8 bits."""
+    config = llama.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=64,
+        num_attention_heads=2,
+    )
+    state = jax.eval_shape(lambda: BUILT[built]().init(llama.init(config, 0)))
+    found = {
+        field: {jax.tree_util.keystr(path): x.shape for path, x in leaves}
+        for rows in jax.tree.leaves(state, is_leaf=is_rows)
+        if is_rows(rows)
+        for field in ("mu", "nu")
+        for leaves in [jax.tree.leaves_with_path(getattr(rows, field))]
+    }
+    for norm in ("attention_norm", "mlp_norm"):
+        for field in ("mu", "nu"):
+            assert found[field][f"['layers']['{norm}']"] == (64, 64)
+    assert found["nu"]["['embedding']"] == (96,)
 
 
 def test_any_tree_and_kernels_as_matrices() -> None:

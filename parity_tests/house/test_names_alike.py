@@ -60,7 +60,10 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
         "as subspace_states": "bases_by_key_path projected_paths",
     },
     ("layout.py", "osd_jax"): {
-        _AXES: ("DimensionNumbers MatrixLayout matrix_layout dimension_numbers_by_path layouts_of"),
+        _AXES: (
+            "DimensionNumbers MatrixLayout matrix_layout dimension_numbers_by_path declared_vectors "
+            "layouts_of"
+        ),
         _TREE: "random_draws",
     },
     ("layout.py", "osd_torch"): {

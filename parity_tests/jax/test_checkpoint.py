@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import osd_jax
+from osd_jax.adam_of_rows import ScaleByAdamOfRowsState
 from osd_jax.llama.checkpoint import Checkpoints
 from osd_jax.llama.train import TrainState, init_state
 from parity_tests.support.trainer_runs import assert_absent_directory_stays_absent, largest_file
@@ -84,6 +86,14 @@ def test_state_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert found.extra == extra
 
 
+NO_MATRIX = osd_jax.SubspaceDimensionNumbers(reduction_axis=(), output_axis=1)
+is_rows = lambda x: isinstance(x, ScaleByAdamOfRowsState)
+
+
+def without_rows(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: () if is_rows(x) else x, state, is_leaf=is_rows)
+
+
 class ProjectorStateBefore(NamedTuple):
     """As checkpoints held it before each matrix knew when its P was set."""
 
@@ -116,6 +126,45 @@ def test_a_checkpoint_without_set_at_is_read(name: str, steps: int, tmp_path: Pa
         found = checkpoints.restore(3, jax.eval_shape(lambda: state))
     assert_same(found.state, replaced(expected))
     assert found.extra == {"place": 7}
+
+
+@pytest.mark.parametrize("first_moment", ["full", "8bit"])
+@pytest.mark.parametrize("shape", [(3, 1400), (70, 60)], ids=str)
+def test_a_checkpoint_with_stacked_vectors_as_matrices_is_read(
+    shape: tuple[int, int], first_moment: str, tmp_path: Path
+) -> None:
+    """Each vector gets the first moment of its own, and the second moment that all shared."""
+
+    def trained(dimension_numbers: Any) -> TrainState:
+        tx = osd_jax.osd_muon(
+            0.01, rank=3, second_moment="row", first_moment=first_moment,  # type: ignore[arg-type]
+            select=lambda path, x: path == "w", dimension_numbers=dimension_numbers,
+        )  # fmt: skip
+        state = init_state({"w": jnp.ones((6, 8)), "norm": jnp.ones(shape)}, tx)
+        grads = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size) + 1.0).reshape(x.shape), state[1])
+        return state._replace(opt_state=jax.jit(tx.update)(grads, state.opt_state, state.params)[1])
+
+    vectors = {"w": osd_jax.SubspaceDimensionNumbers(), "norm": NO_MATRIX}
+    old, like = trained(None), trained(vectors)
+    mesh = jax.make_mesh((2,), ("x",))
+    on_mesh = lambda x: jax.NamedSharding(mesh, jax.P("x") if x.shape[:1] == (70,) else jax.P())
+    for target in (like, jax.device_put(like, jax.tree.map(on_mesh, like))):
+        with Checkpoints(tmp_path / str(len(jax.tree.leaves(target)[0].devices())), 1) as kept:
+            kept.save(3, old, {})
+            kept.wait()
+            found = kept.restore(3, target).state
+        for x, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target), strict=True):
+            assert x.sharding.is_equivalent_to(wanted.sharding, x.ndim)
+        rows = lambda state: next(x for x in jax.tree.leaves(state, is_leaf=is_rows) if is_rows(x))
+        across = 1 if shape[0] >= shape[1] else 0
+        shared = np.expand_dims(rows(old).nu["norm"], across)
+        np.testing.assert_array_equal(rows(found).nu["norm"], np.broadcast_to(shared, shape))
+        # The 64 largest codes are spaced evenly over 0.1 to 1 of their block's largest value.
+        largest = np.abs(rows(like).mu["norm"]).max()
+        atol = 1.01 * 0.45 / 64 * largest if first_moment == "8bit" else 0
+        np.testing.assert_allclose(rows(found).mu["norm"], rows(like).mu["norm"], 0, atol)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, like)
+        assert_same(without_rows(found), without_rows(target))
 
 
 def test_bfloat16_weights_come_back_bit_for_bit(tmp_path: Path) -> None:

@@ -144,6 +144,16 @@ def test_layerwise_and_plain_step_are_the_same(
     chex.assert_trees_all_equal_shapes_and_dtypes(state, wanted_state)
 
 
+def test_layerwise_with_rows() -> None:
+    """Embedding and head have one second moment per row; the norms of each layer have their own."""
+    tx = make_optimizer("osd_muon", rank=4, second_moment="row", full_lr=1e-3)
+    plain = make_train_step(CONFIG, tx)
+    layerwise = make_layerwise_train_step(CONFIG, tx)
+    _, wanted = run(plain, CONFIG, tx, 3, 1)
+    _, found = run(layerwise, CONFIG, tx, 3, 1)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("micro_batches", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_layer_has_a_state_of_its_own(micro_batches: int) -> None:
     """Its axis has length 1 in all of the state, which still is no part that layers share."""
