@@ -3,8 +3,9 @@
     python -m launch.compile_tpu.table
 
 compiles the train step of `launch/recipes/tpu.sh` for every size and slice with launch.compile_tpu.
-A 7B step takes minutes. The results are stored in `docs/tpu.json`, so an interrupted table resumes;
-delete the file to compile everything again. `--only "v5e:4x4 1b"` compiles the named rows again.
+A 7B step takes minutes. The results are stored in `docs/tpu.json` with the flags that they were
+compiled with, so an interrupted table resumes and a changed recipe is compiled again; delete the
+file after a change of the step itself. `--only "v5e:4x4 1b"` compiles the named rows again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from launch.compile_tpu.step import GIB, IN_BRANCH, Report, find_topology
 from launch.trainer.cli import run_cli
@@ -33,6 +34,9 @@ SLICES = (
 
 # 7B on one chip: one forward pass per update, as in the published figure of 22.8 GiB on a GPU.
 ALONE = "--total_batch_size 16 --grad_clipping 0 --basis_dtype bfloat16"
+# 1B with 8192 positions, one row on each chip of four hosts with four chips.
+LONG = "--model_config configs/llama_1b_8k.json --batch_size 4 --total_batch_size 16 --max_length"
+LENGTHS = (2048, 4096, 8192)
 
 
 class Row(NamedTuple):
@@ -55,6 +59,8 @@ def rows() -> Iterator[Row]:
         for topology in SLICES:
             if size != "7b" or not topology.endswith(":1x1"):
                 yield Row(size, topology, "")
+    for length in LENGTHS:
+        yield Row("1b", "v6e:4x4", f"rows of {length}", f"{LONG} {length}")
     yield Row("7b", "v5e:4x4", "layer by layer", "--per_layer --grad_clipping 0")
     yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
     sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
@@ -128,8 +134,8 @@ def page(found: dict[str, Report]) -> str:
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
         "layer-by-layer updates. All other rows are the published runs, with 512 rows of 256 "
         "tokens per update; with layer-by-layer updates on several chips, without clipping. The "
-        "rows of 7B on v6e:16x16 and on v5p were compiled before optimizer state was split over "
-        "all chips.",
+        "rows of 1B with longer rows have one row per chip and update: "
+        f"`tpu.sh 1b {LONG} LENGTH`.",
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that this project does not install, and a description of the GPU. "
@@ -147,17 +153,25 @@ def page(found: dict[str, Report]) -> str:
 
 
 def make_table(wanted: Iterable[Row], out: Path, again: Sequence[str] = ()) -> str:
-    """Compiles the rows missing from `out`, and those with the keys `again`; writes the page."""
+    """Compiles the rows that `out` lacks or has with other flags; writes the page.
+
+    Args:
+        wanted: The rows to compile, unless they are there.
+        out: Folder of `tpu.json` and `tpu.md`.
+        again: Keys of rows to compile in any case.
+
+    Returns:
+        The page.
+    """
     path = out / "tpu.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found: dict[str, Any] = {key: Report(**report) for key, report in kept.items()}
     for row in wanted:
-        if row.key not in found or row.key in again:
+        flags = shlex.join(recipe_flags(row))
+        if row.key in again or kept.get(row.key, {}).get("flags") != flags:
             print(f"compiling {row.key}", flush=True)
-            found[row.key] = compiled(row)
-            as_json = {key: vars(report) for key, report in found.items()}
-            write_atomic(path, json.dumps(as_json, indent=2) + "\n")
-    text = page(found)
+            kept[row.key] = {"flags": flags, "report": vars(compiled(row))}
+            write_atomic(path, json.dumps(kept, indent=2) + "\n")
+    text = page({key: Report(**row["report"]) for key, row in kept.items()})
     write_atomic(out / "tpu.md", text)
     return text
 

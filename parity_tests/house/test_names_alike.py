@@ -61,8 +61,8 @@ UNLIKE: dict[tuple[str, str], dict[str, str]] = {
     },
     ("layout.py", "osd_jax"): {
         _AXES: (
-            "DimensionNumbers MatrixLayout matrix_layout dimension_numbers_by_path declared_vectors "
-            "layouts_of"
+            "DimensionNumbers MatrixLayout matrix_layout dimension_numbers_by_path "
+            "declared_vectors layouts_of"
         ),
         _TREE: "random_draws",
     },

@@ -222,7 +222,8 @@ def test_every_row_is_a_run_of_the_recipe() -> None:
     names = set()
     for row in table.rows():
         options = Options.parse(table.recipe_flags(row))
-        assert options.model.model_config == f"configs/llama_{row.size}.json"
+        assert options.model.model_config.startswith(f"configs/llama_{row.size}")
+        assert options.data.max_length == 256 or str(options.data.max_length) in row.name
         assert options.subspace.projector_init == "qr"
         devices = find_topology(row.topology)
         rows = options.data.batch_size * len({device.process_index for device in devices})
@@ -245,12 +246,17 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
             collectives={"all-reduce": {"count": 3, "bytes_sent": 5e6}} if fits else {},
         )  # fmt: skip
 
+    flags = {row.topology: ["--rank", "1"] for row in wanted}
     monkeypatch.setattr(table, "compiled", compiled)
+    monkeypatch.setattr(table, "recipe_flags", lambda row: flags[row.topology])
     table.make_table(wanted[:1], tmp_path)
     text = table.make_table(wanted, tmp_path)
     assert asked == ["v5e:1x1", "v5e:4x4"]
     assert table.make_table(wanted[:1], tmp_path, again=[wanted[0].key]) == text
     assert asked == ["v5e:1x1", "v5e:4x4", "v5e:1x1"]
+    flags["v5e:4x4"] = ["--rank", "2"]  # a changed recipe
+    assert table.make_table(wanted, tmp_path) == text
+    assert asked[3:] == ["v5e:4x4"]
     assert (tmp_path / "tpu.md").read_text() == text
     row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
     assert row in text and "**does not fit** (3.14 GiB)" in text
