@@ -90,44 +90,35 @@ def scale_by_adam_of_rows(
     """
     check_static("first_8bit", first_8bit)
 
-    def axes_of_rows(tree: optax.Updates) -> Any:
-        """A tree of `axis_of_rows`, with -1 for None, which would be an empty subtree."""
-        holds_vectors = declared_vectors(dimension_numbers, tree)
+    def in_8_bits(m: jax.Array) -> Quantized:
+        turned = m.mT if axis_of_rows(m) == 1 else m
+        return quantize(turned, signed=True, rounding="nearest")
 
-        def one(path: KeyPath, x: jax.Array) -> int:
-            axis = None if holds_vectors(path) else axis_of_rows(x)
-            return _NO_AXIS if axis is None else axis
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    def in_8_bits(m: jax.Array, axis: int) -> Quantized:
-        return quantize(m.mT if axis == 1 else m, signed=True, rounding="nearest")
-
-    def read(m: Any, axis: int) -> jax.Array:
+    def read(m: Any, like: jax.Array) -> jax.Array:
         if not isinstance(m, Quantized):
             return m
         values = dequantize(m, signed=True)
-        return values.mT if axis == 1 else values
+        return values.mT if axis_of_rows(like) == 1 else values
 
     @takes_shapes
     def init(params: optax.Params) -> ScaleByAdamOfRowsState:
-        def first(x: jax.Array, axis: int) -> Any:
-            zeros = jnp.zeros_like(x, accumulator_dtype(x.dtype))
-            is_large = axis != _NO_AXIS and x.size >= MIN_8BIT_SIZE
-            return in_8_bits(zeros, axis) if first_8bit and is_large else zeros
+        params = unboxed(params)
+        holds_vectors = declared_vectors(dimension_numbers, params)
 
-        def second(x: jax.Array, axis: int) -> jax.Array:
+        def first(path: KeyPath, x: jax.Array) -> Any:
+            zeros = jnp.zeros_like(x, accumulator_dtype(x.dtype))
+            is_matrix = axis_of_rows(x) is not None and not holds_vectors(path)
+            is_large = is_matrix and x.size >= MIN_8BIT_SIZE
+            return in_8_bits(zeros) if first_8bit and is_large else zeros
+
+        def second(path: KeyPath, x: jax.Array) -> jax.Array:
+            axis = None if holds_vectors(path) else axis_of_rows(x)
             # A reduction instead of a slice also works on a sharded axis.
-            like = x if axis == _NO_AXIS else x.sum(1 - axis)
+            like = x if axis is None else x.sum(1 - axis)
             return jnp.zeros_like(like, accumulator_dtype(x.dtype))
 
-        params = unboxed(params)
-        axes = axes_of_rows(params)
-        return ScaleByAdamOfRowsState(
-            jnp.zeros([], jnp.int32),
-            jax.tree.map(first, params, axes),
-            jax.tree.map(second, params, axes),
-        )
+        mu, nu = (jax.tree_util.tree_map_with_path(one, params) for one in (first, second))
+        return ScaleByAdamOfRowsState(jnp.zeros([], jnp.int32), mu, nu)
 
     @promotes
     def update(
@@ -136,34 +127,28 @@ def scale_by_adam_of_rows(
         del params
         count = optax.safe_increment(state.count)
 
-        def first(g: jax.Array, axis: int, m: Any) -> jax.Array:
-            return b1 * read(m, axis) + (1 - b1) * g
+        def first(g: jax.Array, m: Any) -> jax.Array:
+            return b1 * read(m, g) + (1 - b1) * g
 
-        def second(g: jax.Array, axis: int, v: jax.Array) -> jax.Array:
-            square = jnp.square(g)
-            new = square if axis == _NO_AXIS else jnp.mean(square, axis=1 - axis)
+        def second(g: jax.Array, v: jax.Array) -> jax.Array:
+            axis, square = _reduced_axis(g, v), jnp.square(g)
+            new = square if axis is None else jnp.mean(square, axis=axis)
             return b2 * v + (1 - b2) * new
 
-        def direction(m: jax.Array, axis: int, v: jax.Array) -> jax.Array:
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             c1, c2 = (bias_correction(count, b).astype(m.dtype) for b in (b1, b2))
-            root = jnp.sqrt(v / c2) + eps
-            return m / c1 / (root if axis == _NO_AXIS else jnp.expand_dims(root, 1 - axis))
-
-        def stored(m: jax.Array, axis: int, old: Any) -> Any:
-            return in_8_bits(m, axis) if isinstance(old, Quantized) else m
+            root, axis = jnp.sqrt(v / c2) + eps, _reduced_axis(m, v)
+            return m / c1 / (root if axis is None else jnp.expand_dims(root, axis))
 
         grads = jax.tree.map(float32_or_more, unboxed(updates))
-        axes = axes_of_rows(grads)
-        mu = jax.tree.map(first, grads, axes, state.mu)
-        nu = jax.tree.map(second, grads, axes, state.nu)
-        return boxed_like(updates, jax.tree.map(direction, mu, axes, nu)), ScaleByAdamOfRowsState(
-            count, jax.tree.map(stored, mu, axes, state.mu), nu
+        mu = jax.tree.map(first, grads, state.mu)
+        nu = jax.tree.map(second, grads, state.nu)
+        kept = lambda m, old: in_8_bits(m) if isinstance(old, Quantized) else m
+        return boxed_like(updates, jax.tree.map(direction, mu, nu)), ScaleByAdamOfRowsState(
+            count, jax.tree.map(kept, mu, state.mu), nu
         )
 
     return optax.GradientTransformation(init, update)
-
-
-_NO_AXIS = -1
 
 
 def axis_of_rows(x: jax.Array) -> int | None:
@@ -171,3 +156,9 @@ def axis_of_rows(x: jax.Array) -> int | None:
     if x.ndim != 2 or min(x.shape) < 2:
         return None
     return 0 if x.shape[0] >= x.shape[1] else 1
+
+
+def _reduced_axis(x: jax.Array, v: jax.Array) -> int | None:
+    """The axis of a matrix over which its second moment `v` is a mean; None: `v` has its shape."""
+    axis = axis_of_rows(x)
+    return None if axis is None or v.ndim == x.ndim else 1 - axis

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from osd_jax.bases import online_pca
 from osd_jax.basis_rule import BasisRule
 from osd_jax.diagnostics import projected_paths
 from osd_jax.guard import guarded
-from osd_jax.layout import DimensionNumbers, SubspaceDimensionNumbers, dimension_numbers_by_path
+from osd_jax.layout import DimensionNumbers, dimension_numbers_by_path
 from osd_jax.lift import Lift, scaled, sign_after_lift
 from osd_jax.numerics import check_number, check_object, check_static, known_zero
 from osd_jax.parts import in_parts
@@ -275,15 +274,9 @@ def _by_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
 def _kinds(
     params: optax.Params, dimension_numbers: DimensionNumbers, some_have_none: bool = False
 ) -> Kinds:
-    numbers = dimension_numbers_by_path(dimension_numbers, params)
+    numbers = dimension_numbers_by_path(dimension_numbers, params, some_have_none=some_have_none)
     paths = paths_by_name(params)
-
-    def numbers_of(name: str) -> SubspaceDimensionNumbers | None:
-        with contextlib.suppress(ValueError) if some_have_none else contextlib.nullcontext():
-            return numbers(paths[name])
-        return None
-
-    return Kinds(paths, numbers_of)
+    return Kinds(paths, lambda name: numbers(paths[name]))
 
 
 def _announcer(

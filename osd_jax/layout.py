@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import zlib
@@ -142,14 +141,14 @@ def matrix_layout(
 
 
 def dimension_numbers_by_path(
-    dimension_numbers: DimensionNumbers, params: optax.Params
+    dimension_numbers: DimensionNumbers, params: optax.Params, *, some_have_none: bool = False
 ) -> Callable[[KeyPath], SubspaceDimensionNumbers | None]:
     """Looks up the matrix axes of a parameter by its path.
 
     The lookup uses paths, not the tree structure, so that a full tree of dimension numbers works
     for parameters that `optax.masked` or `optax.partition` has partly hidden. A tree of other
     containers works too if its paths have the same text as those of the parameters and the text is
-    unambiguous.
+    unambiguous. A parameter without an entry raises ValueError, or has None if `some_have_none`.
     """
     params = unboxed(params)
     tree: Any = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
@@ -175,6 +174,8 @@ def dimension_numbers_by_path(
         name = path_name(path)
         alike = [other for other in unclaimed if path_name(other) == name]
         if not alike:
+            if some_have_none:
+                return None
             raise ValueError(
                 f"dimension_numbers has no entry for parameter '{name}'; it has "
                 f"{sorted(names(paths))}"
@@ -197,15 +198,28 @@ def declared_vectors(
 ) -> Callable[[KeyPath], bool]:
     """Looks up by its path whether a parameter is declared to hold vectors.
 
-    A parameter without an entry is not: only projected parameters need one.
+    Args:
+      dimension_numbers: As in `scale_by_subspace`. A parameter without an entry is not declared:
+        only projected parameters need one.
+      params: The parameters; others may be hidden (`optax.MaskedNode`).
+
+    Raises:
+      ValueError: `dimension_numbers` is a function that fails for these parameters.
     """
-    lookup = dimension_numbers_by_path(dimension_numbers, params)
+    if callable(dimension_numbers):
+        try:
+            dimension_numbers = dimension_numbers(params)
+        except Exception as error:
+            raise ValueError(
+                f"dimension_numbers raised {type(error).__name__} ({error}): it also receives the "
+                "parameters that are not projected, with optax.MaskedNode in place of the others; "
+                "map over the tree, as with jax.tree_util.tree_map_with_path, or give a tree"
+            ) from error
+    lookup = dimension_numbers_by_path(dimension_numbers, params, some_have_none=True)
 
     def holds_vectors(path: KeyPath) -> bool:
-        with contextlib.suppress(ValueError):
-            numbers = lookup(path)
-            return numbers is not None and numbers.reduction_axis == ()
-        return False
+        numbers = lookup(path)
+        return numbers is not None and numbers.reduction_axis == ()
 
     return holds_vectors
 

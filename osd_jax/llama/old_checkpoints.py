@@ -161,7 +161,7 @@ def _with_rows_of_each(old: Any, like: Any) -> Any:
         if isinstance(like, Quantized) or not isinstance(mu, Quantized):
             return mu
         turn = lambda m: m.mT if axis_of_rows(like) == 1 else m
-        read = lambda m: turn(dequantize(m, signed=True))
+        read = lambda m: turn(dequantize(m, signed=True)).astype(like.dtype)
         return jax.jit(read, out_shardings=like.sharding)(mu)
 
     def second(like: Any, nu: jax.Array) -> jax.Array:

@@ -417,6 +417,16 @@ def test_declared_vectors_are_stepped_as_alone(shape: tuple[int, int]) -> None:
         np.testing.assert_allclose(state.nu["norm"][layer], held["exp_avg_sq"], rtol=1e-9)
 
 
+def test_a_function_that_reads_a_hidden_parameter_is_refused() -> None:
+    params = {"norm": jnp.ones((3, 8)), "w": jnp.ones((3, 8, 16))}
+    tx = osd_jax.osd_adamw(
+        0.01, rank=2, second_moment="row", select=lambda name, x: name == "w",
+        dimension_numbers=lambda tree: {"w": osd_jax.SubspaceDimensionNumbers(tree["w"].ndim - 2)},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"dimension_numbers raised AttributeError.*give a tree"):
+        tx.init(params)
+
+
 @pytest.mark.parametrize("built", sorted(BUILT))
 def test_stacked_norms_of_llama_have_adams_state(built: str) -> None:
     """In every optimizer that takes `second_moment`, also where they would be in 8 bits."""
