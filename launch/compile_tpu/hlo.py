@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ def collectives(text: str) -> list[Collective]:
             "module, as from jax.jit(f).lower(...).compile().as_text()"
         )
     found: list[Collective] = []
-    in_parts: set[tuple[str, str]] = set()
+    in_parts: dict[str, list[list[Collective]]] = defaultdict(list)
 
     def visit(name: str, scope: str, times: int, branches: int) -> None:
         for line in computations.get(name, ()):
@@ -94,25 +95,30 @@ def collectives(text: str) -> list[Collective]:
                 continue
             op, rest = match["op"], match["rest"]
             if op.removesuffix("-start") in OPS:
-                # On a TPU the start, the middle and the end of one operation are fusions that
-                # all name it, and a reduce-scatter is a fusion around an all-reduce.
-                if name != scope and (channel := re.search(r"channel_id=\d+", rest)):
-                    if (scope, channel[0]) in in_parts:
-                        continue
-                    in_parts.add((scope, channel[0]))
+                # On a TPU a reduce-scatter is a fusion around an all-reduce.
                 scatters = name.startswith("all-reduce-scatter")
-                found.extend(_read(op, match["type"], rest, times, branches, scatters))
+                arrays = list(_read(op, match["type"], rest, times, branches, scatters))
+                channel = re.search(r"channel_id=\d+", rest) if name != scope else None
+                if channel and arrays:
+                    in_parts[channel[0]].append(arrays)
+                else:
+                    found.extend(arrays)
                 continue  # its callee only adds two numbers
             called = {kind: re.findall(r"[\w.\-]+", names) for kind, names in _CALLED.findall(rest)}
             for kind, names in called.items():
                 runs = times
                 if kind in _LOOPS:
-                    runs *= _trip_count(rest, computations.get(called["condition"][0], ()))
+                    runs *= _trip_count(rest, *(computations.get(called[k][0], ()) for k in _LOOPS))
                 for one in names:
                     inner = scope if kind == "calls" else one
                     visit(one, inner, runs, branches + (kind in _BRANCHES))
 
     visit(entry, entry, 1, 0)
+    # There the start, the middle and the end of one operation are fusions that all name it. Parts
+    # of it may run in a loop that it overlaps, whose trips do not repeat it.
+    for parts in in_parts.values():
+        fewest = min(range(len(parts)), key=lambda index: parts[index][0].times)
+        found.extend(parts[fewest])
     return found
 
 
@@ -129,14 +135,41 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return computations, entry
 
 
-def _trip_count(rest: str, condition: Iterable[str]) -> int:
-    """The compiler's trip count, else `constant` in `counter < constant` from 0, else 1."""
+def _trip_count(rest: str, body: Iterable[str], condition: Iterable[str]) -> int:
+    """The compiler's trip count, else that of `for (i = 0; i < n; i += step)`, else 1.
+
+    The loop of a collective matmul takes two of its steps in one run of the body, so `step` is 2.
+    """
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
         return int(match[1])
-    text = "\n".join(condition)
-    constants = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-    is_count = len(constants) == 1 and re.search(r"ROOT .* compare\(.*direction=LT", text)
-    return int(constants[0]) if is_count else 1
+    ends, steps = _definitions(condition), _definitions(body)
+    operands = re.match(r"pred\[\]\S* compare\((\S+), (\S+)\), direction=LT", ends.get("ROOT", ""))
+    if operands is None or (end := _constant(ends, operands[2])) is None:
+        return 1
+    index = re.search(r"index=(\d+)", ends[operands[1]])
+    state = re.search(r" tuple\((.*?)\)", steps.get("ROOT", ""))
+    if index is None or state is None:
+        return end
+    counter = re.findall(r"%[\w.\-]+", state[1])[int(index[1])]
+    added = re.search(r" add\(\S+, (\S+?)\)", steps.get(counter, ""))
+    step = _constant(steps, added[1]) if added else 1
+    return -(-end // (step or 1))
+
+
+def _definitions(lines: Iterable[str]) -> dict[str, str]:
+    """(name -> type, operation and operands) of a computation's instructions, and of "ROOT"."""
+    found = {}
+    for line in lines:
+        if match := re.match(r"\s+(ROOT )?(%?[\w.\-]+) = (.*)", _LAYOUT.sub("", line)):
+            found[match[2]] = match[3]
+            if match[1]:
+                found["ROOT"] = match[3]
+    return found
+
+
+def _constant(definitions: dict[str, str], name: str) -> int | None:
+    match = re.match(r"[su]32\[\] constant\((\d+)\)", definitions.get(name, ""))
+    return int(match[1]) if match else None
 
 
 def _read(

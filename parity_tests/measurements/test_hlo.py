@@ -208,3 +208,42 @@ def test_a_tpus_fusions_and_loops() -> None:
     assert (gather.op, gather.bytes, gather.times) == ("all-gather", 128, 24)
     assert (scatter.op, scatter.bytes, scatter.times) == ("reduce-scatter", 256, 24)
     assert scatter.sent == 24 * 128
+
+
+@pytest.mark.parametrize(
+    ("end", "step", "times"),
+    [("u32[]{:T(128)}", 2, 4), ("s32[]", 2, 4), ("u32[]", 3, 3), ("u32[]", 1, 8)],
+)
+def test_the_loop_of_a_collective_matmul(end: str, step: int, times: int) -> None:
+    """It counts in u32, and its body takes several steps at once."""
+    text = f"""HloModule windowed
+
+%condition (p.1: (bf16[4,8], u32[])) -> pred[] {{
+  %constant.1 = {end} constant(8)
+  %get-tuple-element.1 = {end} get-tuple-element(%p.1), index=1
+  ROOT %lt.1 = pred[]{{:T(512)}} compare(%get-tuple-element.1, %constant.1), direction=LT
+}}
+
+%body (p.2: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {{
+  %constant.2 = {end} constant({step})
+  %x.1 = bf16[4,8]{{1,0:T(8,128)(2,1)}} get-tuple-element(%p.2), index=0
+  %get-tuple-element.2 = {end} get-tuple-element(%p.2), index=1
+  %add.1 = {end} add(%get-tuple-element.2, %constant.2), metadata={{op_name="window"}}
+  %permute.1 = bf16[4,8] collective-permute(%x.1), source_target_pairs={{{{0,1}},{{1,0}}}}
+  ROOT %tuple.1 = (bf16[4,8], u32[]{{:T(128)}}) tuple(%permute.1, /*index=1*/%add.1)
+}}
+
+ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {{
+  %while.1 = (bf16[4,8], u32[]) while(%tuple), condition=%condition, body=%body
+}}
+"""
+    (permute,) = collectives(text)
+    assert (permute.op, permute.times) == ("collective-permute", times)
+
+
+def test_parts_of_an_operation_in_a_loop_count_once() -> None:
+    """It starts before the loop and continues within it, under one channel."""
+    start = "  %fusion.0 = (bf16[4,8], bf16[8,8]) fusion(%p), kind=kCustom, calls=%async_start.1\n"
+    text = TPU.replace("  %while.1", start + "  %while.1")
+    gather = next(c for c in collectives(text) if c.op == "all-gather")
+    assert (gather.bytes, gather.times) == (128, 1)
