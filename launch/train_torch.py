@@ -158,7 +158,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> int:
         compile_layers=options.devices.compile,
     )
     if options.devices.fsdp:
-        llama.fully_shard_llama(model)
+        llama.fully_shard_llama(model, reshard_after_forward=options.devices.reshard_after_forward)
 
     # Optimizer and steps.
     schedule = learning_rate_schedule(

@@ -106,11 +106,14 @@ def make_step(
         "attention": attention,
     }
     if options.devices.per_layer:
-        return tx, make_layerwise_train_step(config, tx, **common)
+        return tx, make_layerwise_train_step(
+            config, tx, offload_inputs=options.devices.offload_inputs, **common
+        )
     return tx, make_train_step(
         config,
         tx,
         remat=options.model.activation_checkpointing,
+        reshard_after_forward=options.devices.reshard_after_forward,
         accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
         **common,
     )

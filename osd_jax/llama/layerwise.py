@@ -50,7 +50,7 @@ from osd_jax.llama.layer_state import (
     take,
     with_weights,
 )
-from osd_jax.llama.partition import add_rows, like_weights, on, split_batch
+from osd_jax.llama.partition import add_rows, gathered, like_weights, on, split_batch
 from osd_jax.llama.train import (
     Batch,
     Metrics,
@@ -75,6 +75,7 @@ def make_layerwise_train_step(
     grad_clipping: float = 0.0,
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
+    offload_inputs: bool = False,
     attention: str = "auto",
 ) -> TrainStep:
     """Builds a jitted train step that updates layer by layer; see the description of this module.
@@ -101,6 +102,8 @@ def make_layerwise_train_step(
       compress_gradients: Whether a layer's gradients stay on the devices of the mesh's `data` axis
         and their sketches are reduced over it, as in `make_train_step`; here also with several
         micro-batches, whose sketches are reduced one by one.
+      offload_inputs: Whether the layers' inputs, B S H numbers each, wait in the host's memory
+        between the forward and the backward pass.
       attention: How attention is computed, as in `llama.forward`.
 
     Returns:
@@ -156,13 +159,15 @@ def make_layerwise_train_step(
         place = llama.positions(config, tokens.shape[1], segments=micro.get("segments"))
 
         def layer(x: jax.Array, weights: optax.Params) -> tuple[jax.Array, jax.Array]:
-            return llama.layer(weights, config, x, *place, attention), x
+            kept = jax.device_put(x, jax.memory.Space.Host) if offload_inputs else x
+            weights = gathered({"layers": weights}, mesh)["layers"]
+            return llama.layer(weights, config, x, *place, attention), kept
 
         def top(params: optax.Params, x: jax.Array) -> jax.Array:
             return llama.loss_of_output(params, config, x, tokens, mask)[0]
 
         x, inputs = jax.lax.scan(layer, llama.embed(params["embedding"], tokens), params["layers"])
-        after = {name: params[name] for name in after_layers}
+        after = gathered({name: params[name] for name in after_layers}, mesh)
         loss, pullback = jax.vjp(top, after, x)
         factor = members * mean_factor(total(loss), tokens_of(micro))
         grads, gradient = pullback(factor.astype(loss.dtype))
@@ -180,8 +185,10 @@ def make_layerwise_train_step(
 
         def one(carry: Any, index_and_input: Any) -> Any:
             (layers, gradient), (index, x) = carry, index_and_input
+            if offload_inputs:
+                x = jax.device_put(x, jax.memory.Space.Device)
             weights = {key: take(w, index)[0] for key, w in layers.weights.items()}
-            weights = unflatten_dict(weights)["layers"]
+            weights = gathered(unflatten_dict(weights), mesh)["layers"]
             again = lambda w, x: llama.layer(w, config, x, *place, attention)
             pullback = jax.vjp(again, weights, x)[1]
             grads, gradient = pullback(gradient)
@@ -354,7 +361,7 @@ class Forward(NamedTuple):
 
     Attributes:
       loss: The sum of the tokens' losses.
-      inputs: The input of each layer, (L, B, S, H).
+      inputs: The input of each layer, (L, B, S, H), on the device or in the host's memory.
       after_layers: The gradients of the parameters after the layers: of the final norm, and of the
         head or the embedding that is tied to it.
       gradient: The gradient of the last layer's output, (B, S, H).

@@ -102,6 +102,22 @@ def like_weights(grads: optax.Updates, mesh: Mesh | None) -> optax.Updates:
     return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
 
 
+def gathered(params: optax.Params, mesh: Mesh | None) -> optax.Params:
+    """Weights all-gathered over `fsdp`, for one use or several; still split over `tensor`.
+
+    Args:
+      params: All weights, or some of them: the same nested dict with fewer keys. Those of a layer
+        may lack the axis of the layers.
+      mesh: Their mesh; None: one device.
+    """
+    if mesh is None:
+        return params
+    whole = lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    specs = jax.tree.map(whole, partition_specs(params, mesh), is_leaf=is_spec)
+    return jax.lax.with_sharding_constraint(params, specs)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of (K, B, S) micro-batches: B over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))

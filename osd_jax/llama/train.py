@@ -26,7 +26,7 @@ from osd_jax.accumulation import (
 )
 from osd_jax.diagnostics import subspace_diagnostics
 from osd_jax.guard import skipped_steps
-from osd_jax.llama.partition import like_weights, on, partition_specs
+from osd_jax.llama.partition import gathered, like_weights, on, partition_specs
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
 from osd_jax.sharding import state_sharding
@@ -141,6 +141,7 @@ def make_train_step(
     *,
     grad_clipping: float = 0.0,
     remat: bool = False,
+    reshard_after_forward: bool = True,
     accumulate: str = "gradients",
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
@@ -153,6 +154,10 @@ def make_train_step(
       tx: From `make_optimizer`, with `llama.dimension_numbers`.
       grad_clipping: Maximum norm of the whole gradient; 0 does not clip.
       remat: Whether to save only each layer's input for the backward pass.
+      reshard_after_forward: Whether weights split over the mesh's `fsdp` axis are gathered a layer
+        at a time, in the forward and again in the backward pass. False gathers layers and head once
+        per update: a device then holds them whole during both passes, and fewer bytes are sent,
+        about those of data parallelism.
       accumulate: What is accumulated over micro-batches: "gradients", exactly, or "sketches" of the
         projected ones, which need (p + q) r numbers per matrix instead of p q; see
         `osd_jax.accumulation`. With several micro-batches of sketches, the clipped norm is that of
@@ -199,6 +204,13 @@ def make_train_step(
             "give mesh, and accumulate='gradients'"
         )
 
+    def used_weights(params: optax.Params) -> optax.Params:
+        """What an update's forward and backward passes read."""
+        if reshard_after_forward:
+            return params
+        # The embedding stays split: `look_up` moves the tokens' rows, which are fewer bytes.
+        return params | gathered({k: x for k, x in params.items() if k != "embedding"}, mesh)
+
     def gradient(params: optax.Params, micro: Batch) -> Any:
         def total(params: optax.Params) -> tuple[jax.Array, jax.Array]:
             return _batch_loss(params, config, micro, remat=remat, attention=attention)
@@ -208,11 +220,12 @@ def make_train_step(
 
     def accumulated(params: optax.Params, batch: Mapping[str, jax.Array]) -> Any:
         """Sums of loss, tokens and gradients over the micro-batches, the gradients in float32."""
+        used = used_weights(params)
         if batch["tokens"].shape[0] == 1:
-            return gradient(params, {name: x[0] for name, x in batch.items()})
+            return gradient(used, {name: x[0] for name, x in batch.items()})
 
         def add(sums: Any, micro: Mapping[str, jax.Array]) -> Any:
-            loss, count, grads = gradient(params, micro)
+            loss, count, grads = gradient(used, micro)
             return optax.tree.add(sums, grads), (loss, count)
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
@@ -260,11 +273,12 @@ def make_train_step(
     def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """The update from the mean of the micro-batches' sketches."""
         params = state.params
+        used = used_weights(params)
         tokens = llama.num_predicted(batch["tokens"], batch["mask"])
 
         def add(carry: Any, number_and_micro: Any) -> Any:
             (held, opt_state), (number, micro) = carry, number_and_micro
-            loss, count, grads = gradient(params, micro)
+            loss, count, grads = gradient(used, micro)
             factor = mean_factor(loss, count)
             grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, params)
             opt_state = parts.refresh(grads, opt_state, number == 0)

@@ -144,6 +144,14 @@ def test_layerwise_and_plain_step_are_the_same(
     chex.assert_trees_all_equal_shapes_and_dtypes(state, wanted_state)
 
 
+def test_inputs_in_the_hosts_memory() -> None:
+    """The same step, bit for bit."""
+    tx, _, layerwise = steps_of_adamw(1, 0.0)
+    offloading = make_layerwise_train_step(CONFIG, tx, offload_inputs=True)
+    wanted, found = (run(step, CONFIG, tx, 2, 1) for step in (layerwise, offloading))
+    chex.assert_trees_all_equal(found, wanted)
+
+
 def test_layerwise_with_rows() -> None:
     """Embedding and head have one second moment per row; the norms of each layer have their own."""
     tx = make_optimizer("osd_muon", rank=4, second_moment="row", full_lr=1e-3)

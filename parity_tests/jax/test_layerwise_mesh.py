@@ -80,7 +80,8 @@ def test_losses_are_those_of_the_plain_step_on_one_device(sizes: Sizes) -> None:
     assert found.norm == pytest.approx(alone.norm, rel=1e-4)
 
 
-def test_a_few_tokens_have_the_loss_of_one_device() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_few_tokens_have_the_gradients_of_one_device(tied: bool) -> None:
     """XLA partitions a step with other numbers of tokens in another way."""
     config = llama.LlamaConfig(
         vocab_size=64,
@@ -88,13 +89,17 @@ def test_a_few_tokens_have_the_loss_of_one_device() -> None:
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
+        tie_word_embeddings=tied,
     )
     tx = make_optimizer("adamw", "std", learning_rate=1e-3)
     found = []
     for mesh in (None, make_mesh(2, 2, 2)):
         step = make_layerwise_train_step(config, tx, mesh=mesh)
-        found.append(train(config, tx, step, mesh, (1, 8, 16), [False]).losses)
-    np.testing.assert_allclose(*found, atol=1e-5)
+        found.append(train(config, tx, step, mesh, (1, 8, 16), [False] * 2))
+    alone, split = found
+    np.testing.assert_allclose(split.losses, alone.losses, atol=1e-5)
+    for one, other in zip(split.metrics, alone.metrics, strict=True):
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("sizes", meshes((2, 2, 2))[1:], ids=str)

@@ -430,6 +430,20 @@ def test_so_do_other_optimizers(name: str, proj_type: str) -> None:
     np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_weights_gathered_once_per_update(sizes: tuple[int, int, int]) -> None:
+    """The losses of one device; no weight is gathered in a loop over layers or micro-batches."""
+    once = run(EVEN, sizes, micro_batches=2, reshard_after_forward=False)
+    np.testing.assert_allclose(once.losses, run(EVEN, None, micro_batches=2).losses, atol=1e-5)
+    gathers = [c for c in collectives(once.text) if c.op == "all-gather" and not c.branches]
+    weights = [c for c in gathers if len(c.shape) > 2 and c.shape[0] == EVEN.num_hidden_layers]
+    assert weights
+    # The embedding stays split; its tokens are gathered for each micro-batch.
+    assert all(c.times == 1 for c in gathers if c.dtype != "s32")
+
+
 def share(config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any) -> float:
     """Bytes per device if every array but norms' were split over fsdp and tensor."""
     params, total = shapes(config), 0.0

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import osd_torch
 from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, SUBSPACE_OPTIMIZERS
@@ -87,7 +88,7 @@ def train_llama(
     """Trains on one process or on both.
 
     Args:
-        mode: "one", or one of `MODES`.
+        mode: "one", one of `MODES`, or "fsdp, gathered once".
         optimizer: Published name.
         proj_type: Published name.
         steps: How many.
@@ -100,8 +101,8 @@ def train_llama(
     if with_unused:
         model.model.layers[0].mlp.unused = torch.nn.Linear(32, 24)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
-    if mode == "fsdp":
-        fully_shard_llama(model)
+    if mode.startswith("fsdp"):
+        fully_shard_llama(model, reshard_after_forward=mode == "fsdp")
     forward = osd_torch.data_parallel(model) if mode == "ddp" else model
     built = osd_torch.make_optimizer(
         model.named_parameters(),
@@ -168,6 +169,7 @@ def assert_as_on_one(two_processes: Run, mode: str, *args: Any) -> None:
         ("fsdp", "galore_adafactor", "continuous_adafactor"),
         ("fsdp", "galore_adamw8bit", "continuous_adam8bit"),
         ("fsdp", "adamw", "std"),
+        ("fsdp, gathered once", "galore_adamw", "continuous"),
     ],
 )
 def test_losses_of_two_processes_are_those_of_one(
@@ -175,6 +177,21 @@ def test_losses_of_two_processes_are_those_of_one(
 ) -> None:
     """At the same total batch of 32 rows, over 20 steps in float32."""
     assert_as_on_one(two_processes, mode, optimizer, proj_type)
+
+
+def gathers_of_a_step(reshard_after_forward: bool) -> int:
+    """The number of all-gathers of weights in a forward and a backward pass."""
+    model = fully_shard_llama(make_llama(), reshard_after_forward=reshard_after_forward)
+    with CommDebugMode() as communication:
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+    counts = communication.get_comm_counts()
+    return sum(count for op, count in counts.items() if "allgather" in str(op))
+
+
+def test_weights_are_gathered_once_or_twice(two_processes: Run) -> None:
+    """Two layers and the root, which keeps its weights; FSDP2 counts a group as one all-gather."""
+    assert two_processes(gathers_of_a_step, True) == [5, 5]
+    assert two_processes(gathers_of_a_step, False) == [3, 3]
 
 
 @pytest.mark.parametrize("proj_type", ["std", "continuous"])

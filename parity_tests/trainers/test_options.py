@@ -137,6 +137,12 @@ def test_cosine_restarts():
         ("--accumulate_sketches", ("--accumulate_sketches", "only a galore_* optimizer")),
         ("--optimizer galore_adamw --accumulate_sketches --compress_gradients", ("use one of",)),
         ("--optimizer galore_adamw --projector_init qr", ("--projector_init", "continuous*")),
+        ("--offload_inputs", ("--offload_inputs", "add --per_layer")),
+        ("--no-reshard_after_forward", ("--no-reshard_after_forward", "add --fsdp")),
+        (
+            "--no-reshard_after_forward --fsdp --optimizer galore_adamw_per_layer",
+            ("--no-reshard_after_forward", "--per_layer"),
+        ),
         ("--basis_dtype bfloat16", ("--basis_dtype", "only a galore_* optimizer")),
         ("--basis_dtype float16", ("'float16'", "bfloat16, float32")),
         (

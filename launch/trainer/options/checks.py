@@ -95,6 +95,27 @@ def check_devices(devices: Devices) -> None:
         raise UsageError(f"--mesh: {other} also determines how devices are used; leave one out")
 
 
+def check_memory(devices: Devices) -> None:
+    """Rejects options about memory where they have no effect; for a resolved group."""
+    if devices.offload_inputs and not devices.per_layer:
+        raise UsageError(
+            "--offload_inputs: only layer-by-layer updates (--per_layer) read it; add --per_layer, "
+            "or leave it out"
+        )
+    if devices.reshard_after_forward:
+        return
+    if devices.per_layer:
+        raise UsageError(
+            "--no-reshard_after_forward: layer-by-layer updates (--per_layer) gather one layer at "
+            "a time; leave one of them out"
+        )
+    if not devices.fsdp and devices.mesh is None:
+        raise UsageError(
+            "--no-reshard_after_forward: only weights that are split over devices are gathered; "
+            "add --fsdp or, in JAX, --mesh fsdp=F, or leave it out"
+        )
+
+
 def check_wandb(run: Run) -> None:
     """Rejects `--wandb` if it is not installed."""
     if run.wandb and importlib.util.find_spec("wandb") is None:

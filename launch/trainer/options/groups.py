@@ -208,10 +208,22 @@ class Devices:
         help="shard weights, gradients and optimizer state over the devices; otherwise each "
         "holds all of them, and a share of the batch. In JAX the same as --mesh fsdp=-1",
     )
+    reshard_after_forward: bool = flag(
+        True,
+        help="with --fsdp, or a mesh's fsdp axis: gather the weights of a layer again in the "
+        "backward pass. --no-reshard_after_forward sends fewer bytes, and each device holds all "
+        "layers whole during a step",
+    )
     compress_gradients: bool = flag(
         False,
         help="reduce the low-rank sketch of a projected gradient over the processes, or over the "
         "mesh's data axis, instead of the gradient",
+    )
+    offload_inputs: bool = flag(
+        False,
+        section="jax",
+        help="with --per_layer: keep the layers' inputs in the host's memory between the forward "
+        "and the backward pass",
     )
     accumulate_sketches: bool = flag(
         False,

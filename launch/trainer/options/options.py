@@ -156,6 +156,7 @@ class Options:
         checks.check_data(given.data)
         found = given._resolved(processes)
         checks.check_sketches(found.data, found.optimizer, found.subspace, found.devices)
+        checks.check_memory(found.devices)
         checks.check_directories(found.run, found.model, found.data, found.continues_itself)
         found._check_kept()
         return found
