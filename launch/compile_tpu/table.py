@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.compile_tpu.step import GIB, IN_BRANCH, Report, find_topology
 from launch.trainer.cli import run_cli
@@ -26,6 +26,8 @@ from launch.trainer.files import write_atomic
 
 RECIPE = "launch/recipes/tpu.sh"
 SIZES = ("60m", "130m", "350m", "1b", "7b")
+# How bytes sent are counted (launch.compile_tpu.hlo). 2: with the loops of collective matmuls.
+COUNTING = 2
 SLICES = (
     "v5e:1x1", "v5e:4x4", "v5e:16x16",
     "v6e:1x1", "v6e:4x4", "v6e:16x16",
@@ -34,6 +36,11 @@ SLICES = (
 
 # 7B on one chip: one forward pass per update, as in the published figure of 22.8 GiB on a GPU.
 ALONE = "--total_batch_size 16 --grad_clipping 0 --basis_dtype bfloat16"
+# The least state, and no layer's input on the chip. --galore_scale 1 undoes the recipe's.
+SMALL = (
+    "--optimizer osd_muon --proj_type continuous_sgd --rank 256 --galore_scale 1 "
+    "--second_moment row --first_moment 8bit --ns_dtype bfloat16 --offload_inputs"
+)
 # 1B with 8192 positions, one row on each chip of four hosts with four chips.
 LONG = "--model_config configs/llama_1b_8k.json --batch_size 4 --total_batch_size 16 --max_length"
 LENGTHS = (2048, 4096, 8192)
@@ -65,6 +72,9 @@ def rows() -> Iterator[Row]:
     yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
     sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
     yield Row("7b", "v6e:1x1", "layer by layer, continuous_sgd", sgd)
+    yield Row(
+        "7b", "v6e:1x1", "layer by layer, osd_muon of rank 256", f"{ALONE} --per_layer {SMALL}"
+    )
     yield Row("7b", "v6e:1x1", "plain step", ALONE)
 
 
@@ -72,10 +82,11 @@ def recipe_flags(row: Row) -> list[str]:
     """The flags that the recipe passes to launch.train_jax on this slice."""
     devices = find_topology(row.topology)
     hosts = len({device.process_index for device in devices})
+    given = {name: value for name, value in os.environ.items() if name != "RUNS"}
     slice_of = {"DRY_RUN": "1", "HOSTS": str(hosts), "CHIPS": str(len(devices) // hosts)}
     printed = subprocess.run(
         ["bash", RECIPE, row.size, *row.flags.split()],
-        env=os.environ | slice_of, check=True, capture_output=True, text=True,
+        env=given | slice_of, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     words = shlex.split(printed)
     return words[words.index("launch.train_jax") + 1 :]
@@ -95,8 +106,8 @@ def compiled(row: Row) -> Report:
     return Report(**json.loads(done.stdout))
 
 
-def page(found: dict[str, Report]) -> str:
-    """The table as a Markdown page."""
+def page(kept: dict[str, dict[str, Any]]) -> str:
+    """The table as a Markdown page, from the contents of `tpu.json`."""
     lines = [
         "# A training step on a TPU slice",
         "",
@@ -114,8 +125,10 @@ def page(found: dict[str, Report]) -> str:
         "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows():
-        if (report := found.get(row.key)) is None:
+        if row.key not in kept:
             continue
+        report = Report(**kept[row.key]["report"])
+        is_counted = _is_counted(kept[row.key])
         gib = lambda size: "" if size is None else f"{size / GIB:.2f} GiB"
         megabytes = lambda found: f"{sum(x['bytes_sent'] for x in found) / 1e6:,.0f} MB"
         kinds = report.collectives.items()
@@ -126,16 +139,19 @@ def page(found: dict[str, Report]) -> str:
         lines.append(
             f"| {name} | {row.topology} | {report.chips} | {report.mesh} | {gib(report.arguments)} "
             f"| {peak} | {gib(report.memory)} | {report.product_flops / 1e12:,.1f} TFLOP "
-            + (f"| {always} | {at_times} |" if report.fits else "| | |")
+            + (f"| {always} | {at_times} |" if report.fits and is_counted else "| | |")
         )
     lines += [
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
-        "layer-by-layer updates. All other rows are the published runs, with 512 rows of 256 "
-        "tokens per update; with layer-by-layer updates on several chips, without clipping. The "
-        "rows of 1B with longer rows have one row per chip and update: "
-        f"`tpu.sh 1b {LONG} LENGTH`.",
+        "layer-by-layer updates; osd_muon has momentum and embeddings in 8 bits, and the layers' "
+        f"inputs in the host's memory (`{SMALL}`). The rows of 1B with longer rows have one row "
+        "per chip and update: "
+        f"`tpu.sh 1b {LONG} LENGTH`. All other rows are the published runs, with 512 rows of 256 "
+        "tokens per update; with layer-by-layer updates on several chips, without clipping. A row "
+        "that fits but lacks the bytes sent was compiled before the loops of collective matmuls "
+        "were counted; `python -m launch.compile_tpu.table` compiles it again.",
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that this project does not install, and a description of the GPU. "
@@ -152,6 +168,11 @@ def page(found: dict[str, Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_counted(row: dict[str, Any]) -> bool:
+    """Whether a kept row has all bytes that are sent; one chip sends none."""
+    return row.get("counting") == COUNTING or row["report"]["chips"] == 1
+
+
 def make_table(wanted: Iterable[Row], out: Path, again: Sequence[str] = ()) -> str:
     """Compiles the rows that `out` lacks or has with other flags; writes the page.
 
@@ -165,13 +186,16 @@ def make_table(wanted: Iterable[Row], out: Path, again: Sequence[str] = ()) -> s
     """
     path = out / "tpu.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    kept = {key: row for key, row in kept.items() if "report" in row}  # not an older version's
     for row in wanted:
         flags = shlex.join(recipe_flags(row))
-        if row.key in again or kept.get(row.key, {}).get("flags") != flags:
+        is_there = row.key in kept and kept[row.key]["flags"] == flags
+        if row.key in again or not is_there or not _is_counted(kept[row.key]):
             print(f"compiling {row.key}", flush=True)
-            kept[row.key] = {"flags": flags, "report": vars(compiled(row))}
+            report = vars(compiled(row))
+            kept[row.key] = {"flags": flags, "counting": COUNTING, "report": report}
             write_atomic(path, json.dumps(kept, indent=2) + "\n")
-    text = page({key: Report(**row["report"]) for key, row in kept.items()})
+    text = page(kept)
     write_atomic(out / "tpu.md", text)
     return text
 

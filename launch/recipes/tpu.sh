@@ -14,12 +14,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
 flags+=(--projector_init qr) # XLA takes minutes to compile an SVD for TPUs
 shift
-# --fsdp splits weights and state over all chips, unless another mesh is given. Below 1B it sends
-# fewer bytes than data parallelism on 16 chips, but more on 4 and on 64, by the TPU compiler.
+# Unless another mesh is given, --fsdp splits weights and state of 1B and 7B over all chips. Smaller
+# models are split over 16 chips, and gathered once per update: by the TPU compiler, that sends fewer
+# bytes than data parallelism. On fewer chips it would send more.
 case "${flags[*]} $*" in
 *" --mesh"* | *" --compress_gradients"* | *" --single_gpu"*) ;;
 *llama_1b* | *llama_7b*) flags+=(--fsdp) ;;
-*) [ $((${HOSTS:-1} * ${CHIPS:-4})) -ne 16 ] || flags+=(--fsdp) ;;
+*)
+    [ $((${HOSTS:-1} * ${CHIPS:-4} % 16)) -ne 0 ] || flags+=(--mesh data=-1,fsdp=16 --no-reshard_after_forward)
+    ;;
 esac
 [ -n "${DRY_RUN:-}" ] || set_up jax train tpu
 run .venv/bin/python -m launch.train_jax "${flags[@]}" --run_dir "${RUNS:-runs}" "$@"

@@ -257,6 +257,13 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     flags["v5e:4x4"] = ["--rank", "2"]  # a changed recipe
     assert table.make_table(wanted, tmp_path) == text
     assert asked[3:] == ["v5e:4x4"]
+    kept = json.loads((tmp_path / "tpu.json").read_text())
+    kept["v5e:1x1 60m"]["report"]["chips"] = 4
+    (tmp_path / "tpu.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(table, "COUNTING", table.COUNTING + 1)  # of several chips: counted again
+    assert "| 3.14 GiB | 16.00 GiB | 2.0 TFLOP | | |" in table.make_table([], tmp_path)
+    assert table.make_table(wanted[:1], tmp_path) == text
+    assert asked[4:] == ["v5e:1x1"]
     assert (tmp_path / "tpu.md").read_text() == text
     row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
     assert row in text and "**does not fit** (3.14 GiB)" in text

@@ -67,10 +67,12 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.data.total_batch_size == 512
         assert options.data.batch_size == min(rows * devices, 512 // processes)
         assert options.data.batch_size % devices == 0
-        # for weights that do not fit, and where it sends fewer bytes: on 16 chips of a TPU
-        has_16_chips = recipe == "tpu" and processes * devices == 16
-        is_large = recipe != "gpu" and size in ("1b", "7b")
-        assert options.devices.fsdp == (is_large or has_16_chips)
+        is_large = size in ("1b", "7b")
+        assert options.devices.fsdp == (recipe != "gpu" and is_large)
+        # Small models are split where it sends fewer bytes.
+        is_split = recipe == "tpu" and not is_large and processes * devices % 16 == 0
+        assert options.devices.mesh == ("data=-1,fsdp=16" if is_split else None)
+        assert options.devices.reshard_after_forward != is_split
         assert options.devices.per_layer == (recipe == "gpu" and is_7b)
         assert options.devices.single_gpu == (recipe == "gpu")
         assert options.run.resume and (options.run.seed, options.run.name) == (3, "other")
