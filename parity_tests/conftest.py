@@ -91,6 +91,15 @@ def optimized() -> Iterator[None]:
     jax.clear_caches()
 
 
+def pytest_collection_finish() -> None:
+    """Lets Python look for cycles of garbage rarely, and not among what was imported.
+
+    Tracing makes many objects that stay, among which the default thresholds search again and again.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 MOST_MAPS = 20_000  # that a module may leave
 
 
