@@ -127,12 +127,18 @@ def init_state(
     layout = None if mesh is None else train_state_sharding(tx, params, mesh)
     if layout is not None:
         params = jax.device_put(params, layout.params)
-    init = jax.jit(
-        lambda params: (jnp.zeros([], jnp.int32), tx.init(params)),
+    start = jax.jit(
+        _start,
+        static_argnums=0,
         out_shardings=None if layout is None else (layout.step, layout.opt_state),
     )
-    step, opt_state = init(params)
+    step, opt_state = start(tx.init, params)
     return TrainState(step, params, opt_state)
+
+
+def _start(init: optax.TransformInitFn, params: optax.Params) -> tuple[jax.Array, optax.OptState]:
+    """The step and the optimizer's state; JAX finds a program of the same `init` again."""
+    return jnp.zeros([], jnp.int32), init(params)
 
 
 def make_train_step(

@@ -28,6 +28,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from launch.data import TrainBatches, load_tokenizer, open_data
+from launch.trainer import picture
 from launch.trainer.cli import UsageError
 from launch.trainer.directory import claimed
 from launch.trainer.files import read_metrics
@@ -38,6 +39,7 @@ from osd_names import FULL_RANK_OPTIMIZERS
 from parity_tests.support import ROOT
 
 STEPS, EVAL_EVERY, SAVE_EVERY = 60, 20, 7
+REFERENCE = "reference"  # the run without interruption
 MODEL = {
     "model_type": "llama",
     "vocab_size": 300,
@@ -140,7 +142,11 @@ class Home:
         return flags
 
     def run(self, name: str, **changes: Any) -> int:
-        return self.trainer.main(self.flags(name, **changes))
+        """Runs in this process; only the reference draws its plot, which takes long."""
+        with pytest.MonkeyPatch.context() as patch:
+            if name != REFERENCE:
+                patch.setattr(picture, "plot", lambda runs, out: out)
+            return self.trainer.main(self.flags(name, **changes))
 
     def process(self, name: str, **changes: Any) -> subprocess.Popen[str]:
         return start([sys.executable, *self.command, *self.flags(name, **changes)])
@@ -184,8 +190,8 @@ def make_reference(home: Home) -> Reference:
     shown: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tqdm.tqdm.write", lambda text, **_: shown.append(text))
-        assert home.run("reference", keep=20) == 0
-    return Reference(home / "reference", "\n".join(shown))
+        assert home.run(REFERENCE, keep=20) == 0
+    return Reference(home / REFERENCE, "\n".join(shown))
 
 
 def timeless(run: Path, after: int = 0) -> list[dict[str, Any]]:
