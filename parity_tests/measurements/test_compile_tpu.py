@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -35,6 +36,19 @@ FLAGS = (
     "--batch_size 8 --max_length 128 --optimizer galore_adamw --proj_type continuous "
     "--rank 128 --warmup_steps 0 --projector_init qr"
 )
+
+
+@pytest.fixture
+def quick_compiler(pytestconfig: pytest.Config) -> Iterator[None]:
+    """The TPU compiler's least effort, as `conftest.py` has of the CPU's, without `--optimized`."""
+    effort = 0.0 if pytestconfig.getoption("optimized") else -1.0
+    names = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name in names:
+        jax.config.update(name, effort)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -140,6 +154,7 @@ def test_the_kernel_of_attention_compiles_in_every_step(flags: list[str], more: 
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("more", [[], ["--per_layer"]], ids=["plain", "layerwise"])
 def test_a_step_on_one_chip(
     flags: list[str], more: list[str], capsys: pytest.CaptureFixture[str]
@@ -183,6 +198,7 @@ def products(layerwise: bool) -> float:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_step_on_a_mesh_exchanges(flags: list[str]) -> None:
     report = step.compile_step("v5e:2x2", [*flags, "--mesh", "data=2,fsdp=2"])
     assert (report.chips, report.mesh, report.fits) == (4, "data=2,fsdp=2", True)
@@ -194,6 +210,7 @@ def test_a_step_on_a_mesh_exchanges(flags: list[str]) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_a_step_that_does_not_fit_ends_with_1(
     tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
