@@ -32,6 +32,7 @@ from parity_tests.support.arrays import normal_jax
 from parity_tests.support.jax_toys import (
     CONFIG,
     assert_sketches_are_refused,
+    is_one_of_its_shape,
     llama_run,
     llama_toy,
 )
@@ -457,7 +458,7 @@ def test_a_chain_that_hides_its_subspace_is_refused() -> None:
 def test_in_parts_of_a_chain_is_the_chain() -> None:
     """Around what `make_optimizer` returns, by sketches and layer by layer."""
     made = osd_jax.make_optimizer(
-        "galore_adamw", "continuous", learning_rate=1e-3, rank=4, select=llama.is_projected,
+        "galore_adamw", "continuous", learning_rate=1e-3, rank=4, select=is_one_of_its_shape,
         dimension_numbers=llama.dimension_numbers,
     )  # fmt: skip
     tx = optax.chain(optax.scale(1.0), made)
