@@ -30,6 +30,7 @@ from osd_jax.llama.train import init_state, make_train_step
 from osd_jax.sharding import make_mesh, state_sharding
 from parity_tests.support import CONFIGS
 from parity_tests.support.arrays import normal
+from parity_tests.support.jax_toys import is_one_of_its_shape
 
 EVERY = 3
 MOVES = [False, False, False, True, False, False, True, False]  # of steps 0, 1, ...
@@ -248,7 +249,7 @@ CONFIG = llama.LlamaConfig(
 def llama_optimizer(**more: Any) -> Any:
     return in_jax(
         learning_rate=1e-3,
-        select=llama.is_projected,
+        select=is_one_of_its_shape,
         dimension_numbers=llama.dimension_numbers,
         update_proj_every=2,
         **more,
