@@ -122,7 +122,7 @@ def test_the_floor_is_the_products_of_a_step(shape: tuple[int, int]) -> None:
 def test_optimizer_runs_every_contender(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = tuple(map(case_of, SHAPES))
+    cases = tuple(map(case_of, SHAPES[:2]))  # a square one takes the first one's side
     monkeypatch.setattr("launch.bench.optimizer.CASES", cases)
     flags = "--rounds 1 --turn_seconds 0 --svd_seconds 0 --machine here"
     main(["optimizer", *flags.split(), "--out", str(tmp_path)])
