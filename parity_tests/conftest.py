@@ -64,10 +64,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # The files that take longest, first: else a worker may start one when the other has finished.
 LONGEST = (
-    "trainers/test_train_torch", "algorithm/test_oracle", "jax/test_layerwise", "jax/test_seam",
-    "trainers/test_train_jax", "torch/test_sharding", "measurements/test_compile_tpu",
-    "jax/test_residuals", "jax/test_compose", "jax/test_sharding", "jax/test_trees",
-    "measurements/test_bench", "trainers/test_train_jax_hosts", "jax/test_golden",
+    "trainers/test_train_torch", "algorithm/test_oracle", "jax/test_layerwise",
+    "torch/test_sharding", "trainers/test_train_jax", "jax/test_seam", "jax/test_compose",
+    "jax/test_trees", "trainers/test_train_jax_hosts", "jax/test_residuals", "jax/test_sharding",
+    "jax/test_golden", "measurements/test_compile_tpu", "measurements/test_bench",
 )  # fmt: skip
 
 

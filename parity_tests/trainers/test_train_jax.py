@@ -6,7 +6,6 @@ compilation cache serves all but the first.
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ import pytest
 
 from launch import train_jax
 from launch.data import TrainBatches
-from launch.trainer import jax_step
 from launch.trainer.cli import UsageError
 from launch.trainer.files import read_metrics
-from launch.trainer.options import Options
 from osd_jax import llama
-from osd_jax.llama import train as llama_train
 from osd_jax.llama.checkpoint import Checkpoints
+from osd_jax.llama.train import make_eval_step
+from parity_tests.support.jax_steps import forget_steps
+from parity_tests.support.jax_steps import steps_made_once as steps_made_once
 from parity_tests.support.trainer_runs import (
     SETTINGS,
     SHORT,
@@ -47,34 +46,6 @@ from parity_tests.support.trainer_runs import (
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-made: dict[str, Any] = {}  # optimizers and steps, by what they are made of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steps_made_once() -> Iterator[None]:
-    """Runs of the same options in this process share their steps, which JAX then traces once.
-
-    A run after a kill, in a process of its own, traces them anew.
-    """
-    make_step, make_eval_step = jax_step.make_step, llama_train.make_eval_step
-
-    def step_once(options: Options, config: Any, schedule: Any, *where: Any) -> Any:
-        groups = (options.model, options.subspace, options.optimizer, options.devices)
-        name = repr((groups, options.run.seed, config, where))  # the schedule is of the optimizer
-        if name not in made:
-            made[name] = make_step(options, config, schedule, *where)
-        return made[name]
-
-    def eval_step_once(*of: Any) -> Any:
-        return made.setdefault(repr(of), make_eval_step(*of))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_jax, "make_step", step_once)
-        patch.setattr(llama_train, "make_eval_step", eval_step_once)
-        yield
-    made.clear()
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return make_home(tmp_path_factory.mktemp("home"), train_jax, "-m", "launch.train_jax")
@@ -82,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 @pytest.fixture(scope="module")
 def reference(home: Home) -> Reference:
-    made.clear()
+    forget_steps()
     compiled: list[str] = []
 
     class Listener(logging.Handler):
@@ -108,7 +79,7 @@ class TestRuns(RunTests):
 
     def loss(self, folder: Path, batch: Any) -> float:
         config = llama.LlamaConfig.load(folder / "config.json")
-        total, count = llama_train.make_eval_step(config)(llama.load_hf(folder)[1], batch)
+        total, count = make_eval_step(config)(llama.load_hf(folder)[1], batch)
         return float(total / count)
 
 

@@ -27,6 +27,7 @@ from launch.trainer.files import read_metrics
 from launch.trainer.processes import OneProcess
 from osd_jax.llama.checkpoint import Checkpoints
 from parity_tests.support.hang import HANG
+from parity_tests.support.jax_steps import steps_made_once as steps_made_once
 from parity_tests.support.trainer_runs import ROOT, Home, lines_in, make_home, model, timeless
 
 # `python -m launch.train_jax` that takes no busy process for a lost one.
