@@ -212,7 +212,7 @@ def declared_vectors(
         except Exception as error:
             raise ValueError(
                 f"dimension_numbers raised {type(error).__name__} ({error}): it also receives the "
-                "parameters that are not projected, with optax.MaskedNode in place of the others; "
+                "parameters that are not projected, with optax.MaskedNode instead of the others; "
                 "map over the tree, as with jax.tree_util.tree_map_with_path, or give a tree"
             ) from error
     lookup = dimension_numbers_by_path(dimension_numbers, params, some_have_none=True)
