@@ -419,9 +419,10 @@ def test_declared_vectors_are_stepped_as_alone(shape: tuple[int, int]) -> None:
 
 def test_a_function_that_reads_a_hidden_parameter_is_refused() -> None:
     params = {"norm": jnp.ones((3, 8)), "w": jnp.ones((3, 8, 16))}
+    axes = lambda x: osd_jax.SubspaceDimensionNumbers(x.ndim - 2, x.ndim - 1)
     tx = osd_jax.osd_adamw(
         0.01, rank=2, second_moment="row", select=lambda name, x: name == "w",
-        dimension_numbers=lambda tree: {"w": osd_jax.SubspaceDimensionNumbers(tree["w"].ndim - 2)},
+        dimension_numbers=lambda tree: {"w": axes(tree["w"])},
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"dimension_numbers raised AttributeError.*give a tree"):
         tx.init(params)
