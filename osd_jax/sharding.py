@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osd_jax.state import Quantized
@@ -101,9 +102,12 @@ def make_mesh(
             f"devices{' or a multiple' * (-1 in sizes.values())}, but there are {len(found)}: "
             f"choose sizes whose product is {len(found)}"
         )
-    return jax.make_mesh(
-        tuple(filled.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=found
-    )
+    shape, kinds = tuple(filled.values()), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=found)
+    except NotImplementedError:  # 16 of a TPU's 4x8x8 chips are parts of its axes
+        grid = mesh_utils.create_device_mesh(shape, found, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

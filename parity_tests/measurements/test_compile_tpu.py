@@ -22,6 +22,7 @@ from launch.trainer.options import Options
 from osd_jax import llama
 from osd_jax.llama.attention import splash
 from osd_jax.llama.train import init_state
+from osd_jax.sharding import make_mesh
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
@@ -80,6 +81,16 @@ def test_a_slice_has_its_chips_and_most_of_their_memory(name: str, chips: int, g
     devices = find_topology(name)
     assert len(devices) == chips
     assert gib - 1 < memory_granted(devices[0]) / step.GIB < gib
+
+
+@needs_compiler
+@pytest.mark.parametrize("sizes", [(16, 16, 1), (4, 32, 2), (256, 1, 1)], ids=str)
+def test_a_mesh_may_split_the_axes_of_a_slice(sizes: tuple[int, int, int]) -> None:
+    """16 of 4x8x8 chips is no product of its axes."""
+    devices = find_topology("v5p:4x8x8")
+    mesh = make_mesh(*sizes, devices=devices)
+    assert tuple(mesh.shape.values()) == sizes
+    assert set(mesh.devices.flat) == set(devices)
 
 
 def test_both_forms_of_a_refusal_are_read() -> None:
