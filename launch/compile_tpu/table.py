@@ -150,8 +150,10 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         "per chip and update: "
         f"`tpu.sh 1b {LONG} LENGTH`. All other rows are the published runs, with 512 rows of 256 "
         "tokens per update; with layer-by-layer updates on several chips, without clipping. A row "
-        "that fits but lacks the bytes sent was compiled before the loops of collective matmuls "
-        "were counted; `python -m launch.compile_tpu.table` compiles it again.",
+        "that fits but lacks the bytes sent was compiled with an earlier version of the step, "
+        "before the loops of collective matmuls were counted, and that of 7B on v6e:16x16 before "
+        "optimizer state was split over all chips; `python -m launch.compile_tpu.table` compiles "
+        "them again.",
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that this project does not install, and a description of the GPU. "
