@@ -114,11 +114,11 @@ def collectives(text: str) -> list[Collective]:
                     visit(one, inner, runs, branches + (kind in _BRANCHES))
 
     visit(entry, entry, 1, 0)
-    # There the start, the middle and the end of one operation are fusions that all name it. Parts
-    # of it may run in a loop that it overlaps, whose trips do not repeat it.
+    # On a TPU the start, the middle and the end of one asynchronous operation are fusions with its
+    # channel. Those in a loop that it overlaps are parts of it too; each trip does not repeat it.
     for parts in in_parts.values():
-        fewest = min(range(len(parts)), key=lambda index: parts[index][0].times)
-        found.extend(parts[fewest])
+        fewest = min(parts, key=lambda arrays: arrays[0].times)
+        found.extend(fewest)
     return found
 
 

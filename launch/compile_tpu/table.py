@@ -141,14 +141,18 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
             f"| {peak} | {gib(report.memory)} | {report.product_flops / 1e12:,.1f} TFLOP "
             + (f"| {always} | {at_times} |" if report.fits and is_counted else "| | |")
         )
+    has_long = any(row.key in kept for row in rows() if LONG in row.flags)
+    long_rows = (
+        "The rows of 1B with longer rows have one row per chip and update: "
+        f"`tpu.sh 1b {LONG} LENGTH`. "
+    )
     lines += [
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
         "layer-by-layer updates; osd_muon has momentum and embeddings in 8 bits, and the layers' "
-        f"inputs in the host's memory (`{SMALL}`). The rows of 1B with longer rows have one row "
-        "per chip and update: "
-        f"`tpu.sh 1b {LONG} LENGTH`. All other rows are the published runs, with 512 rows of 256 "
+        f"inputs in the host's memory (`{SMALL}`). "
+        f"{long_rows * has_long}All other rows are the published runs, with 512 rows of 256 "
         "tokens per update; with layer-by-layer updates on several chips, without clipping. A row "
         "that fits but lacks the bytes sent was compiled with an earlier version of the step, "
         "before the loops of collective matmuls were counted, and that of 7B on v6e:16x16 before "
