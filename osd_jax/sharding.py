@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osd_jax.state import Quantized
 from osd_jax.trees import KeyPath, boxed_like, path_name, promotes, unboxed
@@ -115,7 +115,7 @@ def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
-def shard_count(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def shard_count(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """The number of shards of one entry of a `PartitionSpec`."""
     return math.prod(mesh.shape[name] for name in mesh_axes(axes))
 

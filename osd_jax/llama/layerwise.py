@@ -50,7 +50,7 @@ from osd_jax.llama.layer_state import (
     take,
     with_weights,
 )
-from osd_jax.llama.partition import add_rows, gathered, like_weights, on, split_batch
+from osd_jax.llama.partition import add_rows, like_weights, on, split_batch
 from osd_jax.llama.train import (
     Batch,
     Metrics,
@@ -160,14 +160,13 @@ def make_layerwise_train_step(
 
         def layer(x: jax.Array, weights: optax.Params) -> tuple[jax.Array, jax.Array]:
             kept = jax.device_put(x, jax.memory.Space.Host) if offload_inputs else x
-            weights = gathered({"layers": weights}, mesh)["layers"]
             return llama.layer(weights, config, x, *place, attention), kept
 
         def top(params: optax.Params, x: jax.Array) -> jax.Array:
             return llama.loss_of_output(params, config, x, tokens, mask)[0]
 
         x, inputs = jax.lax.scan(layer, llama.embed(params["embedding"], tokens), params["layers"])
-        after = gathered({name: params[name] for name in after_layers}, mesh)
+        after = {name: params[name] for name in after_layers}
         loss, pullback = jax.vjp(top, after, x)
         factor = members * mean_factor(total(loss), tokens_of(micro))
         grads, gradient = pullback(factor.astype(loss.dtype))
@@ -187,8 +186,9 @@ def make_layerwise_train_step(
             (layers, gradient), (index, x) = carry, index_and_input
             if offload_inputs:
                 x = jax.device_put(x, jax.memory.Space.Device)
-            weights = {key: take(w, index)[0] for key, w in layers.weights.items()}
-            weights = gathered(unflatten_dict(weights), mesh)["layers"]
+            weights = unflatten_dict({key: take(w, index)[0] for key, w in layers.weights.items()})[
+                "layers"
+            ]
             again = lambda w, x: llama.layer(w, config, x, *place, attention)
             pullback = jax.vjp(again, weights, x)[1]
             grads, gradient = pullback(gradient)

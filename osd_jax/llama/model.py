@@ -31,7 +31,7 @@ from osd_jax.layout import SubspaceDimensionNumbers
 from osd_jax.llama.attention import attend
 from osd_jax.llama.attention_plain import wide_einsum
 from osd_jax.llama.config import LlamaConfig
-from osd_jax.llama.partition import look_up, split_batch
+from osd_jax.llama.partition import for_products, look_up, split_batch
 from osd_jax.llama.rotary import rotary_angles, rotate, token_positions
 
 Params = dict[str, Any]
@@ -165,7 +165,8 @@ class Llama(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, weights)(x, angles, segments, attention), None
+            used = for_products({"layers": nnx.to_pure_dict(weights)})["layers"]
+            return nnx.merge(graph, used)(x, angles, segments, attention), None
 
         # What the forward pass saves for the backward pass: the outputs of the linear layers, or
         # nothing. Scores and elementwise results are cheaper to recompute than to store, also on a
@@ -265,7 +266,9 @@ def head_kernel(params: Params, config: LlamaConfig) -> jax.Array:
     Returns:
         (H, V); the transposed embedding if it is tied.
     """
-    return params["embedding"].T if config.tie_word_embeddings else params["head"]
+    name = "embedding" if config.tie_word_embeddings else "head"
+    kernel = for_products({name: params[name]})[name]
+    return kernel.T if config.tie_word_embeddings else kernel
 
 
 def embed(embedding: jax.Array, tokens: Tokens, dtype: DTypeLike | None = None) -> jax.Array:
@@ -327,7 +330,8 @@ def layer(
     Returns:
         The layer's output, (B, S, H).
     """
-    return nnx.merge(_abstract_layer(config), weights)(x, angles, segments, attention)
+    used = for_products({"layers": weights})["layers"]
+    return nnx.merge(_abstract_layer(config), used)(x, angles, segments, attention)
 
 
 def num_parameters(config: LlamaConfig) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count
 from osd_jax.stacks import moving_whole_matrices
@@ -38,7 +38,7 @@ _KERNELS = {
 }
 
 
-def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
+def partition_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of the weights of `osd_jax.llama` over a mesh from `make_mesh`.
 
     Args:
@@ -70,7 +70,7 @@ def partition_specs(params: optax.Params, mesh: Mesh) -> Any:
 
 
 def _where_divisible(
-    name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh
+    name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """The spec without the mesh axes that do not divide an array's axis, with a warning."""
     spec = []
@@ -90,7 +90,7 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def like_weights(grads: optax.Updates, mesh: Mesh | None) -> optax.Updates:
+def like_weights(grads: optax.Updates, mesh: Mesh | AbstractMesh | None) -> optax.Updates:
     """Gradients split like their weights: a reduce-scatter sums them, whatever reads them.
 
     Args:
@@ -102,7 +102,7 @@ def like_weights(grads: optax.Updates, mesh: Mesh | None) -> optax.Updates:
     return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
 
 
-def gathered(params: optax.Params, mesh: Mesh | None) -> optax.Params:
+def gathered(params: optax.Params, mesh: Mesh | AbstractMesh | None) -> optax.Params:
     """Weights all-gathered over `fsdp`, for one use or several; still split over `tensor`.
 
     Args:
@@ -116,6 +116,31 @@ def gathered(params: optax.Params, mesh: Mesh | None) -> optax.Params:
     is_spec = lambda x: isinstance(x, PartitionSpec)
     specs = jax.tree.map(whole, partition_specs(params, mesh), is_leaf=is_spec)
     return jax.lax.with_sharding_constraint(params, specs)
+
+
+def for_products(params: optax.Params) -> optax.Params:
+    """Weights as the model's products read them: all-gathered on a mesh with a `tensor` axis.
+
+    On a mesh with `data`, `fsdp` and `tensor`, XLA may partition the product of a gradient and a
+    kernel that is split over two axes wrongly: it exchanges rows of tokens between devices and does
+    not exchange them back. Kernels that are gathered over `fsdp` beforehand avoid such products;
+    their gradients are reduce-scattered. On other meshes XLA gathers a kernel within its product,
+    piece by piece, beside the computation.
+
+    Args:
+      params: Weights, or some of them, as in `gathered`. The mesh is that of `on`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = _auto_axes(mesh)
+    if not {"fsdp", "tensor"} <= auto or 1 in (mesh.shape["fsdp"], mesh.shape["tensor"]):
+        return params
+
+    @jax.custom_vjp
+    def gather(params: optax.Params) -> optax.Params:
+        return gathered(params, mesh)
+
+    gather.defvjp(lambda params: (gather(params), None), lambda _, g: (like_weights(g, mesh),))
+    return gather(params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -163,11 +188,7 @@ def add_rows(table: jax.Array, tokens: jax.typing.ArrayLike, rows: jax.Array) ->
 def _split(array: jax.Array, *spec: Any) -> jax.Array:
     """Constrains leading axes to the mesh axes of each entry that exist and divide the axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    auto = {
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto
-    }
+    auto = _auto_axes(mesh)
     wanted = [tuple(name for name in mesh_axes(axes) if name in auto) for axes in spec]
     sizes = [math.prod(mesh.shape[name] for name in axes) for axes in wanted]
     if auto.isdisjoint(BATCH_AXES) or any(
@@ -177,3 +198,9 @@ def _split(array: jax.Array, *spec: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         array, PartitionSpec(*(axes or None for axes in wanted))
     )
+
+
+def _auto_axes(mesh: AbstractMesh) -> set[str]:
+    """The axes over which the compiler shards."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Auto}
