@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from osd_jax.bases import each_matrix
@@ -18,13 +19,14 @@ from osd_jax.numerics import float32_or_more, has_direction, like_sharding, squa
 from osd_jax.sketch import SQUARED_NORM, Basis, Reduce, Sketch, is_two_sided
 from osd_jax.stacks import split_matrices, whole_matrices
 from osd_jax.state import NOT_SET
-from osd_jax.trees import KeyPath, by_path, path_of, unboxed, unzip
+from osd_jax.trees import KeyPath, by_path, path_of, traced_once, unboxed, unzip
 
 
 def _set_wanted(
     rule: BasisRule,
     layout: MatrixLayout,
     count: jax.Array,
+    draw: jax.Array,
     key_data: jax.Array,
     wanted: jax.Array,
     grad: jax.Array,
@@ -32,7 +34,7 @@ def _set_wanted(
     set_at: jax.Array,
 ) -> tuple[Basis, jax.Array]:
     key = jax.random.fold_in(jax.random.wrap_key_data(key_data), count)
-    key = jax.random.fold_in(key, layout.draw)
+    key = jax.random.fold_in(key, draw)
     each = functools.partial(each_matrix, wanted)
     new = rule.fresh(layout.to_matrix(grad), basis, layout.side, key, each)
 
@@ -49,6 +51,7 @@ def _set_waiting(
     reduce: Reduce | None,
     layout: MatrixLayout,
     count: jax.Array,
+    draw: jax.Array,
     key_data: jax.Array,
     grad: jax.Array,
     basis: Basis,
@@ -62,8 +65,8 @@ def _set_waiting(
     return cond_once(
         jnp.any(wanted),
         functools.partial(_set_wanted, rule, layout),
-        lambda count, key_data, wanted, grad, basis, set_at: (basis, set_at),
-        *(count, key_data, wanted, grad, basis, set_at),
+        lambda count, draw, key_data, wanted, grad, basis, set_at: (basis, set_at),
+        *(count, draw, key_data, wanted, grad, basis, set_at),
     )
 
 
@@ -95,19 +98,21 @@ def set_basis(
       (bases, set_at).
     """
 
+    @traced_once
     def one(
-        layout: MatrixLayout, grad: jax.Array, basis: Basis, set_at: jax.Array
+        layout: MatrixLayout, draw: jax.Array, grad: jax.Array, basis: Basis, set_at: jax.Array
     ) -> tuple[Basis, jax.Array]:
         set_at = jnp.where(due, NOT_SET, set_at)
         return cond_once(
             jnp.any(set_at == NOT_SET),
             functools.partial(_set_waiting, rule, reduce, layout),
-            lambda count, key_data, grad, basis, set_at: (basis, set_at),
-            *(count, key_data, grad, basis, set_at),
+            lambda count, draw, key_data, grad, basis, set_at: (basis, set_at),
+            *(count, draw, key_data, grad, basis, set_at),
         )
 
     tree = layouts(grads)
-    return unzip(tree, jax.tree.map(one, tree, unboxed(grads), bases, set_at))
+    draws = jax.tree.map(lambda layout: np.uint32(layout.draw), tree)
+    return unzip(tree, jax.tree.map(one, tree, draws, unboxed(grads), bases, set_at))
 
 
 def restarted(
@@ -147,12 +152,14 @@ def move_basis(
     assert rule.gradient is not None and rule.optimizer is not None
     gradient_of = rule.gradient
 
-    def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
+    @traced_once
+    def gradient(_: None, basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
         pick = lambda x: jnp.where(moves[..., None, None], x, 0)
         # P's optimizer meets the gradient where P is stored.
         return jax.tree.map(lambda x: split_matrices(pick(x)), gradient_of(basis, sketch))
 
-    def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
+    @traced_once
+    def stepped(_: None, old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
         norm = sketch.statistics.get(SQUARED_NORM.name)
         moves &= has_direction(squared_norm(sketch.low_rank) if norm is None else norm)
 
@@ -167,6 +174,9 @@ def move_basis(
     each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
     wide, wide_here = jax.tree.map(float32_or_more, (bases, here))
     steps, new = optax.with_extra_args_support(rule.optimizer).update(
-        each(gradient, wide_here, sketches, moves), optimizer, wide, age=age
+        each(functools.partial(gradient, None), wide_here, sketches, moves),
+        optimizer,
+        wide,
+        age=age,
     )
-    return each(stepped, bases, wide, steps, sketches, moves), new
+    return each(functools.partial(stepped, None), bases, wide, steps, sketches, moves), new

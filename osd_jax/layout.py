@@ -45,14 +45,17 @@ DimensionNumbers = SubspaceDimensionNumbers | Mapping[str, Any] | Callable[[Any]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixLayout:
-    """How a parameter is viewed as matrices M of shape (..., p, q), and converted back."""
+    """How a parameter is viewed as matrices M of shape (..., p, q), and converted back.
 
-    name: str
+    Layouts of parameters with different names and draws are equal if all else is (`traced_once`).
+    """
+
+    name: str = dataclasses.field(compare=False)
     shape: tuple[int, ...]
     axes: tuple[int, ...]  # the permutation: batch axes, projected side, other side
     matrix_shape: tuple[int, ...]  # (batch..., p, q)
     side: ResolvedSide
-    draw: int = 0  # folded into the key of its random draws
+    draw: int = dataclasses.field(default=0, compare=False)  # folded into its random keys
 
     @property
     def is_flipped(self) -> bool:

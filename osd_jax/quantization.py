@@ -56,6 +56,8 @@ def _rounding_table(signed: bool) -> np.ndarray:
     return np.searchsorted(_midpoints(signed), grid, side="left").astype(np.uint8)
 
 
+# Jitted, so that moments of equal shapes are traced once.
+@functools.partial(jax.jit, static_argnames=("signed", "block", "rounding"), inline=True)
 @promotes
 def quantize(
     array: jax.Array, *, signed: bool, block: int = BLOCK_SIZE, rounding: Rounding = "table"
@@ -87,6 +89,7 @@ def quantize(
     return Quantized(like_sharding(_from_blocks(codes, array.shape), array), scales)
 
 
+@functools.partial(jax.jit, static_argnames=("signed", "block"), inline=True)
 @promotes
 def dequantize(quantized: Quantized, *, signed: bool, block: int = BLOCK_SIZE) -> jax.Array:
     """Dequantizes `Quantized` -> float32 (..., n)."""

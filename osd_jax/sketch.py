@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from osd_jax.layout import MatrixLayout
 from osd_jax.numerics import (
     contract,
     float32_or_more,
@@ -22,6 +23,7 @@ from osd_jax.numerics import (
     squared_norm,
     written_transpose,
 )
+from osd_jax.trees import traced_once
 
 
 class TwoSided(NamedTuple):
@@ -338,12 +340,12 @@ def sketches_of(
     tree: Any, grads: Any, bases: Any, statistics: Iterable[Statistic], reduce: Reduce | None = None
 ) -> Any:
     """The sketch of each gradient, with these statistics; `tree` is of `MatrixLayout`."""
-    return jax.tree.map(
-        lambda layout, g, basis: make_sketch(basis, layout.to_matrix(g), statistics, reduce),
-        tree,
-        grads,
-        bases,
-    )
+
+    @traced_once
+    def one(layout: MatrixLayout, gradient: jax.Array, basis: Basis) -> Sketch:
+        return make_sketch(basis, layout.to_matrix(gradient), statistics, reduce)
+
+    return jax.tree.map(one, tree, grads, bases)
 
 
 # Any operation on a gradient if only its sketch is kept.

@@ -65,7 +65,7 @@ from osd_jax.sketch import (
 from osd_jax.stacks import bases_of_whole, on_every_device, split_matrices, whole_matrices
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
-from osd_jax.trees import boxed_like, promotes, unboxed, unzip
+from osd_jax.trees import boxed_like, promotes, traced_once, unboxed, unzip
 from osd_names import SIDES, Side
 
 
@@ -393,21 +393,25 @@ def scale_by_subspace(
         if projector.order == "after":
             inner_state = after_move(inner_state)
 
+        @traced_once
         def lift_one(
-            layout: MatrixLayout, x: Any, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
+            layout: MatrixLayout, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
         ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
             matrix = layout.to_matrix(g) if lift_rule.needs.gradient == "always" else None
             lifted = lift_rule.apply(d, Seen(basis, read, matrix, own, layout.side))
             check_lift_state(lift_rule, lifted.state, own)
             update = split_matrices(lifted_update(layout, basis, lifted), layout.stack_axis)
-            return update if widen_updates else update.astype(x.dtype), {**own, **lifted.state}
+            return update, {**own, **lifted.state}
 
         directions = jax.tree.map(whole_matrices, directions)
         own = state.lift if jax.tree.leaves(state.lift) else jax.tree.map(lambda _: {}, tree)
-        found = jax.tree.map(
-            lift_one, tree, like, here, directions, read, tree if grads is None else whole, own
+        gradient = (
+            whole if lift_rule.needs.gradient == "always" else jax.tree.map(lambda _: (), tree)
         )
+        found = jax.tree.map(lift_one, tree, here, directions, read, gradient, own)
         updates, own = unzip(tree, found)
+        if not widen_updates:
+            updates = jax.tree.map(lambda update, x: update.astype(x.dtype), updates, like)
         state = state._replace(
             count=optax.safe_increment(state.count),
             projector=ProjectorState(*moved, set_at),

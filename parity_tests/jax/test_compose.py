@@ -569,3 +569,29 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
     tx = osd_jax.make_optimizer("galore_adamw", "random", learning_rate=0.1, rank=2, seed=seed)
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
     assert jnp.any(osd_jax.projectors(state)["mlp"])
+
+
+def test_matrices_of_one_shape_are_traced_once() -> None:
+    """Of a model without stacked layers; also what reads a number of the trace, as a scale."""
+    seen: list[tuple[int, ...]] = []
+
+    def make(scale: jax.typing.ArrayLike) -> Any:
+        def apply(direction: jax.Array, seen_: osd_jax.Seen) -> osd_jax.Lifted:
+            seen.append(direction.shape)
+            return osd_jax.Lifted(direction, scale=scale)
+
+        return subspace(lift=osd_jax.Lift(apply))
+
+    shapes = {f"layers_{i}": {"up": (8, 16), "out": (8, 8), "down": (16, 8)} for i in range(5)}
+    grads = draw(1, shapes)
+
+    def step(grads: Tree, state: Tree, scale: jax.typing.ArrayLike) -> Tree:
+        return make(scale).update(grads, state)
+
+    state = make(0.5).init(grads)
+    wanted = step(grads, state, 0.5)
+    assert len(seen) == 15  # one at a time, outside a trace
+    seen.clear()
+    found = jax.jit(step)(grads, state, 0.5)
+    assert len(seen) == 3  # up and down have one matrix shape and two layouts
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
