@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-QUICK_COMPILER = " --xla_cpu_use_fusion_emitters=false"
+def quick_compiler() -> str:
+    """XLA's flag for the older of two code generators, which JAX 0.11 no longer has.
+
+    XLA ends the process at a flag that it does not know.
+    """
+    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+    is_older = (int(major), int(minor)) < (0, 11)
+    return " --xla_cpu_use_fusion_emitters=false" if is_older else ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,13 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     On a CPU, compiling takes most of the suite's time. What the tests claim of a program holds for
     every compiler that keeps its meaning, so they take the quickest: without most optimizations
-    and with the older of two code generators. `--optimized` takes XLA's defaults. So does
-    `jax/test_optimized.py` in every run; the fixture `optimized` brings the optimizations back.
+    and with the older of two code generators where JAX has both. `--optimized` takes XLA's
+    defaults. So does `jax/test_optimized.py` in every run; the fixture `optimized` brings the
+    optimizations back.
     """
     if os.environ["JAX_PLATFORMS"] == "cpu" and not config.getoption("optimized"):
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        if QUICK_COMPILER not in os.environ["XLA_FLAGS"]:
-            os.environ["XLA_FLAGS"] += QUICK_COMPILER
+        if quick_compiler() not in os.environ["XLA_FLAGS"]:
+            os.environ["XLA_FLAGS"] += quick_compiler()
 
 
 # The files that take longest, first: else a worker may start one when the other has finished.

@@ -175,14 +175,23 @@ def look_up(table: jax.Array, tokens: jax.typing.ArrayLike) -> jax.Array:
     the result is then resharded. Without these constraints the compiler may gather the rows of the
     whole batch on each device.
     """
-    rows = table[_split(jnp.asarray(tokens), "data")]
+    rows = _whole_rows(table)[_split(jnp.asarray(tokens), "data")]
     return split_batch(_split(rows, "data", None, "fsdp"))
 
 
 def add_rows(table: jax.Array, tokens: jax.typing.ArrayLike, rows: jax.Array) -> jax.Array:
     """`table.at[tokens].add(rows)`, sharded like the transpose of `look_up`."""
     rows = _split(split_batch(rows), "data", None, "fsdp")
-    return table.at[_split(jnp.asarray(tokens), "data")].add(rows)
+    return _whole_rows(table).at[_split(jnp.asarray(tokens), "data")].add(rows)
+
+
+def _whole_rows(table: jax.Array) -> jax.Array:
+    """A (V, H) table split over `fsdp` alone, where `jax.shard_map` maps another mesh axis.
+
+    There, the partitioner of JAX 0.11 aborts at a look-up in a table whose rows are split.
+    """
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return _split(table, None, "fsdp") if AxisType.Manual in kinds else table
 
 
 def _split(array: jax.Array, *spec: Any) -> jax.Array:
