@@ -153,12 +153,13 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     A model without stacked layers has hundreds of matrices of a few shapes, and tracing the same
     steps for each of them takes most of the time before a program is compiled. The steps are copied
-    into the caller's (`inline`), since XLA shards other programs if they are calls. Outside a trace
-    it does nothing, because a new function would compile again.
+    into the caller's (`inline`), since XLA shards other programs if they are calls. Without tracers
+    among the arguments `function` runs as it is, because a new function would compile again.
 
     Args:
-      function: (a hashable value, trees of arrays) -> a tree of arrays. It may read values of the
-        trace that it is made in, so it must not outlive it.
+      function: (a hashable value, trees of arrays) -> a tree of arrays. It runs for the first of
+        equal leaves only. It may read values of the trace that it is made in, so it must not
+        outlive it.
 
     Example:
       >>> import jax, jax.numpy as jnp

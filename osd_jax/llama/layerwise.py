@@ -12,8 +12,9 @@ An optimizer can be applied layer by layer if it treats each layer independently
 over all parameters inside it. The state is that of the plain step, so a checkpoint of either
 resumes with the other.
 
-On a mesh, each weight is sharded as in the plain step and all-gathered one layer at a time; a
-layer's gradient is reduced to the shards of its weight before the next layer's is computed.
+On a mesh, each weight is sharded as in the plain step and all-gathered one layer at a time, before
+its products or within them; a layer's gradient is reduced to the shards of its weight before the
+next layer's is computed.
 """
 
 from __future__ import annotations

@@ -595,3 +595,17 @@ def test_matrices_of_one_shape_are_traced_once() -> None:
     found = jax.jit(step)(grads, state, 0.5)
     assert len(seen) == 3  # up and down have one matrix shape and two layouts
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [osd_jax.random(200), osd_jax.gaussian(200)], ids=["random", "gaussian"]
+)
+def test_matrices_of_one_shape_have_draws_of_their_own(rule: osd_jax.BasisRule) -> None:
+    tx = subspace(rule, rank=4)
+    grads = draw(1, {f"layers_{i}": {"up": (8, 16), "gate": (8, 16)} for i in range(3)})
+    _, state = jax.jit(tx.update)(grads, tx.init(grads))
+    bases = jax.tree.leaves(osd_jax.projectors(state))
+    for one, other in itertools.combinations(bases, 2):
+        assert not np.allclose(one, other, atol=0.1)
+    _, wanted = tx.update(grads, tx.init(grads))
+    chex.assert_trees_all_close(state, wanted, rtol=1e-5, atol=1e-6)

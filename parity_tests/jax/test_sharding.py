@@ -24,7 +24,7 @@ import osd_jax
 from launch.compile_tpu.hlo import Collective, collectives
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.checkpoint import Checkpoints
-from osd_jax.llama.partition import batch_sharding, partition_specs
+from osd_jax.llama.partition import batch_sharding, for_products, on, partition_specs
 from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
 from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
 from osd_jax.trees import path_name
@@ -514,6 +514,26 @@ def assert_gathers_weights_only(
     # The first P takes one layer's gradient at a time, and no P and no R is larger here.
     matrix = max(4 * math.prod(shape[-2:]) for shape in kernels(config).values())
     assert all(c.bytes <= matrix for c in found if c.branches and c.op == "all-gather")
+
+
+@pytest.mark.parametrize(("sizes", "is_gathered"), [((2, 2, 2), True), ((2, 4, 1), False)], ids=str)
+def test_products_beside_tensor_read_gathered_kernels(
+    sizes: tuple[int, int, int], is_gathered: bool
+) -> None:
+    """XLA's partitioner gives some products of kernels split over two axes wrong gradients."""
+    mesh = make_mesh(*sizes)
+    split = jax.NamedSharding(mesh, P("fsdp", "tensor"))
+    head = jax.device_put(jnp.ones((16, 32)), split)
+
+    def both(head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        with on(mesh):
+            read, pullback = jax.vjp(lambda head: for_products({"head": head})["head"], head)
+            return read, pullback(read)[0]
+
+    read, gradient = jax.jit(both)(head)
+    seen = jax.NamedSharding(mesh, P(None, "tensor")) if is_gathered else split
+    assert read.sharding.is_equivalent_to(seen, 2)
+    assert gradient.sharding.is_equivalent_to(split, 2)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
