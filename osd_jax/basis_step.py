@@ -98,7 +98,7 @@ def set_basis(
       (bases, set_at).
     """
 
-    @traced_once
+    @functools.partial(traced_once, static_argnums=0)
     def one(
         layout: MatrixLayout, draw: jax.Array, grad: jax.Array, basis: Basis, set_at: jax.Array
     ) -> tuple[Basis, jax.Array]:
@@ -153,13 +153,13 @@ def move_basis(
     gradient_of = rule.gradient
 
     @traced_once
-    def gradient(_: None, basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
+    def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
         pick = lambda x: jnp.where(moves[..., None, None], x, 0)
         # P's optimizer meets the gradient where P is stored.
         return jax.tree.map(lambda x: split_matrices(pick(x)), gradient_of(basis, sketch))
 
     @traced_once
-    def stepped(_: None, old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
+    def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:
         norm = sketch.statistics.get(SQUARED_NORM.name)
         moves &= has_direction(squared_norm(sketch.low_rank) if norm is None else norm)
 
@@ -174,9 +174,6 @@ def move_basis(
     each = functools.partial(jax.tree.map, is_leaf=is_two_sided)
     wide, wide_here = jax.tree.map(float32_or_more, (bases, here))
     steps, new = optax.with_extra_args_support(rule.optimizer).update(
-        each(functools.partial(gradient, None), wide_here, sketches, moves),
-        optimizer,
-        wide,
-        age=age,
+        each(gradient, wide_here, sketches, moves), optimizer, wide, age=age
     )
-    return each(functools.partial(stepped, None), bases, wide, steps, sketches, moves), new
+    return each(stepped, bases, wide, steps, sketches, moves), new

@@ -9,6 +9,7 @@ the gradient itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -341,7 +342,7 @@ def sketches_of(
 ) -> Any:
     """The sketch of each gradient, with these statistics; `tree` is of `MatrixLayout`."""
 
-    @traced_once
+    @functools.partial(traced_once, static_argnums=0)
     def one(layout: MatrixLayout, gradient: jax.Array, basis: Basis) -> Sketch:
         return make_sketch(basis, layout.to_matrix(gradient), statistics, reduce)
 

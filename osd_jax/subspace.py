@@ -393,7 +393,7 @@ def scale_by_subspace(
         if projector.order == "after":
             inner_state = after_move(inner_state)
 
-        @traced_once
+        @functools.partial(traced_once, static_argnums=0)
         def lift_one(
             layout: MatrixLayout, basis: Any, d: jax.Array, read: Sketch, g: Any, own: Any
         ) -> tuple[jax.Array, Mapping[str, jax.Array]]:

@@ -148,8 +148,10 @@ def unzip(tree: Any, pairs: Any) -> tuple[Any, Any]:
     return first, second
 
 
-def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces `function` once for all leaves of equal shapes, dtypes and static first argument.
+def traced_once(
+    function: Callable[..., Any], *, static_argnums: int | tuple[int, ...] = ()
+) -> Callable[..., Any]:
+    """Traces `function` once for all leaves of equal shapes, dtypes and static arguments.
 
     A model without stacked layers has hundreds of matrices of a few shapes, and tracing the same
     steps for each of them takes most of the time before a program is compiled. The steps are copied
@@ -157,22 +159,22 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     among the arguments `function` runs as it is, because a new function would compile again.
 
     Args:
-      function: (a hashable value, trees of arrays) -> a tree of arrays. It runs for the first of
-        equal leaves only. It may read values of the trace that it is made in, so it must not
-        outlive it.
+      function: Trees of arrays -> a tree of arrays. It runs for the first of equal leaves only. It
+        may read values of the trace that it is made in, so it must not outlive it.
+      static_argnums: As in `jax.jit`.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> traces = []
-      >>> double = traced_once(lambda name, x: traces.append(name) or 2 * x)
-      >>> doubled = jax.jit(lambda xs: [double("w", x) for x in xs])([jnp.ones(3)] * 4)
+      >>> double = traced_once(lambda x: traces.append(x.shape) or 2 * x)
+      >>> doubled = jax.jit(lambda xs: [double(x) for x in xs])([jnp.ones(3)] * 4)
       >>> len(doubled), traces
-      (4, ['w'])
+      (4, [(3,)])
     """
-    shared = jax.jit(function, static_argnums=0, inline=True)
+    shared = jax.jit(function, static_argnums=static_argnums, inline=True)
 
-    def once(static: Any, *args: Any) -> Any:
+    def once(*args: Any) -> Any:
         is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
-        return (shared if is_traced else function)(static, *args)
+        return (shared if is_traced else function)(*args)
 
     return once

@@ -139,7 +139,7 @@ def for_products(params: optax.Params) -> optax.Params:
     def gather(params: optax.Params) -> optax.Params:
         return gathered(params, mesh)
 
-    gather.defvjp(lambda params: (gather(params), None), lambda _, g: (like_weights(g, mesh),))
+    gather.defvjp(lambda w: (gathered(w, mesh), None), lambda _, g: (like_weights(g, mesh),))
     return gather(params)
 
 
