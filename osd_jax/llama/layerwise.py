@@ -51,7 +51,7 @@ from osd_jax.llama.layer_state import (
     take,
     with_weights,
 )
-from osd_jax.llama.partition import add_rows, like_weights, on, split_batch
+from osd_jax.llama.partition import add_rows, like_weights, mean_over_data, on, split_batch
 from osd_jax.llama.train import (
     Batch,
     Metrics,
@@ -140,7 +140,7 @@ def make_layerwise_train_step(
             )
         check_sketch_suffices(parts)
     members = mesh.shape["data"] if mesh is not None and compress_gradients else 1
-    reduce = functools.partial(jax.lax.pmean, axis_name="data") if members > 1 else None
+    reduce = mean_over_data(mesh) if mesh is not None and members > 1 else None
 
     def optimizer_of(state: TrainState) -> LayerOptimizer:
         """The optimizer of one layer's parameters at a time, before the first layer."""

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -156,6 +156,21 @@ def on(mesh: Mesh | None) -> Iterator[None]:
         return
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), moving_whole_matrices():
         yield
+
+
+def mean_over_data(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns array -> its mean over the `data` axis, for use within `shard_map`.
+
+    Devices of a CPU sum 16-bit arrays in float32. XLA's CPU compiler would do the same, but its
+    pass (AllReducePromotion) ends the process at an all-reduce from `shard_map`.
+    """
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+    def mean(array: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(array.dtype, jnp.float32) if on_cpu else array.dtype
+        return jax.lax.pmean(array.astype(wide), "data").astype(array.dtype)
+
+    return mean
 
 
 def split_batch(array: jax.Array) -> jax.Array:

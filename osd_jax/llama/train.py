@@ -26,7 +26,7 @@ from osd_jax.accumulation import (
 )
 from osd_jax.diagnostics import subspace_diagnostics
 from osd_jax.guard import skipped_steps
-from osd_jax.llama.partition import gathered, like_weights, on, partition_specs
+from osd_jax.llama.partition import gathered, like_weights, mean_over_data, on, partition_specs
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
 from osd_jax.sharding import state_sharding
@@ -248,7 +248,8 @@ def make_train_step(
         return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state)
 
     def by_sketches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-        mean = functools.partial(jax.lax.pmean, axis_name="data")
+        assert mesh is not None  # checked above
+        mean = mean_over_data(mesh)
 
         def member(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
             """The computation of one member of the `data` axis, and its reduced results."""

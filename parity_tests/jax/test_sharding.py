@@ -24,7 +24,13 @@ import osd_jax
 from launch.compile_tpu.hlo import Collective, collectives
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.checkpoint import Checkpoints
-from osd_jax.llama.partition import batch_sharding, for_products, on, partition_specs
+from osd_jax.llama.partition import (
+    batch_sharding,
+    for_products,
+    mean_over_data,
+    on,
+    partition_specs,
+)
 from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
 from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
 from osd_jax.trees import path_name
@@ -600,6 +606,22 @@ def test_reduced_sketches_of_online_pca_come_near_the_losses_of_whole_gradients(
     compressed = run(EVEN, (8, 1, 1), compress_gradients=True, micro_batches=2)
     alone = run(EVEN, None, micro_batches=2)
     np.testing.assert_allclose(compressed.losses, alone.losses, atol=1e-4)
+
+
+def test_the_mean_of_reduced_sketches_in_bfloat16() -> None:
+    """In the weights' dtype. XLA's CPU compiler aborts at `pmean` itself."""
+    mesh = make_mesh(2, 4)
+    split = jax.shard_map(
+        mean_over_data(mesh),
+        mesh=mesh,
+        axis_names={"data"},
+        in_specs=P("data"),
+        out_specs=P(),
+        check_vma=False,
+    )
+    found = jax.jit(split)(jnp.array([1, 256, 3, 2], jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    assert found.tolist() == [2, 129]
 
 
 def test_reduced_sketches_need_a_mesh_and_an_optimizer_that_reads_no_more() -> None:
