@@ -35,7 +35,7 @@ if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take m
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
 # Compiling dominates the suite: what one run or worker compiled, the next reads.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def quick_compiler() -> str:
