@@ -79,7 +79,8 @@ class SubspaceTransformation(optax.GradientTransformationExtraArgs):
       project: (grads, state, reduce=None) -> sketches, a tree like the gradients without its boxes,
         with a `Sketch` for each projected gradient. `reduce` is the mean over devices, such as
         `functools.partial(jax.lax.pmean, axis_name="data")`, if each device has its own gradients:
-        R is reduced first, and A is computed with the reduced R.
+        R is reduced first, and A is computed with the reduced R. On a CPU, a mean of 16-bit arrays
+        within `shard_map` has to be taken in float32, or XLA ends the process.
       apply: (sketches, state, params) -> (updates, state).
       needs_gradient: The `Needs` of a rule that reads the gradient itself at every step, or None.
         If there is one, `scale_by_subspace`'s `apply` also takes `grads=`.

@@ -167,8 +167,9 @@ def mean_over_data(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def mean(array: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(array.dtype, jnp.float32) if on_cpu else array.dtype
-        return jax.lax.pmean(array.astype(wide), "data").astype(array.dtype)
+        if on_cpu and array.dtype in (jnp.bfloat16, jnp.float16):
+            return jax.lax.pmean(array.astype(jnp.float32), "data").astype(array.dtype)
+        return jax.lax.pmean(array, "data")
 
     return mean
 

@@ -130,9 +130,12 @@ def compare(
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_combination(run: Run, rule: str, proj_type: str) -> None:
-    """A square matrix with Adam only: the side of P does not depend on the weight rule."""
+    """Square matrices with two rules: no rule chooses the side of P, and Muon's reads the shape.
+
+    Those of the other rules are among the golden trajectories.
+    """
     optimizer, options = RULES[rule]
-    shapes = MATRICES if rule == "adamw" else OBLONG
+    shapes = MATRICES if rule in ("adamw", "muon") else OBLONG
     compare(run, optimizer, proj_type, shapes, **options)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +25,14 @@ import osd_jax
 from launch.compile_tpu.hlo import Collective, collectives
 from osd_jax import llama, make_optimizer
 from osd_jax.llama.checkpoint import Checkpoints
-from osd_jax.llama.partition import (
-    batch_sharding,
-    for_products,
-    mean_over_data,
-    on,
-    partition_specs,
-)
+from osd_jax.llama.layerwise import make_layerwise_train_step
+from osd_jax.llama.partition import batch_sharding, for_products, on, partition_specs
 from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
 from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
 from osd_jax.trees import path_name
 from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
 from parity_tests.support import CONFIGS
+from parity_tests.support.jax_toys import is_one_of_its_shape
 from parity_tests.support.mesh_runs import train
 
 EVEN = llama.LlamaConfig(
@@ -608,20 +605,19 @@ def test_reduced_sketches_of_online_pca_come_near_the_losses_of_whole_gradients(
     np.testing.assert_allclose(compressed.losses, alone.losses, atol=1e-4)
 
 
-def test_the_mean_of_reduced_sketches_in_bfloat16() -> None:
-    """In the weights' dtype. XLA's CPU compiler aborts at `pmean` itself."""
-    mesh = make_mesh(2, 4)
-    split = jax.shard_map(
-        mean_over_data(mesh),
-        mesh=mesh,
-        axis_names={"data"},
-        in_specs=P("data"),
-        out_specs=P(),
-        check_vma=False,
-    )
-    found = jax.jit(split)(jnp.array([1, 256, 3, 2], jnp.bfloat16))
-    assert found.dtype == jnp.bfloat16
-    assert found.tolist() == [2, 129]
+@pytest.mark.parametrize("make", [make_train_step, make_layerwise_train_step])
+def test_reduced_sketches_in_bfloat16_are_summed_in_float32_on_a_cpu(make: Any) -> None:
+    """XLA's CPU compiler ends the process at a 16-bit sum from `shard_map`."""
+    mesh, tx = make_mesh(2, 4), optimizer(select=is_one_of_its_shape)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes(EVEN))
+    state = jax.eval_shape(lambda params: init_state(params, tx), params)
+    tokens = jax.ShapeDtypeStruct((1, ROWS, LENGTH), jnp.int32)
+    batch = {"tokens": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, bool)}
+    step = make(EVEN, tx, mesh=mesh, compress_gradients=True)
+    lowered = step.lower(state, batch, jax.ShapeDtypeStruct((), bool)).as_text()
+    sums = re.findall(r"stablehlo\.all_reduce.*?\}\) : \(tensor<([^>]*)>", lowered, re.DOTALL)
+    assert len(sums) > 10
+    assert not [one for one in sums if "bf16" in one]
 
 
 def test_reduced_sketches_need_a_mesh_and_an_optimizer_that_reads_no_more() -> None:
