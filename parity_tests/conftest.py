@@ -31,12 +31,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # With it, devices start independent collectives in different orders: some wait for the others
     # in a permutation, those for them in an all-gather, and all of them forever.
     os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    # A program in one part, not in 32 for 32 threads, takes a third less time of the cores, which
-    # the workers share.
+    # By default XLA splits a program into 32 parts and compiles them in parallel. One part takes a
+    # third less CPU time for a small program, and the workers use all cores anyway.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if "cuda" in os.environ["JAX_PLATFORMS"]:  # choosing among kernels would take minutes
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"
-# Compiling dominates the suite: what one run or worker compiled, the next reads.
+# Compiling dominates the suite: what one run or worker compiled, the next reads. A resumed trainer
+# reads small programs too, which compile in less than JAX's minimum of 1 s.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

@@ -161,8 +161,9 @@ def on(mesh: Mesh | None) -> Iterator[None]:
 def mean_over_data(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """Returns array -> its mean over the `data` axis, for use within `shard_map`.
 
-    Devices of a CPU sum 16-bit arrays in float32. XLA's CPU compiler would do the same, but its
-    pass (AllReducePromotion) ends the process at an all-reduce from `shard_map`.
+    On CPU devices, 16-bit arrays are summed in float32. XLA's CPU compiler would do the same, but
+    its pass (AllReducePromotion, JAX 0.10.2 to 0.12.0) ends the process at an all-reduce from
+    `shard_map`.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 

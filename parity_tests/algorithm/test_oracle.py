@@ -130,9 +130,10 @@ def compare(
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_combination(run: Run, rule: str, proj_type: str) -> None:
-    """Square matrices with two rules: no rule chooses the side of P, and Muon's reads the shape.
+    """Only Adam and Muon also get a square matrix.
 
-    Those of the other rules are among the golden trajectories.
+    The projection alone chooses the side of P, but Newton-Schulz depends on the shape. The golden
+    trajectories contain square matrices for the other rules.
     """
     optimizer, options = RULES[rule]
     shapes = MATRICES if rule in ("adamw", "muon") else OBLONG
