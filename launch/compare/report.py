@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from launch.compare.methods import BAR, METHODS, Config, Setting
 from launch.compare.state import share_of_bar
 from launch.compare.tune import MORE, SECOND_SEED, TRIALS, TUNING_SEED
+from launch.trainer.cli import UsageError
 from launch.trainer.files import atomic, write_atomic
 
 Run = Mapping[str, Any]
@@ -24,6 +27,7 @@ PAIRS = (
     ("osd_muon_low", "stateless"), ("osd_muon", "osd_muon_fixed"), ("osd_muon", "osd_muon_svd"),
     ("osd", "galore"), ("osd_paper", "galore"),
 )  # fmt: skip
+FINDINGS = "findings.txt"  # next to the page
 SIZES = ("60m", "350m", "1b")
 RECOMMENDED = "osd_muon_small"
 
@@ -122,9 +126,11 @@ def difference(losses: Mapping[int, float], others: Mapping[int, float]) -> Diff
 def write(runs: Sequence[Run], out: Path) -> None:
     """Writes OUT/README.md and its figures from the stored runs."""
     settings = sorted({run["setting"] for run in runs})
-    parts = [*_head(runs)]
-    for setting in settings:
-        found = {m: x for m in METHODS if (x := summary(runs, setting, m))}
+    found_in = {
+        setting: {m: x for m in METHODS if (x := summary(runs, setting, m))} for setting in settings
+    }
+    parts = [*_head(runs), *findings(out / FINDINGS, found_in)]
+    for setting, found in found_in.items():
         parts += section(setting, found)
         if to_draw(found):
             draw(setting, to_draw(found), out / f"{setting}.png")
@@ -176,6 +182,31 @@ def _head(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def findings(path: Path, found_in: Mapping[str, Mapping[str, Summary]]) -> list[str]:
+    """What someone concluded from the runs, with the figures filled in; empty without such a file.
+
+    `$quickstart_5M_osd_muon_adamw` is the paired difference of two methods in a setting, with
+    `_other` that of the configuration which the search did not choose.
+
+    Raises:
+        UsageError: A figure is unknown.
+    """
+    if not path.exists():
+        return []
+    values = {
+        re.sub(r"\W", "_", f"{setting}_{a}_{b}") + "_other" * bool(other): text
+        for setting, found in found_in.items()
+        for a, b, other, text in differences(found)
+    }
+    text = Template(path.read_text(encoding="utf-8").strip())
+    if unknown := set(text.get_identifiers()) - set(values):
+        raise UsageError(
+            f"{path}: ${min(unknown)} is not a paired difference of these runs; expected one of "
+            f"{', '.join(sorted(values)) or 'none'}"
+        )
+    return ["", text.substitute(values)]
+
+
 def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
     """The section of the page on one setting."""
     model = setting.partition("-")[0]
@@ -197,16 +228,12 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
             f"{_plain(one.config.own)} | {_text(one.mean) if one.losses else ''} | {off or ''} | "
             f"{each} |"
         )
-    pairs = [(a, b) for a, b in PAIRS if a in found and b in found]
-    texts = [
-        (METHODS[a].title + name, METHODS[b].title, text)
-        for a, b in pairs
-        for name, losses in confirmed(found[a])
-        if (text := difference(losses, found[b].losses))
-    ]
-    if texts:
+    if texts := differences(found):
         lines += ["", "| method | minus | paired difference, 95 % interval |", "|---|---|---:|"]
-        lines += [f"| {one} | {other} | {text} |" for one, other, text in texts]
+        lines += [
+            f"| {METHODS[a].title}{other} | {METHODS[b].title} | {text} |"
+            for a, b, other, text in texts
+        ]
     lines += [
         "",
         "Validation loss of every trial, with one seed:",
@@ -217,6 +244,17 @@ def section(setting: str, found: Mapping[str, Summary]) -> list[str]:
     for name, one in ranked:
         lines.append(f"| {METHODS[name].title} | {trials_text(one)} |")
     return lines
+
+
+def differences(found: Mapping[str, Summary]) -> list[tuple[str, str, str, Difference]]:
+    """The paired differences of `PAIRS`: (method, reference, a configuration not chosen, value)."""
+    return [
+        (a, b, name, text)
+        for a, b in PAIRS
+        if a in found and b in found
+        for name, losses in confirmed(found[a])
+        if (text := difference(losses, found[b].losses))
+    ]
 
 
 def confirmed(one: Summary) -> list[tuple[str, Mapping[int, float]]]:

@@ -91,7 +91,6 @@ def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "launch.train_torch", *flags.split(), "--name", name]
     command += ["--run_dir", str(RUN_DIR), "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    shutil.rmtree(RUN_DIR / name, ignore_errors=True)  # of an interrupted run
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     records = read_metrics(RUN_DIR / name) if (RUN_DIR / name / "metrics.jsonl").exists() else []
     train = [r for r in records if r["kind"] == "train"]

@@ -142,6 +142,15 @@ def test_the_page_says_what_the_runs_say(tmp_path: Path) -> None:
     assert f"| {METHODS['muon'].title} |" in page and "failed" in page  # a failed run is reported
     assert (tmp_path / f"{SETTING.name}.png").read_bytes()[:4] == b"\x89PNG"
 
+    # What someone concluded from them, with the figures filled in.
+    name = f"{SETTING.name.replace('-', '_').replace('.', '_')}_osd_muon_adamw"
+    (tmp_path / report.FINDINGS).write_text(f"Lower by ${name}.")
+    report.write(found, tmp_path)
+    assert "\n\nLower by -0.200 ± 0.000.\n\n" in (tmp_path / "README.md").read_text()
+    (tmp_path / report.FINDINGS).write_text(f"Lower by ${name}_other.")
+    with pytest.raises(UsageError, match=rf"\${name}_other is not .* expected one of {name}"):
+        report.write(found, tmp_path)
+
 
 def test_longer_runs_begin_with_what_was_best_in_shorter_ones() -> None:
     found = [kept("muon", 0, 4.0), kept("muon", 0, 3.9, 0.02), kept("muon", 1, 3.9, 0.02)]
@@ -150,6 +159,23 @@ def test_longer_runs_begin_with_what_was_best_in_shorter_ones() -> None:
     best = report.best_config(found, longer, "muon")
     assert best == Config(0.02, 0.03, "--beta2 0.95")
     assert report.best_config(found, longer._replace(model="9m"), "muon") is None
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert "--overwrite" in command
+        return subprocess.CompletedProcess(command, 2, "", "another process is writing to it")
+
+    monkeypatch.setattr(runs, "RUN_DIR", tmp_path)
+    monkeypatch.setattr(runs.subprocess, "run", refuse)
+    (tmp_path / "taken").mkdir()
+    log = tmp_path / "taken" / "metrics.jsonl"
+    log.write_text("")
+    with pytest.raises(UsageError, match="another process is writing to it"):
+        runs.trained("taken", "--lr 1", threads=1)
+    assert log.exists()
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
