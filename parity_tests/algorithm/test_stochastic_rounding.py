@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy as copies
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from osd_jax.rounding import RoundingState, rounded_update
 from osd_torch import numerics as torch_numerics
 from osd_torch.full_rank import FullRankAdam
 from parity_tests.support.trainer_runs import SHORT, assert_same_end, copy, make_home
-from parity_tests.support.two_processes import TwoProcesses
+from parity_tests.support.two_processes import Run
 
 MAX = float(jnp.finfo(jnp.bfloat16).max)
 EVERY_LOWER_HALF = np.arange(1 << 16, dtype=np.int32)
@@ -520,13 +520,6 @@ def test_torch_layer_by_layer_is_the_plain_step() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoProcesses]:
-    processes = TwoProcesses(tmp_path_factory.mktemp("rounding"))
-    yield processes
-    processes.stop()
-
-
 def replicas() -> dict[str, np.ndarray]:
     """Weights of a model in DDP after three steps, with gradients of each process' own rows."""
     torch.manual_seed(0)
@@ -563,7 +556,7 @@ def parts() -> dict[str, np.ndarray]:
 
 
 def test_processes_round_replicas_alike_and_parts_each_by_bits_of_its_own(
-    two_processes: TwoProcesses,
+    two_processes: Run,
 ) -> None:
     one, other = two_processes(replicas)
     assert_equal(one, other)

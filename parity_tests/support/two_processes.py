@@ -1,6 +1,6 @@
 """Runs functions on two PyTorch processes connected by gloo on loopback.
 
-A file that uses the fixture `run` imports it, and `one_thread` if its numbers are compared.
+A file that uses the fixture `two_processes` takes `one_thread` too if its numbers are compared.
 """
 
 from __future__ import annotations
@@ -21,20 +21,44 @@ import torch.distributed as dist
 from parity_tests.support.hang import HANG
 
 WORLD = 2
+# Imported once and forked, since importing takes seconds.
+IMPORTED = ["osd_torch.llama", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
 Run = Callable[..., list[Any]]
+Meanwhile = Callable[[list[int], Callable[[], bool]], None]
 
 
-def serve(rank: int, store: str, connection: Connection) -> None:
+def serve(rank: int, connection: Connection) -> None:
     """One process: runs the functions it is sent, until it is killed."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     while True:
-        function, args = connection.recv()
+        store, function, args = connection.recv()
         try:
-            connection.send((function(*args), None))
+            result = (
+                connected(rank, store, function, args) if store else alone(rank, function, args)
+            )
+            connection.send((result, None))
         except Exception:
             connection.send((None, traceback.format_exc()))
+
+
+def connected(rank: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    return function(*args)
+
+
+def alone(rank: int, function: Callable[..., Any], args: Any) -> Any:
+    disconnect()
+    try:
+        return function(rank, *args)
+    finally:
+        disconnect()  # where it left a connection
+
+
+def disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class TwoProcesses:
@@ -46,11 +70,33 @@ class TwoProcesses:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What each process returns; a test fails if one raises or hangs."""
+        return self.results(tempfile.mktemp(dir=self.directory), function, args)
+
+    def unconnected(
+        self, function: Callable[..., Any], *args: Any, meanwhile: Meanwhile | None = None
+    ) -> list[Any]:
+        """The same for a function that connects the processes itself: it gets its rank first.
+
+        `meanwhile` gets the processes' ids, and a function that waits for the first one's answer
+        and returns whether it came.
+        """
+        return self.results(None, function, args, meanwhile)
+
+    def results(
+        self,
+        store: str | None,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        meanwhile: Meanwhile | None = None,
+    ) -> list[Any]:
         if not self.workers:
             self.start()
         connections = [connection for _, connection in self.workers]
         for connection in connections:
-            connection.send((function, args))
+            connection.send((store, function, args))
+        if meanwhile:
+            pids = [worker.pid for worker, _ in self.workers]
+            meanwhile(pids, lambda: connections[0].poll(HANG))
         results: dict[Connection, Any] = {}
         while len(results) < WORLD:
             waiting = [connection for connection in connections if connection not in results]
@@ -66,11 +112,11 @@ class TwoProcesses:
         return [results[connection] for connection in connections]
 
     def start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = tempfile.mktemp(dir=self.directory)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         for rank in range(WORLD):
             here, there = context.Pipe()
-            worker = context.Process(target=serve, args=(rank, store, there), daemon=True)
+            worker = context.Process(target=serve, args=(rank, there), daemon=True)
             worker.start()
             self.workers.append((worker, here))
 

@@ -1,12 +1,11 @@
 """`launch/train_torch.py`, whole runs of a tiny model on a tiny text, in one process and in two.
 
-Runs of one process execute in this one. Runs of two execute in two worker processes, which start
-once and connect again for each run; a few use torchrun itself.
+Runs of one process execute in this one. Runs of two execute in `two_processes`, which connect
+again for each run; a few use torchrun itself.
 """
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -15,9 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +57,7 @@ from parity_tests.support.trainer_runs import (
     start,
     timeless,
 )
+from parity_tests.support.two_processes import Meanwhile, TwoProcesses
 
 
 def torchrun(processes: int) -> list[str]:
@@ -104,48 +103,39 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------ two processes
 
 Pair = Callable[..., list[Any]]
+Whole = Callable[[Pair, Path, dict[str, Any]], Path]
 Spoil = Callable[[pytest.MonkeyPatch, int], None]
-Meanwhile = Callable[[list[int], Callable[[], bool]], None]
 
 
-def serve(rank: int, connection: Connection) -> None:
-    """One of two processes: runs the command lines that it is sent, until it is sent None."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    torch_processes.SECONDS_FOR_THE_FIRST = 0  # nothing stops it
-    torch_processes.SECONDS_TO_BE_STOPPED = 0
-    while (job := connection.recv()) is not None:
-        port, flags, spoil = job
-        os.environ["MASTER_PORT"] = str(port)
-        with pytest.MonkeyPatch.context() as patch:
-            if spoil:
-                spoil(patch, rank)
-            try:
-                connection.send(train_torch.main(flags))
-            except SystemExit as end:  # the first process tells why
-                connection.send(end.code)
-            except Exception as error:
-                if not isinstance(error, UsageError | OSError):
-                    traceback.print_exc()
-                connection.send(str(error))
+def trained(rank: int, port: int, flags: list[str], spoil: Spoil | None) -> Any:
+    """A run in one of two processes: its exit code, or a message."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK"):
+            patch.setenv(name, str(rank))
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(port))
+        patch.setattr(torch_processes, "SECONDS_FOR_THE_FIRST", 0)  # nothing stops it
+        patch.setattr(torch_processes, "SECONDS_TO_BE_STOPPED", 0)
+        if spoil:
+            spoil(patch, rank)
+        try:
+            return train_torch.main(flags)
+        except SystemExit as end:  # the first process tells why
+            return end.code
+        except Exception as error:
+            if not isinstance(error, UsageError | OSError):
+                traceback.print_exc()
+            return str(error)
 
 
-@pytest.fixture(scope="module")
-def pair(home: Home) -> Iterator[Pair]:
+@pytest.fixture
+def pair(home: Home, two_processes: TwoProcesses) -> Pair:
     """Makes a run of two processes -> what each returned: an exit code, or a message.
 
-    `spoil`, a function of this module, may patch what one of them does; `meanwhile` gets their ids,
-    and an event that waits for the first one's answer.
+    `spoil`, a function of this module, may patch what one of them does; `meanwhile`: see
+    `TwoProcesses.unconnected`.
     """
-    context = multiprocessing.get_context("spawn")
-    ends = [context.Pipe() for _ in range(2)]
-    workers = [
-        context.Process(target=serve, args=(rank, end[1]), daemon=True)
-        for rank, end in enumerate(ends)
-    ]
-    for worker in workers:
-        worker.start()
 
     def run(
         name: str,
@@ -157,22 +147,10 @@ def pair(home: Home) -> Iterator[Pair]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for mine, _ in ends:
-            mine.send((port, flags or home.flags(name, **changes), spoil))
-        if meanwhile:
-            meanwhile([worker.pid for worker in workers], lambda: ends[0][0].poll(HANG))
-        answers = []
-        for mine, _ in ends:
-            assert mine.poll(HANG), "a process hangs"
-            answers.append(mine.recv())
-        return answers
+        flags = flags or home.flags(name, **changes)
+        return two_processes.unconnected(trained, port, flags, spoil, meanwhile=meanwhile)
 
-    yield run
-    for mine, _ in ends:
-        mine.send(None)
-    for worker in workers:
-        worker.join(10)
-        worker.kill()
+    return run
 
 
 # The published gap: P moves slowly, as it does in the published runs.
@@ -181,6 +159,8 @@ ROWS: dict[str, Any] = {
     "num_training_steps": 20,
     "warmup_steps": 4,
     "eval_every": 10,
+    "save_every": 6,
+    "keep": 20,
     "proj_type": "continuous",
     "update_proj_gap": 200,
     "sample_tokens": 0,
@@ -208,20 +188,36 @@ def one_process(home: Home) -> Path:
     return home / "one"
 
 
+@pytest.fixture(scope="module")
+def whole() -> Whole:
+    """Makes a run of two processes without interruption -> its directory; each is trained once."""
+    done: set[Path] = set()
+
+    def run(pair: Pair, path: Path, settings: dict[str, Any]) -> Path:
+        if path not in done:
+            assert pair(path.name, **settings) == [0, 0]
+            done.add(path)
+        return path
+
+    return run
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_equal_one(mode: str, pair: Pair, one_process: Path, home: Home) -> None:
+def test_two_processes_equal_one(
+    mode: str, pair: Pair, whole: Whole, one_process: Path, home: Home
+) -> None:
     """The same rows per update, so the same losses up to the order of sums.
 
     If only sketches are reduced, an estimate replaces the squared norm of the mean
     (`osd_torch.sketch.as_in_subspace`); at the published gap the effect on P is too small to
     measure.
     """
-    assert pair(mode, **{**ROWS, **MODES[mode]}) == [0, 0]
-    assert differences(home / mode, one_process, "loss") < 1e-4
+    run = whole(pair, home / mode, {**ROWS, **MODES[mode]})
+    assert differences(run, one_process, "loss") < 1e-4
     if "compressed" not in mode and "layer" not in mode:
         energies = [k for k in timeless(one_process)[9] if k.startswith(("energy", "ortho"))]
         assert len(energies) == 14
-        assert differences(home / mode, one_process, "gradient_norm", *energies) < 1e-4
+        assert differences(run, one_process, "gradient_norm", *energies) < 1e-4
 
 
 # ------------------------------------------------------------------------ the published commands
@@ -474,27 +470,35 @@ def test_a_stop_and_resume_is_the_same_run(
     assert_same_end(home / f"{name} stopped", home / f"{name} whole")
 
 
+# Accumulated, and rows packed with documents.
+PACKED: dict[str, Any] = {
+    "num_training_steps": 12,
+    "eval_every": 6,
+    "save_every": 5,
+    "keep": 9,
+    "proj_type": "continuous",
+    "batch_size": 2,
+}
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "per layer"])
-def test_two_processes_killed_and_resumed(mode: str, pair: Pair, home: Home) -> None:
+def test_two_processes_killed_and_resumed(mode: str, pair: Pair, whole: Whole, home: Home) -> None:
     """After a kill there is the last checkpoint and a longer log."""
-    settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
-    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 3}
-    whole = home / f"two, {mode}"
-    assert pair(whole.name, **settings) == [0, 0]
-    run = copy(whole, home, f"{whole.name}, killed", newest=5 if mode == "ddp" else 10)
+    settings = PACKED | MODES[mode]
+    reference = whole(pair, home / f"packed, {mode}", settings)
+    newest = 5 if mode == "ddp" else 10
+    run = copy(reference, home, f"packed, {mode}, killed", newest)
     assert pair(run.name, resume=True, **settings) == [0, 0]
-    assert_same_end(run, whole)
+    assert_same_end(run, reference)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_another_number_of_processes_goes_on(
-    mode: str, pair: Pair, one_process: Path, home: Home
+    mode: str, pair: Pair, whole: Whole, one_process: Path, home: Home
 ) -> None:
     """Two -> one -> two; where each row is a document no document is lost."""
-    settings = {**ROWS, "save_every": 6, "keep": 20, **MODES[mode]}
-    name = f"{mode} two"
-    assert pair(name, **settings) == [0, 0]
-    run = copy(home / name, home, f"{mode} two, one", newest=6)
+    settings = {**ROWS, **MODES[mode]}
+    run = copy(whole(pair, home / mode, settings), home, f"{mode}, then one", newest=6)
     stop_at_12 = {**settings, "batch_size": 8, "resume": True}
     with pytest.MonkeyPatch.context() as patch:
         stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
@@ -543,15 +547,15 @@ def cannot_read_10(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_what_one_process_cannot_read_all_pass_over(mode: str, pair: Pair, home: Home) -> None:
-    settings = {"num_training_steps": 12, "eval_every": 6, "save_every": 5, **MODES[mode]}
-    settings |= {"proj_type": "continuous", "batch_size": 2, "keep": 9, "sample_tokens": 0}
-    whole = home / f"unread, {mode}"
-    assert pair(whole.name, **settings) == [0, 0]
-    run = copy(whole, home, f"{whole.name} once", newest=10)
+def test_what_one_process_cannot_read_all_pass_over(
+    mode: str, pair: Pair, whole: Whole, home: Home
+) -> None:
+    settings = PACKED | MODES[mode]
+    reference = whole(pair, home / f"packed, {mode}", settings)
+    run = copy(reference, home, f"packed, {mode}, unread", newest=10)
     assert pair(run.name, spoil=cannot_read_10, resume=True, **settings) == [0, 0]
     assert (run / "checkpoints" / "10.set-aside").is_dir()
-    assert_same_end(run, whole)
+    assert_same_end(run, reference)
 
 
 def sees_nothing(patch: pytest.MonkeyPatch, rank: int) -> None:
