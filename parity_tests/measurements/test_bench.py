@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import osd_torch
-from launch.bench import page, report, timing
+from launch.bench import memory, page, report, timing
 from launch.bench.__main__ import main
 from launch.bench.contender import GAP, LR, SCALE, Case, arrays
 from launch.bench.in_jax import seven_products
@@ -202,9 +202,16 @@ def test_train_runs_every_contender(
     assert (tmp_path / "train.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("layerwise", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_counts_state_alike_on_both_sides(
-    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    layerwise: bool,
+    tiny_flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    contenders = [one for one in memory.CONTENDERS if layerwise or not one.layerwise]
+    monkeypatch.setattr(memory, "CONTENDERS", contenders)
     main(["memory", *tiny_flags])
     assert "peak of a step" in capsys.readouterr().out
     found = json.loads((tmp_path / "memory.json").read_text())["records"]
