@@ -132,7 +132,9 @@ def few_memory_maps() -> Iterator[None]:
         sys.modules["jax"].clear_caches()
         if sides := sys.modules.get("parity_tests.support.sides"):
             sides.forget_compiled()
+        gc.unfreeze()
         gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -193,12 +193,16 @@ def findings(path: Path, found_in: Mapping[str, Mapping[str, Summary]]) -> list[
     """
     if not path.exists():
         return []
-    values = {
-        re.sub(r"\W", "_", f"{setting}_{a}_{b}") + "_other" * bool(other): text
+    figures = [
+        (re.sub(r"\W", "_", f"{setting}_{a}_{b}") + "_other" * bool(other), value)
         for setting, found in found_in.items()
-        for a, b, other, text in differences(found)
-    }
+        for a, b, other, value in differences(found)
+    ]
+    count = Counter(name for name, _ in figures)
+    values = {name: value for name, value in figures if count[name] == 1}
     text = Template(path.read_text(encoding="utf-8").strip())
+    if not text.is_valid():
+        raise UsageError(f"{path}: a $ without a name; write $$ for the character")
     if unknown := set(text.get_identifiers()) - set(values):
         raise UsageError(
             f"{path}: ${min(unknown)} is not a paired difference of these runs; expected one of "

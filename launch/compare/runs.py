@@ -7,9 +7,9 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,8 +64,10 @@ class Runs:
                 "threads": self.threads,
             }  # fmt: skip
             with self._lock, self._alone():
-                kept = [json.dumps(run) for run in [*self.read(), found]]
-                write_atomic(self.path, "\n".join(kept) + "\n")
+                stored = self.read()
+                if all(run["flags"] != flags for run in stored):  # by another process meanwhile
+                    kept = [json.dumps(run) for run in [*stored, found]]
+                    write_atomic(self.path, "\n".join(kept) + "\n")
             print(f"{setting.name} {method} {config} seed {seed}: {found['loss']}", flush=True)
         return float("inf") if found["loss"] is None else found["loss"]
 
@@ -78,7 +80,7 @@ class Runs:
 
 
 def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
-    """Trains a run in a separate process and returns its results.
+    """Trains a run in a separate process, in a directory of its own, and returns its results.
 
     Returns:
         "loss": the final validation loss, in nats; None if it is not finite or the trainer gave up
@@ -88,18 +90,20 @@ def trained(name: str, flags: str, threads: int) -> dict[str, Any]:
     Raises:
         UsageError: The trainer failed for another reason.
     """
-    command = [sys.executable, "-m", "launch.train_torch", *flags.split(), "--name", name]
-    command += ["--run_dir", str(RUN_DIR), "--overwrite"]
+    RUN_DIR.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    records = read_metrics(RUN_DIR / name) if (RUN_DIR / name / "metrics.jsonl").exists() else []
+    with tempfile.TemporaryDirectory(dir=RUN_DIR, prefix=f"{name}-") as directory:
+        command = [sys.executable, "-m", "launch.train_torch", *flags.split(), "--name", name]
+        command += ["--run_dir", directory]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        run = Path(directory) / name
+        records = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     train = [r for r in records if r["kind"] == "train"]
     gave_up = bool(train) and train[-1]["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW
     if done.returncode and not gave_up:
         raise UsageError(f"{' '.join(command)}: {done.stderr[-2000:]}")
     losses = [r["loss"] for r in train]
     final = next((r for r in records if r["kind"] == "final"), {"loss": None, "seconds": None})
-    shutil.rmtree(RUN_DIR / name)
     every = max(1, len(losses) // CURVE)
     rounded = [None if x is None else round(x, 3) for x in losses[every - 1 :: every]]
     return {

@@ -4,7 +4,6 @@ import functools
 import gc
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,12 +257,10 @@ def parts(checkpoint: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
+def quick_collections() -> None:
     """Sets aside what other modules left: a damaged checkpoint makes Python collect garbage."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

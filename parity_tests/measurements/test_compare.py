@@ -161,21 +161,41 @@ def test_longer_runs_begin_with_what_was_best_in_shorter_ones() -> None:
     assert report.best_config(found, longer._replace(model="9m"), "muon") is None
 
 
-def test_a_run_that_another_process_trains_is_left_alone(
+def test_a_run_does_not_see_another_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert "--overwrite" in command
-        return subprocess.CompletedProcess(command, 2, "", "another process is writing to it")
+    """Of another process, or of one that was killed after ten updates without a finite loss."""
+
+    def fail(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert not any(Path(command[command.index("--run_dir") + 1]).iterdir())
+        return subprocess.CompletedProcess(command, 1, "", "a wrong flag")
 
     monkeypatch.setattr(runs, "RUN_DIR", tmp_path)
-    monkeypatch.setattr(runs.subprocess, "run", refuse)
+    monkeypatch.setattr(runs.subprocess, "run", fail)
     (tmp_path / "taken").mkdir()
     log = tmp_path / "taken" / "metrics.jsonl"
-    log.write_text("")
-    with pytest.raises(UsageError, match="another process is writing to it"):
+    log.write_text('{"kind": "train", "step": 10, "loss": null, "skipped_in_a_row": 10}\n')
+    with pytest.raises(UsageError, match="a wrong flag"):
         runs.trained("taken", "--lr 1", threads=1)
-    assert log.exists()
+    assert list(tmp_path.iterdir()) == [log.parent] and log.exists()
+
+
+def test_a_run_that_two_processes_trained_is_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (runs.Runs(tmp_path / "runs.jsonl") for _ in range(2))
+    of = (SETTING, "muon", Config(0.01, 0.03, ""), 0)
+    results = {"loss": 4.0, "curve": [], "seconds": 1.0}
+    monkeypatch.setattr(runs, "machine", lambda: "a processor")
+
+    def meanwhile(*_: Any) -> dict[str, Any]:
+        monkeypatch.setattr(runs, "trained", lambda *_: results)
+        other.loss(*of)
+        return results
+
+    monkeypatch.setattr(runs, "trained", meanwhile)
+    assert one.loss(*of) == 4.0
+    assert len(one.read()) == 1
 
 
 def test_an_interrupted_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +278,9 @@ def test_a_run_that_diverges_is_kept_as_failed(
     last = {"kind": "train", "step": 12, "loss": None, "skipped_in_a_row": 10}
 
     def train(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        directory = tmp_path / "runs" / command[command.index("--name") + 1]
-        directory.mkdir(parents=True)
+        words = dict(zip(command, command[1:], strict=False))
+        directory = Path(words["--run_dir"]) / words["--name"]
+        directory.mkdir()
         (directory / "metrics.jsonl").write_text(json.dumps(last) + "\n")
         return subprocess.CompletedProcess(command, 1, "", "a reason")
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from parity_tests.support.hang import HANG
 
 WORLD = 2
-# Imported once and forked, since importing takes seconds.
+# Imported once and forked, since importing takes seconds. The environment of the processes is that
+# of the first start.
 IMPORTED = ["osd_torch.llama", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
 Run = Callable[..., list[Any]]
 Meanwhile = Callable[[list[int], Callable[[], bool]], None]
@@ -91,9 +92,17 @@ class TwoProcesses:
     ) -> list[Any]:
         if not self.workers:
             self.start()
+        try:
+            return self.exchanged((store, function, args), meanwhile)
+        except BaseException:  # what they answer later is not for the next function
+            self.stop()
+            raise
+
+    def exchanged(self, job: tuple[Any, ...], meanwhile: Meanwhile | None) -> list[Any]:
+        name = job[1].__name__
         connections = [connection for _, connection in self.workers]
         for connection in connections:
-            connection.send((store, function, args))
+            connection.send(job)
         if meanwhile:
             pids = [worker.pid for worker, _ in self.workers]
             meanwhile(pids, lambda: connections[0].poll(HANG))
@@ -101,14 +110,15 @@ class TwoProcesses:
         while len(results) < WORLD:
             waiting = [connection for connection in connections if connection not in results]
             ready = wait(waiting, timeout=HANG)
-            for connection in ready:
-                results[connection], error = connection.recv()
-                if error:
-                    self.stop()
-                    pytest.fail(error)
             if not ready:
-                self.stop()
-                pytest.fail(f"no answer from {function.__name__} in {HANG:g} s")
+                pytest.fail(f"no answer from {name} in {HANG:g} s")
+            for connection in ready:
+                try:
+                    results[connection], error = connection.recv()
+                except EOFError:
+                    pytest.fail(f"a process ended in {name}")
+                if error:
+                    pytest.fail(error)
         return [results[connection] for connection in connections]
 
     def start(self) -> None:

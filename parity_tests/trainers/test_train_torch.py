@@ -800,6 +800,28 @@ def test_a_process_that_hangs_is_not_waited_for_for_ever(pair: Pair, home: Home)
     assert "\n" not in first
 
 
+def ends_at_once(rank: int) -> None:
+    os._exit(3)
+
+
+def its_rank(rank: int) -> int:
+    return rank
+
+
+def test_a_test_that_fails_in_two_processes_leaves_no_answers_to_the_next(
+    two_processes: TwoProcesses,
+) -> None:
+    def fail(pids: list[int], first_answers: Callable[[], bool]) -> None:
+        raise AssertionError("meanwhile")
+
+    with pytest.raises(AssertionError, match="meanwhile"):
+        two_processes.unconnected(ends_at_once, meanwhile=fail)
+    assert two_processes.unconnected(its_rank) == [0, 1]
+    with pytest.raises(pytest.fail.Exception, match="a process ended in ends_at_once"):
+        two_processes.unconnected(ends_at_once)
+    assert two_processes.unconnected(its_rank) == [0, 1]
+
+
 # ------------------------------------------------------------------------------ other settings
 
 OTHER = {**SETTINGS, "adamw": {**SETTINGS["adamw"], "per_layer": True}}
