@@ -113,6 +113,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_unconfigure() -> None:
+    """Lets Python end without a last search for garbage, which takes a worker seconds."""
+    gc.freeze()
+
+
 MOST_MAPS = 20_000  # that a module may leave
 
 

@@ -99,7 +99,7 @@ class TwoProcesses:
             raise
 
     def exchanged(self, job: tuple[Any, ...], meanwhile: Meanwhile | None) -> list[Any]:
-        name = job[1].__name__
+        name = repr(job[1])
         connections = [connection for _, connection in self.workers]
         for connection in connections:
             connection.send(job)
