@@ -210,7 +210,10 @@ def test_memory_counts_state_alike_on_both_sides(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    is_chosen = lambda one: everything or not one.layerwise or one.method == "online PCA"
+    by_default = ("online PCA", "osd_muon", "full-rank AdamW", "8-bit online PCA")
+    is_chosen = lambda one: (
+        everything or (one.method == "online PCA" if one.layerwise else one.method in by_default)
+    )
     contenders = list(filter(is_chosen, memory.CONTENDERS))
     monkeypatch.setattr(memory, "CONTENDERS", contenders)
     main(["memory", *tiny_flags])
