@@ -53,23 +53,28 @@ class Runs:
     def loss(self, setting: Setting, method: str, config: Config, seed: int) -> float:
         """The final validation loss of a run in nats, trained unless stored; inf if it failed."""
         flags = flags_of(setting, METHODS[method], config, seed)
-        found = next((run for run in self.read() if run["flags"] == flags), None)
+        found = self._find(flags)
         if found is None:
             own = config.own.replace("--", "").replace(" ", "")
             name = f"{setting.name}-{method}-{config.lr:g}-{config.full_lr:g}-{own}-{seed}"
-            found = {
+            new = {
                 "setting": setting.name, "method": method, **config._asdict(), "seed": seed,
                 **trained(name, flags, self.threads),
                 "flags": flags, "machine": machine(),
                 "threads": self.threads,
             }  # fmt: skip
             with self._lock, self._alone():
-                stored = self.read()
-                if all(run["flags"] != flags for run in stored):  # by another process meanwhile
-                    kept = [json.dumps(run) for run in [*stored, found]]
+                found = self._find(flags)  # by another process meanwhile
+                if found is None:
+                    found = new
+                    kept = [json.dumps(run) for run in [*self.read(), new]]
                     write_atomic(self.path, "\n".join(kept) + "\n")
             print(f"{setting.name} {method} {config} seed {seed}: {found['loss']}", flush=True)
         return float("inf") if found["loss"] is None else found["loss"]
+
+    def _find(self, flags: str) -> dict[str, Any] | None:
+        """The stored run with these flags."""
+        return next((run for run in self.read() if run["flags"] == flags), None)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

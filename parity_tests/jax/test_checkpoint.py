@@ -3,6 +3,7 @@
 import functools
 import gc
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,13 @@ OPTIMIZERS = {
     "galore_lion": ("galore_lion", "random"),
     "adamw": ("adamw", "std"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> None:
+    """Sets aside what other modules left: a damaged checkpoint makes Python collect garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -256,13 +264,6 @@ def parts(checkpoint: Path) -> list[Path]:
     return [arrays, *(checkpoint / name for name in inside)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> None:
-    """Sets aside what other modules left: a damaged checkpoint makes Python collect garbage."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     """Checkpoints 1 and 2 of a state."""
@@ -275,29 +276,41 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainStat
     return path, state
 
 
-@pytest.mark.parametrize("part", range(4), ids=["arrays", "structure", "manifest", "extra"])
+def damage(path: Path, left: float | None) -> None:
+    """Deletes a file, or leaves this part of it."""
+    if left is None:
+        path.unlink()
+    else:
+        os.truncate(path, int(path.stat().st_size * left))
+
+
+each_part = pytest.mark.parametrize(
+    "part", range(4), ids=["arrays", "structure", "manifest", "extra"]
+)
+
+
+@each_part
 @pytest.mark.parametrize("left", [None, 0, 0.5], ids=["absent", "empty", "half"])
 def test_a_damaged_checkpoint_is_an_os_error(
     part: int, left: float | None, two_saved: tuple[Path, TrainState], tmp_path: Path
 ) -> None:
-    """The one before it can be read, and the damaged one can be written again."""
     saved, state = two_saved
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    path = parts(tmp_path / "2")[part]
-    if left is None:
-        path.unlink()
-    else:
-        with path.open("r+b") as file:
-            file.truncate(int(path.stat().st_size * left))
-
+    damage(parts(tmp_path / "2")[part], left)
     reader = Checkpoints(tmp_path)
     assert reader.steps() == [2, 1]
     with pytest.raises(OSError, match=r"2 is damaged and cannot be read"):
         reader.restore(2, state)
-    if left != 0:
-        return  # the rest is the same whatever is wrong with it
-
     assert_same(reader.restore(1, state).state, state)
+
+
+@each_part
+def test_a_damaged_checkpoint_is_set_aside_and_written_again(
+    part: int, two_saved: tuple[Path, TrainState], tmp_path: Path
+) -> None:
+    saved, state = two_saved
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    damage(parts(tmp_path / "2")[part], left=0)
     writer = Checkpoints(tmp_path, keep=2)
     writer.set_aside_after(1)
     with writer:

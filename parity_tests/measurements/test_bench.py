@@ -202,6 +202,12 @@ def test_train_runs_every_contender(
     assert (tmp_path / "train.png").stat().st_size > 0
 
 
+COUNTED = {  # by default
+    ("online PCA", False), ("online PCA", True), ("osd_muon", False), ("full-rank AdamW", False),
+    ("8-bit online PCA", False),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_counts_state_alike_on_both_sides(
     everything: bool,
@@ -210,12 +216,8 @@ def test_memory_counts_state_alike_on_both_sides(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    by_default = ("online PCA", "osd_muon", "full-rank AdamW", "8-bit online PCA")
-    is_chosen = lambda one: (
-        everything or (one.method == "online PCA" if one.layerwise else one.method in by_default)
-    )
-    contenders = list(filter(is_chosen, memory.CONTENDERS))
-    monkeypatch.setattr(memory, "CONTENDERS", contenders)
+    is_chosen = lambda one: everything or (one.method, one.layerwise) in COUNTED
+    monkeypatch.setattr(memory, "CONTENDERS", list(filter(is_chosen, memory.CONTENDERS)))
     main(["memory", *tiny_flags])
     assert "peak of a step" in capsys.readouterr().out
     found = json.loads((tmp_path / "memory.json").read_text())["records"]

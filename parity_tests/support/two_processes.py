@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,38 +28,42 @@ Run = Callable[..., list[Any]]
 Meanwhile = Callable[[list[int], Callable[[], bool]], None]
 
 
-def serve(rank: int, connection: Connection) -> None:
-    """One process: runs the functions it is sent, until it is killed."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    while True:
-        store, function, args = connection.recv()
-        try:
-            result = (
-                connected(rank, store, function, args) if store else alone(rank, function, args)
-            )
-            connection.send((result, None))
-        except Exception:
-            connection.send((None, traceback.format_exc()))
+class Job(NamedTuple):
+    """A function to run, and the file by which the processes connect; None: it does so itself."""
 
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    store: str | None
 
-def connected(rank: int, store: str, function: Callable[..., Any], args: Any) -> Any:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    return function(*args)
-
-
-def alone(rank: int, function: Callable[..., Any], args: Any) -> Any:
-    disconnect()
-    try:
-        return function(rank, *args)
-    finally:
-        disconnect()  # where it left a connection
+    def run(self, rank: int) -> Any:
+        """What the function returns in this process."""
+        if not self.store:
+            disconnect()
+            try:
+                return self.function(rank, *self.args)
+            finally:
+                disconnect()  # where it left a connection
+        if not dist.is_initialized():
+            method = f"file://{self.store}"
+            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD)
+        return self.function(*self.args)
 
 
 def disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def serve(rank: int, connection: Connection) -> None:
+    """One process: runs the jobs it is sent, until it is killed."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    while True:
+        job: Job = connection.recv()
+        try:
+            connection.send((job.run(rank), None))
+        except Exception:
+            connection.send((None, traceback.format_exc()))
 
 
 class TwoProcesses:
@@ -71,7 +75,7 @@ class TwoProcesses:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What each process returns; a test fails if one raises or hangs."""
-        return self.results(tempfile.mktemp(dir=self.directory), function, args)
+        return self.results(Job(function, args, tempfile.mktemp(dir=self.directory)))
 
     def unconnected(
         self, function: Callable[..., Any], *args: Any, meanwhile: Meanwhile | None = None
@@ -81,25 +85,18 @@ class TwoProcesses:
         `meanwhile` gets the processes' ids, and a function that waits for the first one's answer
         and returns whether it came.
         """
-        return self.results(None, function, args, meanwhile)
+        return self.results(Job(function, args, None), meanwhile)
 
-    def results(
-        self,
-        store: str | None,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        meanwhile: Meanwhile | None = None,
-    ) -> list[Any]:
+    def results(self, job: Job, meanwhile: Meanwhile | None = None) -> list[Any]:
         if not self.workers:
             self.start()
         try:
-            return self.exchanged((store, function, args), meanwhile)
+            return self.exchanged(job, meanwhile)
         except BaseException:  # what they answer later is not for the next function
             self.stop()
             raise
 
-    def exchanged(self, job: tuple[Any, ...], meanwhile: Meanwhile | None) -> list[Any]:
-        name = repr(job[1])
+    def exchanged(self, job: Job, meanwhile: Meanwhile | None) -> list[Any]:
         connections = [connection for _, connection in self.workers]
         for connection in connections:
             connection.send(job)
@@ -111,12 +108,12 @@ class TwoProcesses:
             waiting = [connection for connection in connections if connection not in results]
             ready = wait(waiting, timeout=HANG)
             if not ready:
-                pytest.fail(f"no answer from {name} in {HANG:g} s")
+                pytest.fail(f"no answer from {job.function!r} in {HANG:g} s")
             for connection in ready:
                 try:
                     results[connection], error = connection.recv()
                 except EOFError:
-                    pytest.fail(f"a process ended in {name}")
+                    pytest.fail(f"a process ended in {job.function!r}")
                 if error:
                     pytest.fail(error)
         return [results[connection] for connection in connections]

@@ -103,7 +103,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------ two processes
 
 Pair = Callable[..., list[Any]]
-Whole = Callable[[Pair, Path, dict[str, Any]], Path]
+Whole = Callable[[Path, dict[str, Any]], Path]
 Spoil = Callable[[pytest.MonkeyPatch, int], None]
 
 
@@ -129,7 +129,7 @@ def trained(rank: int, port: int, flags: list[str], spoil: Spoil | None) -> Any:
             return str(error)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(home: Home, two_processes: TwoProcesses) -> Pair:
     """Makes a run of two processes -> what each returned: an exit code, or a message.
 
@@ -189,11 +189,11 @@ def one_process(home: Home) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Whole:
+def whole(pair: Pair) -> Whole:
     """Makes a run of two processes without interruption -> its directory; each is trained once."""
     done: set[Path] = set()
 
-    def run(pair: Pair, path: Path, settings: dict[str, Any]) -> Path:
+    def run(path: Path, settings: dict[str, Any]) -> Path:
         if path not in done:
             assert pair(path.name, **settings) == [0, 0]
             done.add(path)
@@ -203,16 +203,14 @@ def whole() -> Whole:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_equal_one(
-    mode: str, pair: Pair, whole: Whole, one_process: Path, home: Home
-) -> None:
+def test_two_processes_equal_one(mode: str, whole: Whole, one_process: Path, home: Home) -> None:
     """The same rows per update, so the same losses up to the order of sums.
 
     If only sketches are reduced, an estimate replaces the squared norm of the mean
     (`osd_torch.sketch.as_in_subspace`); at the published gap the effect on P is too small to
     measure.
     """
-    run = whole(pair, home / mode, {**ROWS, **MODES[mode]})
+    run = whole(home / mode, {**ROWS, **MODES[mode]})
     assert differences(run, one_process, "loss") < 1e-4
     if "compressed" not in mode and "layer" not in mode:
         energies = [k for k in timeless(one_process)[9] if k.startswith(("energy", "ortho"))]
@@ -485,7 +483,7 @@ PACKED: dict[str, Any] = {
 def test_two_processes_killed_and_resumed(mode: str, pair: Pair, whole: Whole, home: Home) -> None:
     """After a kill there is the last checkpoint and a longer log."""
     settings = PACKED | MODES[mode]
-    reference = whole(pair, home / f"packed, {mode}", settings)
+    reference = whole(home / f"packed, {mode}", settings)
     newest = 5 if mode == "ddp" else 10
     run = copy(reference, home, f"packed, {mode}, killed", newest)
     assert pair(run.name, resume=True, **settings) == [0, 0]
@@ -498,7 +496,7 @@ def test_another_number_of_processes_goes_on(
 ) -> None:
     """Two -> one -> two; where each row is a document no document is lost."""
     settings = {**ROWS, **MODES[mode]}
-    run = copy(whole(pair, home / mode, settings), home, f"{mode}, then one", newest=6)
+    run = copy(whole(home / mode, settings), home, f"{mode}, then one", newest=6)
     stop_at_12 = {**settings, "batch_size": 8, "resume": True}
     with pytest.MonkeyPatch.context() as patch:
         stop = lambda batch: os.kill(os.getpid(), signal.SIGTERM)
@@ -551,7 +549,7 @@ def test_what_one_process_cannot_read_all_pass_over(
     mode: str, pair: Pair, whole: Whole, home: Home
 ) -> None:
     settings = PACKED | MODES[mode]
-    reference = whole(pair, home / f"packed, {mode}", settings)
+    reference = whole(home / f"packed, {mode}", settings)
     run = copy(reference, home, f"packed, {mode}, unread", newest=10)
     assert pair(run.name, spoil=cannot_read_10, resume=True, **settings) == [0, 0]
     assert (run / "checkpoints" / "10.set-aside").is_dir()
