@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -87,7 +87,7 @@ def collectives(text: str) -> list[Collective]:
             "module, as from jax.jit(f).lower(...).compile().as_text()"
         )
     found: list[Collective] = []
-    in_parts: dict[str, list[list[Collective]]] = defaultdict(list)
+    in_parts: dict[Any, list[list[Collective]]] = defaultdict(list)
 
     def visit(name: str, scope: str, times: int, branches: int) -> None:
         for line in computations.get(name, ()):
@@ -98,9 +98,12 @@ def collectives(text: str) -> list[Collective]:
                 # On a TPU a reduce-scatter is a fusion around an all-reduce.
                 scatters = name.startswith("all-reduce-scatter")
                 arrays = list(_read(op, match["type"], rest, times, branches, scatters))
-                channel = re.search(r"channel_id=\d+", rest) if name != scope else None
+                # A reduce-scatter's fusion is the whole operation, and several share a channel.
+                is_part = name != scope and not scatters
+                channel = re.search(r"channel_id=\d+", rest) if is_part else None
                 if channel and arrays:
-                    in_parts[channel[0]].append(arrays)
+                    kind = tuple((array.op, array.dtype, array.shape) for array in arrays)
+                    in_parts[channel[0], kind].append(arrays)
                 else:
                     found.extend(arrays)
                 continue  # its callee only adds two numbers
@@ -115,7 +118,8 @@ def collectives(text: str) -> list[Collective]:
 
     visit(entry, entry, 1, 0)
     # On a TPU the start, the middle and the end of one asynchronous operation are fusions with its
-    # channel. Those in a loop that it overlaps are parts of it too; each trip does not repeat it.
+    # channel and arrays. Those in a loop that it overlaps are parts of it too; each trip does not
+    # repeat it.
     for parts in in_parts.values():
         fewest = min(parts, key=lambda arrays: arrays[0].times)
         found.extend(fewest)

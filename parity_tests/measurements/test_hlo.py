@@ -204,10 +204,21 @@ ENTRY %main (p: bf16[4,8]) -> bf16[4,8] {
 
 def test_a_tpus_fusions_and_loops() -> None:
     """In libtpu's notation: one operation in several fusions, and loops without a trip count."""
-    gather, scatter = collectives(TPU)
+    gather, scatter = sorted(collectives(TPU), key=lambda c: c.op)
     assert (gather.op, gather.bytes, gather.times) == ("all-gather", 128, 24)
     assert (scatter.op, scatter.bytes, scatter.times) == ("reduce-scatter", 256, 24)
     assert scatter.sent == 24 * 128
+
+
+def test_reduce_scatters_that_share_a_channel_all_count() -> None:
+    """In the loop, and after it with another shape."""
+    start = TPU.index("%all-reduce-scatter.1 (")
+    again = TPU[start : TPU.index("%condition (")].replace("scatter.1 ", "scatter.2 ")
+    call = "\n  %fusion.4 = f32[8,8] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.2\n}"
+    text = TPU.replace("%condition (", again.replace("8,8]", "16,8]") + "%condition (", 1)
+    text = text.replace("body=%body\n}", "body=%body" + call)
+    found = [c for c in collectives(text) if c.op == "reduce-scatter"]
+    assert sorted((c.bytes, c.times) for c in found) == [(256, 24), (512, 1)]
 
 
 @pytest.mark.parametrize(
