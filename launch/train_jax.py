@@ -70,7 +70,6 @@ def train(options: Options, processes: Processes) -> int:
     from launch.trainer.run_log import RunLog
     from osd_jax import llama
     from osd_jax.llama.checkpoint import Checkpoints, Restored, whole
-    from osd_jax.llama.partition import on
     from osd_jax.llama.train import (
         init_state,
         learning_rate_schedule,
@@ -105,7 +104,7 @@ def train(options: Options, processes: Processes) -> int:
     )
     with processes.together():
         tx, train_step = make_step(options, config, schedule, mesh, attention)
-    eval_step = make_eval_step(config, attention)
+    eval_step = make_eval_step(config, attention, mesh)
 
     # The initial state: a checkpoint, Hugging Face weights, or new weights. On a mesh it is created
     # sharded, never whole on one device.
@@ -113,12 +112,13 @@ def train(options: Options, processes: Processes) -> int:
 
     def fresh(params: optax.Params) -> TrainState:
         """The state before the first update."""
-        return init_state(jax.tree.map(lambda x: x.astype(dtype), params), tx, mesh)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        return init_state(params, tx, mesh, options.devices.shard_over_data)
 
     like = jax.eval_shape(lambda: fresh(llama.init(config, options.run.seed)))
     layout = None
     if mesh:
-        layout = train_state_sharding(tx, like.params, mesh)
+        layout = train_state_sharding(tx, like.params, mesh, options.devices.shard_over_data)
         like = jax.tree.map(
             lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, layout
         )
@@ -163,8 +163,7 @@ def train(options: Options, processes: Processes) -> int:
             return jax.device_get(metrics)
 
         def evaluate(batch: Batch) -> tuple[Any, Any]:
-            with on(mesh):
-                return eval_step(state.params, global_batch(mesh, batch))
+            return eval_step(state.params, global_batch(mesh, batch))
 
         def save(step: int) -> None:
             places = processes.gathered(batches.get_state())
@@ -179,7 +178,7 @@ def train(options: Options, processes: Processes) -> int:
             eval_step=evaluate,
             save=save,
             sample=lambda prompt, length: sample(
-                state.params, config, prompt, length=length, seed=options.run.seed
+                state.params, config, prompt, length=length, seed=options.run.seed, mesh=mesh
             ),
             save_model=save_model,
         )

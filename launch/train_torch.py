@@ -69,6 +69,7 @@ def refuse_jax_only(options: Options) -> None:
         "process_id": meets,
         "projector_init": "PyTorch starts from an SVD",
         "attention": "PyTorch's scaled_dot_product_attention selects among its own kernels",
+        "shard_over_data": "PyTorch shards weights and state with --fsdp",
         "accumulate_sketches": "PyTorch accumulates sketches in layer-by-layer updates "
         "(--per_layer)",
     }

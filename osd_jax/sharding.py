@@ -246,6 +246,11 @@ def _split_further(
             is_split = lambda i: shard_count(mesh, entries[i]) > 1
             is_stack = lambda i: i == 0 and len(entries) > 2
             entries[min(divided, key=lambda i: (is_stack(i), is_split(i), i))] += (name,)
+    return spec_of(entries)
+
+
+def spec_of(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """A `PartitionSpec` from the mesh axes of each axis; the inverse of `mesh_axes` by entry."""
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in entries))
 
 

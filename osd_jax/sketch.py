@@ -24,6 +24,7 @@ from osd_jax.numerics import (
     squared_norm,
     written_transpose,
 )
+from osd_jax.stacks import columns_of_stored, whole_of_stored
 from osd_jax.trees import traced_once
 
 
@@ -203,9 +204,10 @@ def make_sketch(
     """
     statistics = tuple(statistics)
     degrees = {statistic.name: statistic.degree for statistic in statistics}
-    low_rank = low_rank_gradient(basis, matrix)
+    low_rank = columns_of_stored(low_rank_gradient(basis, matrix))
     if reduce is None:
-        values = {one.name: one.of(basis, matrix, low_rank) for one in statistics}
+        of = lambda one: whole_of_stored(one.of(basis, matrix, low_rank))
+        values = {one.name: of(one) for one in statistics}
         return Sketch(low_rank, values, degrees)
     parts = {
         one.name: reduce(

@@ -5,14 +5,16 @@ copies over all devices, of as many numbers as R and P have. Whole matrices need
 moves the gradient's shards of a stack (layers, p, q) to the devices that have these layers, and the
 update's shards back, and a device sends only its own shard. If there are fewer layers than devices,
 some have none. A stack of one, as in a layerwise step, has whole columns on each device instead: R
-then needs no sum, and each device has all of P.
+then needs no sum, and each device has all of P. So has a stack whose matrices are stored on the
+members of a mesh axis, such as `data`: within a member, the devices share each of its matrices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,36 +24,49 @@ from jax.sharding import AxisType, PartitionSpec
 from osd_jax.sharding import FSDP, TENSOR
 
 _FREE = PartitionSpec.UNCONSTRAINED
-_moves = contextvars.ContextVar("moves", default=False)
+# The mesh axes over which stacks are stored, if whole matrices move; None: nothing moves.
+_stored_over = contextvars.ContextVar[tuple[str, ...] | None]("stored_over", default=None)
 
 
 @contextlib.contextmanager
-def moving_whole_matrices() -> Iterator[None]:
+def moving_whole_matrices(stored_over: Sequence[str] = ()) -> Iterator[None]:
     """Inside this context, what is traced moves whole matrices over the mesh axis `fsdp`.
 
-    For meshes with axes as of `osd_jax.sharding.make_mesh`, and weights whose stack axis is whole,
-    as in `osd_jax.llama.partition.on`.
+    For meshes with axes as of `osd_jax.sharding.make_mesh`, as in `osd_jax.llama.partition.on`.
+
+    Args:
+      stored_over: The mesh axes over which the stack axis of weights and state is split if they
+        divide it.
     """
-    token = _moves.set(True)
+    token = _stored_over.set(tuple(stored_over))
     try:
         yield
     finally:
-        _moves.reset(token)
+        _stored_over.reset(token)
 
 
 def _auto_axes() -> dict[str, int]:
-    """The sizes of the mesh axes over which the compiler partitions, if matrices move over `fsdp`.
+    """The sizes of the mesh axes over which the compiler partitions, if matrices move.
 
-    Empty if JAX's types carry the sharding over an axis (Explicit).
+    Empty if there is no axis over which they could, or if JAX's types carry the sharding over an
+    axis (Explicit).
     """
+    stored_over = _stored_over.get()
     mesh = jax.sharding.get_abstract_mesh()
     kinds = list(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if not _moves.get() or any(
+    if stored_over is None or any(
         kind == AxisType.Explicit and mesh.shape[name] > 1 for name, kind in kinds
     ):
         return {}
     sizes = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
-    return sizes if sizes.get(FSDP, 1) > 1 else {}
+    return sizes if any(sizes.get(name, 1) > 1 for name in (FSDP, *stored_over)) else {}
+
+
+def _stack_axes(count: int) -> tuple[str, ...]:
+    """The mesh axes over which a stack of `count` matrices is stored."""
+    sizes = _auto_axes()
+    names = tuple(name for name in _stored_over.get() or () if sizes.get(name, 1) > 1)
+    return () if count % math.prod(sizes[name] for name in names) else names
 
 
 def _constrained(array: jax.Array, spec: Mapping[int, Any]) -> jax.Array:
@@ -63,36 +78,60 @@ def _constrained(array: jax.Array, spec: Mapping[int, Any]) -> jax.Array:
 
 
 def whole_matrices(array: jax.Array, axis: int | None = 0, columns: int | None = -1) -> jax.Array:
-    """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix; of one, the columns.
+    """Splits a stack of matrices over the mesh axis `fsdp`, and no matrix.
 
-    Outside `moving_whole_matrices`, without an axis `fsdp`, or if JAX's types carry the sharding
+    Of a stack of one, and of one that is stored over a mesh axis, it splits the columns over
+    `fsdp`. Outside `moving_whole_matrices`, without such axes, or if JAX's types carry the sharding
     (Explicit axes), it does nothing.
 
     Args:
       array: A stack, (layers, ..., a, b), or a parameter or a gradient that holds one.
       axis: The axis of the stack. None: the array is one matrix, and nothing happens.
-      columns: The axis that is split in a stack of one: that of q. None: a stack of one stays as it
-        is.
+      columns: The axis that is split where no whole matrix moves: that of q. None: such a stack
+        stays as it is.
     """
     if axis is None or array.ndim < 3:
         return array
-    if array.shape[axis] > 1:
+    stack_axes = _stack_axes(array.shape[axis])
+    if array.shape[axis] > 1 and not stack_axes:
         return _constrained(array, {axis: FSDP})
     if columns is None:
         return array
     # Of a weight that `tensor` splits along p, too, it splits q here.
     names = tuple(name for name in (TENSOR, FSDP) if name in _auto_axes())
-    return _constrained(array, {columns % array.ndim: names})
+    stack = {axis: stack_axes} if stack_axes else {}
+    return _constrained(array, stack | {columns % array.ndim: names})
+
+
+def columns_of_stored(array: jax.Array) -> jax.Array:
+    """R (layers, ..., r, q) split like the columns of M, of a stack stored over a mesh axis.
+
+    The compiler would gather M where R's moments are split along the rank axis.
+    """
+    return whole_matrices(array) if array.ndim > 2 and _stack_axes(array.shape[0]) else array
 
 
 def bases_of_whole(bases: Any) -> Any:
-    """Each P (layers, ..., p, r) on the device of its M, and of a stack of one on every device."""
+    """Each P (layers, ..., p, r) on the device of its M, or on all that share M's columns."""
 
     def one(basis: jax.Array) -> jax.Array:
-        is_one = basis.ndim > 2 and basis.shape[0] == 1
-        return on_every_device(basis) if is_one else whole_matrices(basis)
+        if basis.ndim > 2 and basis.shape[0] == 1:
+            return on_every_device(basis)
+        return whole_of_stored(whole_matrices(basis, columns=None))
 
     return jax.tree.map(one, bases)
+
+
+def whole_of_stored(array: jax.Array) -> jax.Array:
+    """A (layers, ..., p, r) on all devices that share M's columns, if M is stored over a mesh axis.
+
+    The compiler would otherwise split the product over the layers as whatever reads it is split,
+    and on a mesh of three axes it gave zeros for some of them (JAX 0.10.2).
+    """
+    stack_axes = _stack_axes(array.shape[0]) if array.ndim > 2 else ()
+    if not stack_axes:
+        return array
+    return _constrained(array, dict.fromkeys(range(array.ndim)) | {0: stack_axes})
 
 
 def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
@@ -104,7 +143,7 @@ def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
     """
     if axis is None or array.ndim < 3 or array.shape[axis] == 1:
         return array
-    return _constrained(array, {axis: None})
+    return _constrained(array, {axis: _stack_axes(array.shape[axis]) or None})
 
 
 def on_every_device(array: jax.Array) -> jax.Array:
@@ -146,24 +185,39 @@ def map_own_matrices(function: Callable[..., Any], wanted: jax.Array, *arrays: A
     sizes = _auto_axes()
     if not sizes or wanted.size == 1:
         return None
-    batch, count = wanted.shape, wanted.size
-    others = {name for name, size in sizes.items() if name != FSDP and size > 1}
+    batch, stack_axes = wanted.shape, _stack_axes(wanted.shape[0])
+    members = math.prod(sizes[name] for name in stack_axes)
+    each, over = wanted.size // members, sizes.get(FSDP, 1)
+    own_axes = (*stack_axes, FSDP) if FSDP in sizes else stack_axes
+    others = {name for name, size in sizes.items() if name not in own_axes and size > 1}
 
-    def as_row(x: jax.Array) -> jax.Array:
-        x = x.reshape(count, *x.shape[len(batch) :])
-        return jnp.pad(x, [(0, -count % sizes[FSDP])] + [(0, 0)] * (x.ndim - 1))
+    def as_rows(x: jax.Array) -> jax.Array:
+        """A row for each matrix, and as many for each device of a member."""
+        x = _constrained(x, {0: stack_axes}) if stack_axes else x
+        x = x.reshape(members, each, *x.shape[len(batch) :])
+        x = jnp.pad(x, [(0, 0), (0, -each % over)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(-1, *x.shape[2:])
+
+    def as_stack(x: jax.Array) -> jax.Array:
+        x = x.reshape(members, -1, *x.shape[1:])[:, :each]
+        return x.reshape(*batch, *x.shape[2:])
 
     def one(own: Any) -> Any:
-        if others:  # gathers one matrix over them
-            own = jax.lax.with_sharding_constraint(own, PartitionSpec())
-        return function(*own)
+        if not others:
+            return function(*own)
+        # Gathers one matrix over them. The compiler must not partition `function`, because a device
+        # without a matrix runs its other branch and would not answer.
+        whole = PartitionSpec()
+        return jax.shard_map(
+            function, axis_names=others, in_specs=whole, out_specs=whole, check_vma=False
+        )(*jax.lax.with_sharding_constraint(own, whole))
 
-    by_stack = PartitionSpec(FSDP)
+    by_stack = PartitionSpec(own_axes)
     found = jax.shard_map(
         lambda *own: jax.lax.map(one, own),
         axis_names=sizes.keys() - others,
         in_specs=by_stack,
         out_specs=by_stack,
         check_vma=False,  # LAPACK-like routines run on each device for itself
-    )(*jax.tree.map(as_row, (wanted, *arrays)))
-    return jax.tree.map(lambda x: x[:count].reshape(*batch, *x.shape[1:]), found)
+    )(*jax.tree.map(as_rows, (wanted, *arrays)))
+    return jax.tree.map(as_stack, found)

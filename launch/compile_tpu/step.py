@@ -159,7 +159,9 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         batch["segments"] = rows
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else one
     layout = (
-        train_state_sharding(tx, like.params, mesh) if mesh else jax.tree.map(lambda _: one, like)
+        train_state_sharding(tx, like.params, mesh, options.devices.shard_over_data)
+        if mesh
+        else jax.tree.map(lambda _: one, like)
     )
     state = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
     measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=whole)

@@ -115,6 +115,7 @@ def make_step(
         remat=options.model.activation_checkpointing,
         reshard_after_forward=options.devices.reshard_after_forward,
         accumulate="sketches" if options.devices.accumulate_sketches else "gradients",
+        shard_over_data=options.devices.shard_over_data,
         **common,
     )
 

@@ -41,11 +41,16 @@ def make_mesh(
     except ValueError as error:
         raise UsageError(f"--mesh: {error}") from None
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.devices.compress_gradients and mesh.shape["data"] == 1:
-        raise UsageError(
-            "--compress_gradients: gradients are reduced over the mesh's data axis, which has "
-            "one device here; leave it out, or use --mesh data=-1 on several devices"
-        )
+    over_data = {
+        "compress_gradients": "gradients are reduced",
+        "shard_over_data": "weights and state are split",
+    }
+    for name, what in over_data.items():
+        if getattr(options.devices, name) and mesh.shape["data"] == 1:
+            raise UsageError(
+                f"--{name}: {what} over the mesh's data axis, which has one device here; leave it "
+                "out, or use --mesh data=-1 on several devices"
+            )
     if mesh.size == 1:
         return None
     readers: dict[Any, set[int]] = {}  # part of the batch -> processes that hold it

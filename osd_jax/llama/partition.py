@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count
+from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count, spec_of
 from osd_jax.stacks import moving_whole_matrices
 from osd_jax.trees import path_name
 
@@ -69,6 +69,42 @@ def partition_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
+def stored_specs(
+    params: optax.Params, mesh: Mesh | AbstractMesh, shard_over_data: bool = False
+) -> Any:
+    """`partition_specs`, with each array split over the mesh's `data` axis too if so asked.
+
+    A stack of layers is split by layers if `data` divides their number, any other array along the
+    first axis that it divides, whole ones first; norms and biases too. If it divides no axis, the
+    array stays whole over it.
+
+    Args:
+      params: The weights, or their shapes.
+      mesh: Their mesh.
+      shard_over_data: Whether to split over `data` what `partition_specs` leaves whole over it.
+
+    Returns:
+      A tree of `PartitionSpec`, one entry for each axis of an array.
+    """
+    specs = partition_specs(params, mesh)
+    if not shard_over_data or mesh.shape["data"] == 1:
+        return specs
+
+    def split(array: Any, spec: PartitionSpec) -> PartitionSpec:
+        entries = [mesh_axes(axes) for axes in spec]
+        axes = [
+            (shard_count(mesh, entry) > 1, axis)
+            for axis, entry in enumerate(entries)
+            if array.shape[axis] % shard_count(mesh, (*entry, "data")) == 0
+        ]
+        if not axes:
+            return spec
+        entries[min(axes)[1]] += ("data",)
+        return spec_of(entries)
+
+    return jax.tree.map(split, params, specs)
+
+
 def _where_divisible(
     name: str, shape: tuple[int, ...], wanted: tuple[Any, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
@@ -90,16 +126,19 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def like_weights(grads: optax.Updates, mesh: Mesh | AbstractMesh | None) -> optax.Updates:
-    """Gradients split like their weights: a reduce-scatter sums them, whatever reads them.
+def like_weights(tree: Any, mesh: Mesh | AbstractMesh | None) -> Any:
+    """Weights or gradients split as `partition_specs` says.
+
+    A reduce-scatter sums gradients, whatever reads them; weights that are stored split over `data`
+    too (`stored_specs`) are all-gathered over it.
 
     Args:
-      grads: Of all weights, or of some: the same nested dict with fewer keys.
+      tree: All weights or gradients, or some: the same nested dict with fewer keys.
       mesh: Their mesh; None: one device.
     """
     if mesh is None:
-        return grads
-    return jax.lax.with_sharding_constraint(grads, partition_specs(grads, mesh))
+        return tree
+    return jax.lax.with_sharding_constraint(tree, partition_specs(tree, mesh))
 
 
 def gathered(params: optax.Params, mesh: Mesh | AbstractMesh | None) -> optax.Params:
@@ -149,12 +188,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh | None) -> Iterator[None]:
-    """Inside this context, what is traced knows its mesh: `split_batch`, `osd_jax.stacks`."""
+def on(mesh: Mesh | None, shard_over_data: bool = False) -> Iterator[None]:
+    """Inside this context, what is traced knows its mesh: `split_batch`, `osd_jax.stacks`.
+
+    Args:
+      mesh: From `make_mesh`; None: one device.
+      shard_over_data: Whether weights and state are stored as of `stored_specs`.
+    """
     if mesh is None:
         yield
         return
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), moving_whole_matrices():
+    stored_over = ("data",) if shard_over_data else ()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), moving_whole_matrices(stored_over):
         yield
 
 
@@ -165,14 +210,46 @@ def mean_over_data(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     its pass (AllReducePromotion, JAX 0.10.2 to 0.12.0) ends the process at an all-reduce from
     `shard_map`.
     """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def mean(array: jax.Array) -> jax.Array:
-        if on_cpu and array.dtype in (jnp.bfloat16, jnp.float16):
-            return jax.lax.pmean(array.astype(jnp.float32), "data").astype(array.dtype)
-        return jax.lax.pmean(array, "data")
+        return jax.lax.pmean(_summable(array, mesh), "data").astype(array.dtype)
 
     return mean
+
+
+def shards_over_data(mesh: Mesh, grads: optax.Updates) -> tuple[Callable[[Any], Any], Any]:
+    """The reduce-scatter of gradients over the `data` axis, for use within `shard_map`.
+
+    Args:
+      mesh: From `make_mesh`.
+      grads: The gradients, or their shapes.
+
+    Returns:
+      (gradients of a member -> its shards of their sum; the specs of these over `data`). What
+      `stored_specs` leaves whole over `data` is summed whole. 16-bit arrays as in `mean_over_data`.
+    """
+    stored = stored_specs(grads, mesh, shard_over_data=True)
+    is_split = lambda axes: "data" in mesh_axes(axes)
+    specs = jax.tree.map(
+        lambda spec: PartitionSpec(*("data" if is_split(axes) else None for axes in spec)), stored
+    )
+
+    def one(array: jax.Array, spec: PartitionSpec) -> jax.Array:
+        wide = _summable(array, mesh)
+        if "data" not in spec:
+            return jax.lax.psum(wide, "data").astype(array.dtype)
+        axis = tuple(spec).index("data")
+        found = jax.lax.psum_scatter(wide, "data", scatter_dimension=axis, tiled=True)
+        return found.astype(array.dtype)
+
+    return lambda grads: jax.tree.map(one, grads, specs), specs
+
+
+def _summable(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """The array in a dtype that the mesh's devices sum within `shard_map`."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    is_16_bit = array.dtype in (jnp.bfloat16, jnp.float16)
+    return array.astype(jnp.float32) if on_cpu and is_16_bit else array
 
 
 def split_batch(array: jax.Array) -> jax.Array:

@@ -26,7 +26,14 @@ from osd_jax.accumulation import (
 )
 from osd_jax.diagnostics import subspace_diagnostics
 from osd_jax.guard import skipped_steps
-from osd_jax.llama.partition import gathered, like_weights, mean_over_data, on, partition_specs
+from osd_jax.llama.partition import (
+    gathered,
+    like_weights,
+    mean_over_data,
+    on,
+    shards_over_data,
+    stored_specs,
+)
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
 from osd_jax.sharding import state_sharding
@@ -114,7 +121,10 @@ def learning_rate_schedule(
 
 
 def init_state(
-    params: optax.Params, tx: optax.GradientTransformation, mesh: Mesh | None = None
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    shard_over_data: bool = False,
 ) -> TrainState:
     """The state before the first step; one compiled call creates the optimizer's arrays.
 
@@ -123,8 +133,9 @@ def init_state(
       tx: The optimizer.
       mesh: The mesh over which to shard all of it, as in `train_state_sharding`; None: on the
         devices of the weights.
+      shard_over_data: See `train_state_sharding`.
     """
-    layout = None if mesh is None else train_state_sharding(tx, params, mesh)
+    layout = None if mesh is None else train_state_sharding(tx, params, mesh, shard_over_data)
     if layout is not None:
         params = jax.device_put(params, layout.params)
     start = jax.jit(
@@ -151,6 +162,7 @@ def make_train_step(
     accumulate: str = "gradients",
     mesh: Mesh | None = None,
     compress_gradients: bool = False,
+    shard_over_data: bool = False,
     attention: str = "auto",
 ) -> TrainStep:
     """Builds the jitted train step. The state is donated.
@@ -176,11 +188,17 @@ def make_train_step(
         steps that set P from them or measure it. The clipped norm, "gradient_norm", is that of what
         is reduced: R of a projected weight, the gradient of any other. No effect if the `data` axis
         has size one.
+      shard_over_data: Whether the state is split over the mesh's `data` axis too, as of
+        `train_state_sharding` with the same option (ZeRO, arXiv 1910.02054). Weights are
+        all-gathered over `data` once per update. On a mesh of `data` alone, gradients are
+        reduce-scattered, so that a device sends the bytes of data parallelism's all-reduce. Each
+        device updates its own shards.
       attention: How attention is computed, as in `llama.forward`.
 
     Raises:
-      ValueError: `accumulate` is unknown, sketches do not suffice for the optimizer, or
-        `compress_gradients` is given without a mesh or with accumulated sketches.
+      ValueError: `accumulate` is unknown, sketches do not suffice for the optimizer,
+        `compress_gradients` is given without a mesh or with accumulated sketches, or
+        `shard_over_data` without a mesh or with `compress_gradients`.
 
     Returns:
       A function (state, batch, measure) -> (state, metrics).
@@ -209,9 +227,16 @@ def make_train_step(
             "compress_gradients reduces the sketches of whole gradients over a mesh's data axis: "
             "give mesh, and accumulate='gradients'"
         )
+    if shard_over_data and (mesh is None or compress_gradients):
+        raise ValueError(
+            "shard_over_data splits weights and state over a mesh's data axis: give mesh, and no "
+            "compress_gradients, which keeps them whole there"
+        )
 
     def used_weights(params: optax.Params) -> optax.Params:
         """What an update's forward and backward passes read."""
+        if shard_over_data:
+            params = like_weights(params, mesh)
         if reshard_after_forward:
             return params
         # The embedding stays split: `look_up` moves the tokens' rows, which are fewer bytes.
@@ -238,8 +263,31 @@ def make_train_step(
         grads, (losses, counts) = jax.lax.scan(add, zeros, batch)
         return jnp.sum(losses), jnp.sum(counts), grads
 
+    def sharded(params: optax.Params, batch: Batch) -> Any:
+        """`accumulated`, with each gradient's shards over `data` on their devices."""
+        assert mesh is not None  # checked above
+        scatter, specs = shards_over_data(mesh, params)
+
+        def member(params: optax.Params, batch: Batch) -> Any:
+            total, count, grads = accumulated(params, batch)
+            return *jax.lax.psum((total, count), "data"), scatter(grads)
+
+        whole, split = PartitionSpec(), PartitionSpec(None, "data")
+        return jax.shard_map(
+            member,
+            mesh=mesh,
+            axis_names={"data"},
+            in_specs=(whole, split),
+            out_specs=(whole, whole, specs),
+            check_vma=False,  # gradients stay unreduced, and the kernel of attention needs it
+        )(params, batch)
+
     def by_gradients(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-        total, count, grads = accumulated(state.params, batch)
+        # Beside an axis that it partitions itself, XLA gathers a gradient before it reduce-scatters
+        # it over `data`, so there it all-reduces shards of it.
+        is_alone = mesh is not None and mesh.shape["data"] == mesh.size > 1
+        sums = sharded if shard_over_data and is_alone else accumulated
+        total, count, grads = sums(state.params, batch)
         loss = total / count
         norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
         factor = mean_factor(loss, count) * clipping_factor(norm, grad_clipping)
@@ -309,7 +357,7 @@ def make_train_step(
         step = by_sketches if compress_gradients and not alone else by_gradients
         if accumulate == "sketches" and batch["tokens"].shape[0] > 1:
             step = of_micro_batches
-        with on(mesh):
+        with on(mesh, shard_over_data):
             loss, norm, updates, opt_state, found = step(state, batch, measure)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -320,7 +368,7 @@ def make_train_step(
         }
         state = TrainState(state.step + 1, params, opt_state)
         if mesh is not None:
-            layout = train_state_sharding(tx, params, mesh)
+            layout = train_state_sharding(tx, params, mesh, shard_over_data)
             state = jax.lax.with_sharding_constraint(state, layout)
         return state, metrics
 
@@ -384,12 +432,15 @@ def _batch_loss(
     return llama.loss(params, config, micro["tokens"], micro["mask"], segments=segments, **options)
 
 
-def make_eval_step(config: llama.LlamaConfig, attention: str = "auto") -> EvalStep:
+def make_eval_step(
+    config: llama.LlamaConfig, attention: str = "auto", mesh: Mesh | None = None
+) -> EvalStep:
     """Builds the jitted eval step.
 
     Args:
       config: The model's shape.
       attention: How attention is computed, as in `llama.forward`.
+      mesh: From `make_mesh`, for weights sharded by `train_state_sharding`; None: one device.
 
     Returns:
       A function (params, batch) -> (sum of the tokens' losses in nats, float32; their number,
@@ -400,7 +451,9 @@ def make_eval_step(config: llama.LlamaConfig, attention: str = "auto") -> EvalSt
     def eval_step(
         params: optax.Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        return _batch_loss(params, config, batch, attention=attention)
+        with on(mesh):
+            params = like_weights(params, mesh)
+            return _batch_loss(params, config, batch, attention=attention)
 
     return eval_step
 
@@ -413,6 +466,7 @@ def sample(
     length: int,
     seed: int = 0,
     temperature: float = 0.8,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Continues a prompt by sampling.
 
@@ -423,13 +477,15 @@ def sample(
       length: Total number of tokens, including the prompt.
       seed: Seed of the draws.
       temperature: Divides the logits.
+      mesh: As in `make_eval_step`.
 
     Returns:
       int32 (length,), or shorter if the end-of-text token is drawn.
     """
     prompt = np.asarray(prompt, np.int32)[:length]
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def write(params: optax.Params, tokens: jax.Array) -> jax.Array:
         def one(position: jax.Array, tokens: jax.Array) -> jax.Array:
             # Of few tokens, on any device and mesh.
@@ -439,7 +495,9 @@ def sample(
             drawn = jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
             return tokens.at[position].set(drawn.astype(tokens.dtype))
 
-        return jax.lax.fori_loop(len(prompt), length, one, tokens)
+        with on(mesh):
+            params = like_weights(params, mesh)
+            return jax.lax.fori_loop(len(prompt), length, one, tokens)
 
     tokens = np.asarray(write(params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt)))
     eos: Any = [] if config.eos_token_id is None else np.ravel(config.eos_token_id)
@@ -447,18 +505,25 @@ def sample(
     return tokens[: len(prompt) + ends[0]] if ends.size else tokens
 
 
-def train_state_sharding(tx: optax.GradientTransformation, params: optax.Params, mesh: Mesh) -> Any:
+def train_state_sharding(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    mesh: Mesh,
+    shard_over_data: bool = False,
+) -> Any:
     """The sharding of a LLaMA's `TrainState` over a mesh from `make_mesh`.
 
     Args:
       tx: The optimizer.
       params: The weights, or their shapes and dtypes.
       mesh: Their mesh.
+      shard_over_data: Whether weights and state are split over the mesh's `data` axis too, as of
+        `osd_jax.llama.partition.stored_specs`.
 
     Returns:
       A `TrainState` of `NamedSharding`. Axes that do not divide are logged; see `partition_specs`.
     """
-    specs = partition_specs(params, mesh)
+    specs = stored_specs(params, mesh, shard_over_data)
     step: Any = NamedSharding(mesh, PartitionSpec())
     weights = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return TrainState(step, weights, state_sharding(tx, params, specs, mesh))

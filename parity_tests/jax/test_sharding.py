@@ -27,7 +27,13 @@ from osd_jax import llama, make_optimizer
 from osd_jax.llama.checkpoint import Checkpoints
 from osd_jax.llama.layerwise import make_layerwise_train_step
 from osd_jax.llama.partition import batch_sharding, for_products, on, partition_specs
-from osd_jax.llama.train import TrainState, init_state, make_train_step, train_state_sharding
+from osd_jax.llama.train import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    train_state_sharding,
+)
 from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
 from osd_jax.trees import path_name
 from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
@@ -42,12 +48,12 @@ EVEN = llama.LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=8,
 )
-# 60 = 4 * 15 does not divide by 8, 90 = 2 * 45 not by 4, 251 by nothing.
+# 60 = 4 * 15 does not divide by 8, 90 = 2 * 45 not by 4, 251 by nothing, 3 layers not by 2.
 ODD = llama.LlamaConfig(
     vocab_size=251,
     hidden_size=60,
     intermediate_size=90,
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     num_attention_heads=6,
 )
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)]
@@ -397,7 +403,8 @@ def run(
     tx = optimizer(name, proj_type)
     step = make_train_step(config, tx, mesh=mesh, **options)
     shape = (micro_batches, ROWS, LENGTH)
-    done = train(config, tx, step, mesh, shape, measures=[True] * STEPS)
+    over_data = options.get("shard_over_data", False)
+    done = train(config, tx, step, mesh, shape, [True] * STEPS, over_data)
     held = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves(done.state)
@@ -447,29 +454,128 @@ def test_weights_gathered_once_per_update(sizes: tuple[int, int, int]) -> None:
     assert all(c.times == 1 for c in gathers if c.dtype != "s32")
 
 
-def share(config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any) -> float:
-    """Bytes per device if every array but norms' were split over fsdp and tensor."""
+# Layers on the members of `data`, beside other axes and alone, and stacks that it does not divide.
+SHARDED = [
+    ((2, 2, 2), 2),
+    ((8, 1, 1), 8),
+    pytest.param((2, 4, 1), 2, marks=pytest.mark.slow),
+    pytest.param((8, 1, 1), 2, marks=pytest.mark.slow),
+    pytest.param((4, 2, 1), 2, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sizes", "layers"), SHARDED, ids=str)
+def test_weights_and_state_split_over_data_too(sizes: tuple[int, int, int], layers: int) -> None:
+    """The losses of one device, and a device holds its share by all axes."""
+    config = dataclasses.replace(EVEN, num_hidden_layers=layers)
+    found = run(config, sizes, shard_over_data=True)
+    np.testing.assert_allclose(found.losses, run(config, None).losses, atol=1e-5)
+    whole = share(config, sizes, optimizer(), over=sizes)
+    assert found.bytes == pytest.approx(whole, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_every_p_of_a_stack_split_over_data_moves(sizes: tuple[int, int, int]) -> None:
+    """XLA gave zeros for A of the second half of the layers; the losses hardly showed it."""
+    config = dataclasses.replace(EVEN, num_hidden_layers=4)
+    found = run(config, sizes, proj_type="oja", shard_over_data=True).state
+    alone = run(config, None, proj_type="oja").state
+    bases = [osd_jax.projectors(state.opt_state) for state in (found, alone)]
+    for (name, basis), wanted in zip(bases[0].items(), bases[1].values(), strict=True):
+        # A step of P is about 0.03; rounding of float32 moves it by 1e-5.
+        np.testing.assert_allclose(basis, wanted, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "proj_type", "micro_batches", "options"),
+    [
+        pytest.param(
+            *("osd_muon", "oja", 2, {"reshard_after_forward": False}), marks=pytest.mark.slow
+        ),
+        pytest.param("galore_adamw8bit", "continuous_adam8bit", 1, {}, marks=pytest.mark.slow),
+        pytest.param("galore_adamw", "std", 2, {"accumulate": "sketches"}, marks=pytest.mark.slow),
+        pytest.param("galore_adafactor", "oja", 2, {"grad_clipping": 0.1}, marks=pytest.mark.slow),
+        pytest.param("adamw", "std", 2, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_so_do_other_optimizers_over_data(
+    name: str, proj_type: str, micro_batches: int, options: dict[str, Any]
+) -> None:
+    found = run(EVEN, (2, 4, 1), name, proj_type, micro_batches, shard_over_data=True, **options)
+    alone = run(EVEN, None, name, proj_type, micro_batches, **options)
+    np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
+
+
+def test_sharding_over_data_sends_the_bytes_of_data_parallelism() -> None:
+    """Outside conditionals, up to norms and counts; no matrix travels within the optimizer."""
+    config = dataclasses.replace(EVEN, num_hidden_layers=8)
+    sent = {}
+    for over in (False, True):
+        options = {"rows": ROWS, "length": LENGTH, "shard_over_data": over}
+        found = exchanged(config, optimizer(), (8, 1, 1), **options)
+        within = [c for c in found if c.branches]
+        assert not [c for c in within if c.bytes > 8 * config.num_hidden_layers], within
+        sent[over] = sum(c.sent for c in found if not c.branches)
+    norms = 4 * config.hidden_size * (2 * config.num_hidden_layers + 1)
+    assert sent[True] <= sent[False] + norms
+
+
+def test_evaluation_gathers_weights_split_over_data_once() -> None:
+    config = dataclasses.replace(EVEN, num_hidden_layers=8)
+    mesh, tx = make_mesh(8), optimizer()
+    layout = train_state_sharding(tx, shapes(config), mesh, shard_over_data=True).params
+    params = llama.init(config, 0)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, config.vocab_size, (ROWS, LENGTH), np.int32)
+    batch = {"tokens": tokens, "mask": tokens >= 0}
+    losses = [make_eval_step(config)(params, batch)]
+    params = jax.device_put(params, layout)
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, P(("data", "fsdp"))))
+    evaluate: Any = make_eval_step(config, mesh=mesh)
+    losses.append(evaluate(params, batch))
+    found = collectives(evaluate.lower(params, batch).compile().as_text())
+    np.testing.assert_allclose(*(loss for loss, _ in losses), rtol=1e-6)
+    gathers = [c for c in found if c.op == "all-gather"]
+    assert len(gathers) >= len(kernels(config)) and all(c.times == 1 for c in gathers)
+
+
+def test_sharding_over_data_needs_a_mesh_and_whole_gradients() -> None:
+    with pytest.raises(ValueError, match="give mesh"):
+        make_train_step(EVEN, optimizer(), shard_over_data=True)
+    with pytest.raises(ValueError, match="no compress_gradients"):
+        both = {"shard_over_data": True, "compress_gradients": True}
+        make_train_step(EVEN, optimizer(), mesh=make_mesh(8), **both)
+
+
+def share(
+    config: llama.LlamaConfig, sizes: tuple[int, int, int], tx: Any, over: Any = None
+) -> float:
+    """Bytes per device if all but norms were split over fsdp and tensor, or over all of `over`."""
+    parts = math.prod(over or sizes[1:])
     params, total = shapes(config), 0.0
     both = (params, jax.eval_shape(tx.init, params))
     for path, x in jax.tree_util.tree_flatten_with_path(both)[0]:
         is_whole = "norm" in path_name(path) or x.ndim == 0
-        total += x.size * x.dtype.itemsize / (1 if is_whole else sizes[1] * sizes[2])
+        total += x.size * x.dtype.itemsize / (1 if is_whole else parts)
     return total
 
 
 def test_state_comes_back_from_another_layout_and_mesh(tmp_path: Path) -> None:
-    """Saved with R's moments whole over fsdp, as earlier versions did, and on three meshes."""
+    """Saved with R's moments whole over fsdp, as earlier versions did, and in four layouts."""
     tx, started = optimizer(), run(EVEN, (1, 8, 1)).state
     mesh = make_mesh(1, 8, 1)
     whole = state_sharding(tx, started.params, partition_specs(started.params, mesh), mesh, ())
     assert whole != train_state_sharding(tx, started.params, mesh).opt_state
     state = started._replace(opt_state=jax.device_put(started.opt_state, whole))
-    for number, sizes in enumerate([(1, 8, 1), (2, 2, 2), None, (1, 8, 1)]):
+    layouts: list[Any] = [(1, 8, 1), (2, 2, 2), (2, 4, 1, True), None, (1, 8, 1)]
+    for number, sizes in enumerate(layouts):
         with Checkpoints(tmp_path / str(number), keep=1) as checkpoints:
             checkpoints.save(1, state, {})
         like: Any = jax.eval_shape(lambda: init_state(llama.init(EVEN, 0), tx))
         if sizes is not None:
-            layout = train_state_sharding(tx, like.params, make_mesh(*sizes))
+            layout = train_state_sharding(tx, like.params, make_mesh(*sizes[:3]), *sizes[3:])
             like = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
         state = Checkpoints(tmp_path / str(number)).restore(1, like).state
         for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(started), strict=True):
@@ -559,7 +665,8 @@ def exchanged(
     params = shapes(config)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params))
     put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    state = jax.tree.map(put, state, train_state_sharding(tx, params, mesh))
+    over_data = options.get("shard_over_data", False)
+    state = jax.tree.map(put, state, train_state_sharding(tx, params, mesh, over_data))
     batch = {
         name: jax.ShapeDtypeStruct((1, rows, length), dtype, sharding=batch_sharding(mesh))
         for name, dtype in (("tokens", jnp.int32), ("mask", jnp.bool_))

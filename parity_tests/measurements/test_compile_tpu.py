@@ -218,7 +218,8 @@ def test_a_step_on_a_mesh_exchanges(flags: list[str]) -> None:
     assert (report.chips, report.mesh, report.fits) == (4, "data=2,fsdp=2", True)
     assert report.arguments is not None
     assert 0.5 <= report.arguments / argument_bytes() < 0.7  # halves, and what does not divide
-    assert 1 < 4 * report.product_flops / products(layerwise=False) < 1.15
+    # On one chip, setting P is less than 0.15 of the rest, and here both members of `data` set it.
+    assert 1 < 4 * report.product_flops / products(layerwise=False) < 1 + 2 * 0.15
     assert {"all-gather", "all-reduce"} <= report.collectives.keys()
     assert all(found["bytes_sent"] > 0 for found in report.collectives.values())
 

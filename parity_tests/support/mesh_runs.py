@@ -34,6 +34,7 @@ def train(
     mesh: Mesh | None,
     shape: tuple[int, int, int],
     measures: Sequence[bool],
+    shard_over_data: bool = False,
 ) -> MeshRun:
     """Compiles a train step and takes one step for each entry of `measures`.
 
@@ -44,8 +45,10 @@ def train(
         mesh: From `make_mesh`; None: one device.
         shape: Of a batch, (micro-batches, rows, length); about a tenth of it is masked.
         measures: Whether each step measures the subspace.
+        shard_over_data: As for `step`.
     """
-    state, found, compiled = init_state(llama.init(config, 0), tx, mesh), [], None
+    state = init_state(llama.init(config, 0), tx, mesh, shard_over_data)
+    found, compiled = [], None
     rng = np.random.default_rng(0)
     for measure in measures:
         batch = {

@@ -139,6 +139,13 @@ def test_cosine_restarts():
         ("--optimizer galore_adamw --projector_init qr", ("--projector_init", "continuous*")),
         ("--offload_inputs", ("--offload_inputs", "add --per_layer")),
         ("--no-reshard_after_forward", ("--no-reshard_after_forward", "add --fsdp")),
+        ("--shard_over_data --per_layer --optimizer galore_adamw", ("--per_layer", "--mesh fsdp=")),
+        (
+            "--shard_over_data --compress_gradients --optimizer galore_adamw",
+            ("--shard_over_data", "use one of the two"),
+        ),
+        ("--shard_over_data --fsdp", ("--shard_over_data", "--fsdp leaves no data axis")),
+        ("--shard_over_data --single_gpu", ("--shard_over_data", "--single_gpu leaves no data")),
         (
             "--no-reshard_after_forward --fsdp --optimizer galore_adamw_per_layer",
             ("--no-reshard_after_forward", "--per_layer"),

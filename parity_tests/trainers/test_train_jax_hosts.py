@@ -169,6 +169,12 @@ MESHES = [
     pytest.param(
         {"mesh": "data=2,fsdp=4", "per_layer": True}, "data=2,fsdp=4", marks=SLOW, id="layers"
     ),
+    pytest.param(
+        {"mesh": "data=4,fsdp=2", "shard_over_data": True},
+        "data=4,fsdp=2",
+        marks=SLOW,
+        id="over data",
+    ),
 ]
 
 
@@ -216,6 +222,10 @@ def mistakes(home: Home) -> dict[str, tuple[dict[str, Any], str]]:
         "nothing to reduce": (
             {"compress_gradients": True, "single_gpu": True},
             r"--compress_gradients: .*data axis.* one device here; leave it out",
+        ),
+        "nothing to split": (
+            {"shard_over_data": True, "mesh": "fsdp=8"},
+            r"--shard_over_data: .*data axis.* one device here; leave it out",
         ),
         "no number": ({"num_processes": 2}, r"--coordinator_address, --process_id: missing; "),
         "out of range": (
@@ -278,7 +288,7 @@ def assert_lost(pair: Pair, victim: int) -> None:
 
 
 def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device: Path) -> None:
-    """The killed process is the coordinator, which also writes; both restart and resume."""
+    """The killed process is the coordinator, which also writes; both resume, on another mesh."""
     pair = Pair(home, "pair")
     pair.until(lambda: lines_in(pair.path) >= 8)
     pair.processes[0].kill()
@@ -287,12 +297,13 @@ def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device:
     assert len(unfinished) <= 1
     assert Checkpoints(pair.path / "checkpoints").steps()[-1] == 3
 
-    pair = Pair(home, "pair", resume=True)
+    mesh = {"mesh": "data=4,fsdp=2", "shard_over_data": True}
+    pair = Pair(home, "pair", resume=True, **mesh)
     assert pair.ends() == [0, 0], pair.said()
     assert_same_losses(pair.path, one_device)
     assert_same_weights(pair.path, one_device)
     said = pair.said()
-    assert "on 8 x cpu (data=8) in 2 processes, resuming from step" in said[0]
+    assert "on 8 x cpu (data=4,fsdp=2) in 2 processes, resuming from step" in said[0]
     assert said[0].count("step 12: validation loss") == 1
     assert not re.search("step|loss|model", said[1])  # apart from Gloo's own messages
 
@@ -312,6 +323,7 @@ def test_the_other_one_is_killed(home: Home) -> None:
         {"fsdp": True},
         {"mesh": "data=2,fsdp=2,tensor=2"},
         {"mesh": "fsdp=2,tensor=4"},
+        {"shard_over_data": True},
         {"batch_size": 4, "total_batch_size": 16},
         {"optimizer": "galore_adamw8bit", "proj_type": "continuous_adam8bit"},
     ],

@@ -102,6 +102,22 @@ def check_memory(devices: Devices) -> None:
             "--offload_inputs: only layer-by-layer updates (--per_layer) read it; add --per_layer, "
             "or leave it out"
         )
+    if devices.shard_over_data:
+        if devices.per_layer:
+            raise UsageError(
+                "--shard_over_data: layer-by-layer updates (--per_layer) read weights and state a "
+                "layer at a time; split them over --mesh fsdp=F, and leave one of the two out"
+            )
+        if devices.compress_gradients:
+            raise UsageError(
+                "--shard_over_data: --compress_gradients keeps weights and state whole over the "
+                "mesh's data axis; use one of the two"
+            )
+        if devices.fsdp or devices.single_gpu:
+            other = "--fsdp" if devices.fsdp else "--single_gpu"
+            raise UsageError(
+                f"--shard_over_data: {other} leaves no data axis over which to split; leave one out"
+            )
     if devices.reshard_after_forward:
         return
     if devices.per_layer:

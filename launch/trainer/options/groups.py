@@ -219,6 +219,12 @@ class Devices:
         help="reduce the low-rank sketch of a projected gradient over the processes, or over the "
         "mesh's data axis, instead of the gradient",
     )
+    shard_over_data: bool = flag(
+        False,
+        section="jax",
+        help="split weights and optimizer state over the mesh's data axis too (ZeRO); the weights "
+        "are gathered over it once per update",
+    )
     offload_inputs: bool = flag(
         False,
         section="jax",
