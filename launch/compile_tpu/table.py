@@ -26,8 +26,9 @@ from launch.trainer.files import write_atomic
 
 RECIPE = "launch/recipes/tpu.sh"
 SIZES = ("60m", "130m", "350m", "1b", "7b")
-# How bytes sent are counted (launch.compile_tpu.hlo). 2: with the loops of collective matmuls.
-COUNTING = 2
+# How bytes sent are counted (launch.compile_tpu.hlo). 2: with the loops of collective matmuls. 3:
+# with every reduce-scatter of several that share a channel.
+COUNTING = 3
 SLICES = (
     "v5e:1x1", "v5e:4x4", "v5e:16x16",
     "v6e:1x1", "v6e:4x4", "v6e:16x16",
@@ -38,7 +39,7 @@ SLICES = (
 ALONE = "--total_batch_size 16 --grad_clipping 0 --basis_dtype bfloat16"
 # The least state, and no layer's input on the chip. --galore_scale 1 undoes the recipe's.
 SMALL = (
-    "--optimizer osd_muon --proj_type continuous_sgd --rank 256 --galore_scale 1 "
+    "--optimizer osd_muon --proj_type continuous_sgd --galore_scale 1 "
     "--second_moment row --first_moment 8bit --ns_dtype bfloat16 --offload_inputs"
 )
 # 1B with 8192 positions, one row on each chip of four hosts with four chips.
@@ -72,9 +73,9 @@ def rows() -> Iterator[Row]:
     yield Row("7b", "v6e:1x1", "layer by layer", f"{ALONE} --per_layer")
     sgd = f"{ALONE} --per_layer --proj_type continuous_sgd"
     yield Row("7b", "v6e:1x1", "layer by layer, continuous_sgd", sgd)
-    yield Row(
-        "7b", "v6e:1x1", "layer by layer, osd_muon of rank 256", f"{ALONE} --per_layer {SMALL}"
-    )
+    for rank in (256, 1024):
+        small = f"{ALONE} --per_layer {SMALL} --rank {rank}"
+        yield Row("7b", "v6e:1x1", f"layer by layer, osd_muon of rank {rank}", small)
     yield Row("7b", "v6e:1x1", "plain step", ALONE)
 
 
@@ -129,18 +130,23 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
             continue
         report = Report(**kept[row.key]["report"])
         is_counted = _is_counted(kept[row.key])
-        gib = lambda size: "" if size is None else f"{size / GIB:.2f} GiB"
         megabytes = lambda found: f"{sum(x['bytes_sent'] for x in found) / 1e6:,.0f} MB"
         kinds = report.collectives.items()
         always = megabytes(x for name, x in kinds if not name.endswith(IN_BRANCH))
         at_times = megabytes(x for name, x in kinds if name.endswith(IN_BRANCH))
         name = row.size.upper() + f", {row.name}" * bool(row.name)
-        peak = gib(report.peak) if report.fits else f"**does not fit** ({gib(report.peak)})"
+        peak = _size(report.peak) if report.fits else f"**does not fit** ({_size(report.peak)})"
         lines.append(
-            f"| {name} | {row.topology} | {report.chips} | {report.mesh} | {gib(report.arguments)} "
-            f"| {peak} | {gib(report.memory)} | {report.product_flops / 1e12:,.1f} TFLOP "
+            f"| {name} | {row.topology} | {report.chips} | {report.mesh} "
+            f"| {_size(report.arguments)} | {peak} | {_size(report.memory)} "
+            f"| {report.product_flops / 1e12:,.1f} TFLOP "
             + (f"| {always} | {at_times} |" if report.fits and is_counted else "| | |")
         )
+    is_stale = any(row.key in kept and not _is_counted(kept[row.key]) for row in rows())
+    stale = (
+        " A row that fits but lacks the bytes sent was compiled before all of them were counted; "
+        "`python -m launch.compile_tpu.table` compiles it again."
+    ) * is_stale
     has_long = any(row.key in kept for row in rows() if LONG in row.flags)
     long_rows = (
         "The rows of 1B with longer rows have one row per chip and update: "
@@ -148,16 +154,17 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     )
     lines += [
         "",
+        "Weights and state are split over all chips of a slice. On 256 chips, a chip has 12 rows "
+        "of a weight of 130M, and 8 x 128 tiles make 16 of them: it holds 29 % more than its share "
+        "of the arrays, and sends padded rows.",
+        "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
         "layer-by-layer updates; osd_muon has momentum and embeddings in 8 bits, and the layers' "
-        f"inputs in the host's memory (`{SMALL}`). "
+        f"inputs in the host's memory (`{SMALL} --rank RANK`). "
         f"{long_rows * has_long}All other rows are the published runs, with 512 rows of 256 "
-        "tokens per update; with layer-by-layer updates on several chips, without clipping. A row "
-        "that fits but lacks the bytes sent was compiled with an earlier version of the step, "
-        "before the loops of collective matmuls were counted, and that of 7B on v6e:16x16 before "
-        "optimizer state was split over all chips; `python -m launch.compile_tpu.table` compiles "
-        "them again.",
+        "tokens per update; with layer-by-layer updates on several chips, without clipping."
+        + stale,
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that this project does not install, and a description of the GPU. "
@@ -172,6 +179,13 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         "--batch_size 16 ...",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _size(size: float | None) -> str:
+    """Bytes for people: 1.50 GiB, or 1.8 MiB; empty if unknown."""
+    if size is None:
+        return ""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _is_counted(row: dict[str, Any]) -> bool:

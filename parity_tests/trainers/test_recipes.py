@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.train_jax import refuse_torch_only
 from launch.trainer.options import Options
+from launch.trainer.options.groups import Devices
 from parity_tests.support import ROOT
 
 # rank, steps, warmup, learning rate, gap, and rows of one device in a forward pass, as published
@@ -28,6 +30,15 @@ PLACES = [
     ("tpu", {"HOSTS": "4"}, 4, 4),
     ("tpu", {"HOSTS": "16", "CHIPS": "8", "RUNS": "there"}, 16, 8),
 ]
+
+
+# Chips of a slice -> how a model below 1B is split over them.
+SPLITS: dict[int, dict[str, Any]] = {
+    4: {"mesh": "data=-1", "shard_over_data": True},
+    16: {"mesh": "data=-1,fsdp=16", "reshard_after_forward": False},
+    128: {"mesh": "data=4,fsdp=-1", "reshard_after_forward": False, "shard_over_data": True},
+}
+SPLIT_BY_DEFAULT = {"mesh": None, "reshard_after_forward": True, "shard_over_data": False}
 
 
 def printed(recipe: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,10 +80,9 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.data.batch_size % devices == 0
         is_large = size in ("1b", "7b")
         assert options.devices.fsdp == (recipe != "gpu" and is_large)
-        # Small models are split where it sends fewer bytes.
-        is_split = recipe == "tpu" and not is_large and processes * devices % 16 == 0
-        assert options.devices.mesh == ("data=-1,fsdp=16" if is_split else None)
-        assert options.devices.reshard_after_forward != is_split
+        split = SPLITS[processes * devices] if recipe == "tpu" and not is_large else {}
+        for name, default in SPLIT_BY_DEFAULT.items():
+            assert getattr(options.devices, name) == split.get(name, default)
         assert options.devices.per_layer == (recipe == "gpu" and is_7b)
         assert options.devices.single_gpu == (recipe == "gpu")
         assert options.run.resume and (options.run.seed, options.run.name) == (3, "other")
@@ -81,9 +91,20 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
 
 def test_another_mesh_replaces_fsdp() -> None:
     for more in (("--mesh", "data=2,fsdp=2"), ("--mesh=data=4",), ("--compress_gradients",)):
-        command = printed("tpu", "60m", *more, HOSTS="4").stdout.split()
-        options = Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=4)
-        assert not options.devices.fsdp
+        assert not tpu_devices("1b", *more).fsdp
+
+
+@pytest.mark.parametrize("more", [("--fsdp",), ("--per_layer",), ("--compress_gradients",)])
+def test_other_flags_replace_the_split_of_small_models(more: tuple[str, ...]) -> None:
+    devices = tpu_devices("60m", *more)
+    assert devices.mesh is None and not devices.shard_over_data
+
+
+def tpu_devices(size: str, *more: str) -> Devices:
+    command = printed("tpu", size, *more, HOSTS="4").stdout.split()
+    return (
+        Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=4).devices
+    )
 
 
 def test_what_is_wrong_is_named() -> None:
