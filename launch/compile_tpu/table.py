@@ -117,9 +117,9 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         "the compiler's figure for the largest number of bytes alive at a time, including "
         "weights and optimizer state; *of* is the memory available to a program. *products* are "
         "the operations of the step's matrix products. *sent* is what the chip sends to the "
-        "others in every step; *in branches* is sent only in some steps: the first, which sets "
-        "P, those that move it, and those that measure it. None of these programs was run on a "
-        "TPU.",
+        "others outside conditionals, in every step. *in branches* is what it sends within them: "
+        "the optimizer, which runs unless the gradient is not finite, and what sets, moves or "
+        "measures P, in some steps. None of these programs was run on a TPU.",
         "",
         "| model | slice | chips | mesh | weights, state and batch | peak | of | products | sent "
         "| in branches |",
