@@ -45,6 +45,8 @@ SMALL = (
 # 1B with 8192 positions, one row on each chip of four hosts with four chips.
 LONG = "--model_config configs/llama_1b_8k.json --batch_size 4 --total_batch_size 16 --max_length"
 LENGTHS = (2048, 4096, 8192)
+# Weights are gathered once per update, where the memory holds them whole.
+OVER_DATA = "--mesh data=-1 --shard_over_data"
 
 
 class Row(NamedTuple):
@@ -67,6 +69,8 @@ def rows() -> Iterator[Row]:
         for topology in SLICES:
             if size != "7b" or not topology.endswith(":1x1"):
                 yield Row(size, topology, "")
+    for size in ("1b", "7b"):
+        yield Row(size, "v5p:2x2x1", "sharded over data", OVER_DATA)
     for length in LENGTHS:
         yield Row("1b", "v6e:4x4", f"rows of {length}", f"{LONG} {length}")
     yield Row("7b", "v5e:4x4", "layer by layer", "--per_layer --grad_clipping 0")
@@ -162,8 +166,9 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "
         "layer-by-layer updates; osd_muon has momentum and embeddings in 8 bits, and the layers' "
         f"inputs in the host's memory (`{SMALL} --rank RANK`). "
-        f"{long_rows * has_long}All other rows are the published runs, with 512 rows of 256 "
-        "tokens per update; with layer-by-layer updates on several chips, without clipping."
+        f"{long_rows * has_long}The rows sharded over data gather the weights once per update, not "
+        f"once per pass (`{OVER_DATA}`), and need the memory for them. All other rows are the "
+        "published runs, with 512 rows of 256 tokens per update; with layer-by-layer updates on several chips, without clipping."
         + stale,
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
