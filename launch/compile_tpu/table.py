@@ -168,8 +168,8 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
         f"inputs in the host's memory (`{SMALL} --rank RANK`). "
         f"{long_rows * has_long}The rows sharded over data gather the weights once per update, not "
         f"once per pass (`{OVER_DATA}`), and need the memory for them. All other rows are the "
-        "published runs, with 512 rows of 256 tokens per update; with layer-by-layer updates on several chips, without clipping."
-        + stale,
+        "published runs, with 512 rows of 256 tokens per update; with layer-by-layer updates on "
+        "several chips, without clipping." + stale,
         "",
         "There is no such table for GPUs: to compile for them, XLA needs the CUDA plugin and "
         "libraries, several GB that this project does not install, and a description of the GPU. "
