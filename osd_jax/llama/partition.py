@@ -193,7 +193,7 @@ def on(mesh: Mesh | None, shard_over_data: bool = False) -> Iterator[None]:
 
     Args:
       mesh: From `make_mesh`; None: one device.
-      shard_over_data: Whether weights and state are stored as of `stored_specs`.
+      shard_over_data: Whether weights and state are stored as in `stored_specs`.
     """
     if mesh is None:
         yield

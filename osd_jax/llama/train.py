@@ -188,8 +188,8 @@ def make_train_step(
         steps that set P from them or measure it. The clipped norm, "gradient_norm", is that of what
         is reduced: R of a projected weight, the gradient of any other. No effect if the `data` axis
         has size one.
-      shard_over_data: Whether the state is split over the mesh's `data` axis too, as of
-        `train_state_sharding` with the same option (ZeRO, arXiv 1910.02054). Weights are
+      shard_over_data: Whether the state is split over the mesh's `data` axis too, as in
+        `train_state_sharding` with this option (ZeRO, arXiv 1910.02054). Weights are
         all-gathered over `data` once per update. On a mesh of `data` alone, gradients are
         reduce-scattered, so that a device sends the bytes of data parallelism's all-reduce. Each
         device updates its own shards.
@@ -283,8 +283,8 @@ def make_train_step(
         )(params, batch)
 
     def by_gradients(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-        # Beside an axis that it partitions itself, XLA gathers a gradient before it reduce-scatters
-        # it over `data`, so there it all-reduces shards of it.
+        # With other mesh axes, XLA would all-gather each gradient before the reduce-scatter over
+        # `data`; there it all-reduces the gradient's shards instead.
         is_alone = mesh is not None and mesh.shape["data"] == mesh.size > 1
         sums = sharded if shard_over_data and is_alone else accumulated
         total, count, grads = sums(state.params, batch)
@@ -517,7 +517,7 @@ def train_state_sharding(
       tx: The optimizer.
       params: The weights, or their shapes and dtypes.
       mesh: Their mesh.
-      shard_over_data: Whether weights and state are split over the mesh's `data` axis too, as of
+      shard_over_data: Whether weights and state are split over the mesh's `data` axis too, as in
         `osd_jax.llama.partition.stored_specs`.
 
     Returns:
