@@ -109,16 +109,17 @@ def train(options: Options, processes: Processes) -> int:
     # The initial state: a checkpoint, Hugging Face weights, or new weights. On a mesh it is created
     # sharded, never whole on one device.
     dtype = weights_dtype(options, jax.default_backend())
+    layout_options = options.devices.shard_over_data, options.devices.per_layer
 
     def fresh(params: optax.Params) -> TrainState:
         """The state before the first update."""
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return init_state(params, tx, mesh, options.devices.shard_over_data)
+        return init_state(params, tx, mesh, *layout_options)
 
     like = jax.eval_shape(lambda: fresh(llama.init(config, options.run.seed)))
     layout = None
     if mesh:
-        layout = train_state_sharding(tx, like.params, mesh, options.devices.shard_over_data)
+        layout = train_state_sharding(tx, like.params, mesh, *layout_options)
         like = jax.tree.map(
             lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, layout
         )

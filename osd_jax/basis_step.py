@@ -17,7 +17,7 @@ from osd_jax.cond import cond_once
 from osd_jax.layout import MatrixLayout
 from osd_jax.numerics import float32_or_more, has_direction, like_sharding, squared_norm
 from osd_jax.sketch import SQUARED_NORM, Basis, Reduce, Sketch, is_two_sided
-from osd_jax.stacks import split_matrices, whole_matrices
+from osd_jax.stacks import as_stored, whole_matrices
 from osd_jax.state import NOT_SET
 from osd_jax.trees import KeyPath, by_path, path_of, traced_once, unboxed, unzip
 
@@ -156,7 +156,7 @@ def move_basis(
     def gradient(basis: Any, sketch: Sketch, moves: jax.Array) -> Any:
         pick = lambda x: jnp.where(moves[..., None, None], x, 0)
         # P's optimizer meets the gradient where P is stored.
-        return jax.tree.map(lambda x: split_matrices(pick(x)), gradient_of(basis, sketch))
+        return jax.tree.map(lambda x: as_stored(pick(x)), gradient_of(basis, sketch))
 
     @traced_once
     def stepped(old: Any, basis: Any, step: Any, sketch: Sketch, moves: jax.Array) -> Any:

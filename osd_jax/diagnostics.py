@@ -12,7 +12,7 @@ import optax
 from osd_jax.layout import DimensionNumbers, MatrixLayout, dimension_numbers_by_path, matrix_layout
 from osd_jax.numerics import contract
 from osd_jax.sketch import Basis, TwoSided, is_two_sided, low_rank_gradient
-from osd_jax.stacks import bases_of_whole, split_matrices, whole_matrices
+from osd_jax.stacks import bases_of_whole, whole_matrices
 from osd_jax.state import SubspaceState
 from osd_jax.trees import KeyPath, by_path, flatten, names, path_of, promotes, unboxed
 from osd_names import Side
@@ -61,7 +61,6 @@ def subspace_diagnostics(
         layout = matrix_layout(name, grad, numbers(path))
         side = side or _side_by_shape(basis, layout)
         layout = matrix_layout(name, grad, numbers(path), side)
-        grad = split_matrices(grad, layout.stack_axis)
         grad = whole_matrices(grad, layout.stack_axis, layout.column_axis)
         return _diagnose(bases_of_whole(basis), layout.to_matrix(grad))
 

@@ -4,7 +4,8 @@ A mesh has three axes. The batch is sharded over `data` and `fsdp`. Each weight 
 `fsdp` and `tensor`: one of its matrix axes over `fsdp`, all-gathered where it is used, the other
 over `tensor`, as in Megatron. Optimizer state follows its weight: P is sharded like the axis that
 it projects, R's moments like the other axis, and both along the rank axis over the mesh axes that
-are left.
+are left. The plain train step of `osd_jax.llama` stores the state of whole layers on one device
+each where it can (`osd_jax.llama.train.train_state_sharding`).
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 FSDP splits the rows or the columns of a weight. R, A and the lift of a split matrix need sums or
 copies over all devices, of as many numbers as R and P have. Whole matrices need none: an all-to-all
 moves the gradient's shards of a stack (layers, p, q) to the devices that have these layers, and the
-update's shards back, and a device sends only its own shard. If there are fewer layers than devices,
-some have none. A stack of one, as in a layerwise step, has whole columns on each device instead: R
-then needs no sum, and each device has all of P. So has a stack whose matrices are stored on the
-members of a mesh axis, such as `data`: within a member, the devices share each of its matrices.
+update's shards back, and a device sends only its own shard. If the number of devices divides that
+of layers, the state is stored with the layers; if there are fewer layers than devices, some have
+none. A stack of one, as in a layerwise step, has whole columns on each device instead: R then needs
+no sum, and each device has all of P. So has a stack whose matrices are stored on the members of a
+mesh axis, such as `data`: within a member, the devices share each of its matrices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from osd_jax.sharding import FSDP, TENSOR
 
@@ -103,12 +104,14 @@ def whole_matrices(array: jax.Array, axis: int | None = 0, columns: int | None =
     return _constrained(array, stack | {columns % array.ndim: names})
 
 
-def columns_of_stored(array: jax.Array) -> jax.Array:
-    """R (layers, ..., r, q) split like the columns of M, of a stack stored over a mesh axis.
+def columns_like_matrix(array: jax.Array) -> jax.Array:
+    """R (layers, ..., r, q) split like the columns of M, where no whole matrix moves.
 
     The compiler would gather M where R's moments are split along the rank axis.
     """
-    return whole_matrices(array) if array.ndim > 2 and _stack_axes(array.shape[0]) else array
+    if array.ndim > 2 and (array.shape[0] == 1 or _stack_axes(array.shape[0])):
+        return whole_matrices(array)
+    return array
 
 
 def bases_of_whole(bases: Any) -> Any:
@@ -144,6 +147,27 @@ def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
     if axis is None or array.ndim < 3 or array.shape[axis] == 1:
         return array
     return _constrained(array, {axis: _stack_axes(array.shape[axis]) or None})
+
+
+def is_stored_by_matrices(count: int, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the state of a stack of `count` matrices is split over `fsdp` by matrices.
+
+    Each device then stores the state of the whole matrices that it has, and only their gradient and
+    their update move. Otherwise the state is split like R and P, and moves too.
+    """
+    return count > 1 and mesh.shape[FSDP] > 1 and count % mesh.shape[FSDP] == 0
+
+
+def as_stored(array: jax.Array) -> jax.Array:
+    """P or its gradient (layers, ..., p, r) as the state is stored."""
+    if (
+        array.ndim > 2
+        and FSDP in _auto_axes()
+        and not _stack_axes(array.shape[0])
+        and is_stored_by_matrices(array.shape[0], jax.sharding.get_abstract_mesh())
+    ):
+        return _constrained(array, {0: FSDP})
+    return split_matrices(array)
 
 
 def on_every_device(array: jax.Array) -> jax.Array:

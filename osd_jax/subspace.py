@@ -62,7 +62,13 @@ from osd_jax.sketch import (
     reading_gradient,
     sketches_of,
 )
-from osd_jax.stacks import bases_of_whole, on_every_device, split_matrices, whole_matrices
+from osd_jax.stacks import (
+    as_stored,
+    bases_of_whole,
+    on_every_device,
+    split_matrices,
+    whole_matrices,
+)
 from osd_jax.state import NOT_SET, ProjectorState, SubspaceState, set_before, steps_since_set
 from osd_jax.transport import Transport, change_of
 from osd_jax.trees import boxed_like, promotes, traced_once, unboxed, unzip
@@ -300,7 +306,7 @@ def scale_by_subspace(
                 set_at,
             ),
         )
-        bases, set_at = jax.tree.map(split_matrices, bases), jax.tree.map(on_every_device, set_at)
+        bases, set_at = jax.tree.map(as_stored, bases), jax.tree.map(on_every_device, set_at)
         if transport is not None:
             changed = (state.projector.basis, bases, state.inner)
             state = state._replace(inner=cond_once(may_change, transported, unchanged, *changed))
@@ -436,10 +442,7 @@ def scale_by_subspace(
         if True in kinds:
             raise ValueError(f"the tree mixes whole gradients and sketches; {ONLY_SKETCHES}")
         tree = layouts(grads)
-        # They arrive split like the weights, so that nothing is exchanged for a skipped step.
-        split = lambda layout, g: split_matrices(g, layout.stack_axis)
-        whole = whole_gradients(tree, jax.tree.map(split, tree, unboxed(grads)))
-        grads = boxed_like(grads, whole)
+        grads = boxed_like(grads, whole_gradients(tree, unboxed(grads)))
         state = refresh(grads, state)
         return apply(project(grads, state), state, grads, grads=grads, **extra_args)
 

@@ -159,7 +159,9 @@ def compile_step(topology: str, argv: Sequence[str]) -> Report:
         batch["segments"] = rows
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else one
     layout = (
-        train_state_sharding(tx, like.params, mesh, options.devices.shard_over_data)
+        train_state_sharding(
+            tx, like.params, mesh, options.devices.shard_over_data, options.devices.per_layer
+        )
         if mesh
         else jax.tree.map(lambda _: one, like)
     )

@@ -14,20 +14,27 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 published "${1:-}" "${HOSTS:-1}" "${CHIPS:-4}"
 flags+=(--projector_init qr) # XLA takes minutes to compile an SVD for TPUs
 shift
-# Unless another mesh is given, weights and state are split over all chips: those of 1B and 7B by --fsdp,
-# those of smaller models on meshes where, by the TPU compiler, a chip sends about the bytes of data parallelism
-# or fewer (docs/tpu.md). Their weights are gathered once per update.
+# Unless another mesh is given, weights and state are split over all chips, on meshes where a chip sends
+# few bytes by the TPU compiler (docs/tpu.md).
 chips=$((${HOSTS:-1} * ${CHIPS:-4}))
 case "${flags[*]} $*" in
 *" --mesh"* | *" --fsdp"* | *" --compress_gradients"* | *" --single_gpu"*) ;;
-*llama_1b* | *llama_7b*) flags+=(--fsdp) ;;
-*per_layer*) ;; # reads weights and state a layer at a time
+*llama_1b*" --per_layer"* | *llama_7b*" --per_layer"*) flags+=(--fsdp) ;;
+*" --per_layer"*) ;; # reads weights and state a layer at a time
+*llama_1b* | *llama_7b*)
+    if [ "$chips" -le 16 ]; then
+        flags+=(--fsdp)
+    else
+        flags+=(--mesh data=4,fsdp=-1 --shard_over_data)
+    fi
+    ;;
 *)
     case "$chips ${flags[*]}" in
     "1 "*) ;;
     # The members of data divide the layers; 130M has 12.
     "2 "* | "4 "* | "8 "*llama_60m* | "8 "*llama_350m*) flags+=(--mesh data=-1 --shard_over_data) ;;
-    "16 "*) flags+=(--mesh data=-1,fsdp=16 --no-reshard_after_forward) ;;
+    "16 "*llama_130m*) flags+=(--mesh data=-1,fsdp=16 --no-reshard_after_forward) ;;
+    "16 "*) flags+=(--mesh data=8,fsdp=-1 --no-reshard_after_forward --shard_over_data) ;;
     *) flags+=(--mesh data=4,fsdp=-1 --no-reshard_after_forward --shard_over_data) ;;
     esac
     ;;

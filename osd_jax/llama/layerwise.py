@@ -9,8 +9,8 @@ With micro-batches or clipping a step must wait for the whole update: a layer's 
 sketch, which is held (`osd_jax.accumulation`), and a second pass takes the steps.
 
 An optimizer can be applied layer by layer if it treats each layer independently: without a norm
-over all parameters inside it. The state is that of the plain step, so a checkpoint of either
-resumes with the other.
+over all parameters inside it. The state has the arrays of the plain step's, so a checkpoint of
+either resumes with the other; on a mesh it is split so that each device has a part of each layer's.
 
 On a mesh, each weight is sharded as in the plain step and all-gathered one layer at a time, before
 its products or within them; a layer's gradient is reduced to the shards of its weight before the
@@ -99,7 +99,8 @@ def make_layerwise_train_step(
         layer independently.
       grad_clipping: Maximum norm; 0 does not clip. With one micro-batch the norm of the whole
         gradient, with several that of what is applied (`osd_jax.accumulation.squared_norm_held`).
-      mesh: From `make_mesh`, for states and batches sharded as in `make_train_step`.
+      mesh: From `make_mesh`, for a state sharded by `train_state_sharding` with `layerwise`, like
+        the new state, and batches sharded by `batch_sharding`.
       compress_gradients: Whether a layer's gradients stay on the devices of the mesh's `data` axis
         and their sketches are reduced over it, as in `make_train_step`; here also with several
         micro-batches, whose sketches are reduced one by one.
@@ -144,7 +145,9 @@ def make_layerwise_train_step(
 
     def optimizer_of(state: TrainState) -> LayerOptimizer:
         """The optimizer of one layer's parameters at a time, before the first layer."""
-        layout = None if mesh is None else train_state_sharding(tx, state.params, mesh).opt_state
+        layout = None
+        if mesh is not None:
+            layout = train_state_sharding(tx, state.params, mesh, layerwise=True).opt_state
         return LayerOptimizer(parts, state.params, state.opt_state, layout)
 
     def total(x: Any) -> Any:
@@ -350,7 +353,7 @@ def make_layerwise_train_step(
         }
         state = TrainState(state.step + 1, params, opt_state)
         if mesh is not None:
-            layout = train_state_sharding(tx, params, mesh)
+            layout = train_state_sharding(tx, params, mesh, layerwise=True)
             state = jax.lax.with_sharding_constraint(state, layout)
         return state, metrics
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,27 +14,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from osd_jax.sharding import BATCH_AXES, mesh_axes, shard_count, spec_of
-from osd_jax.stacks import moving_whole_matrices
+from osd_jax.sharding import BATCH_AXES, FSDP, mesh_axes, shard_count, spec_of
+from osd_jax.stacks import is_stored_by_matrices, moving_whole_matrices
 from osd_jax.trees import path_name
 
 logger = logging.getLogger(__name__)
 
 
-# The mesh axes of a kernel's (input, output). A product whose input axis is sharded over `tensor`
+# The axis of a kernel (input, output) that `tensor` splits. A product whose input axis is split
 # follows one whose output axis is, so nothing is communicated between the two.
-_COLUMN = ("fsdp", "tensor")
-_ROW = ("tensor", "fsdp")
+_INPUT, _OUTPUT = -2, -1
 _KERNELS = {
-    "embedding": _ROW,  # (vocabulary, hidden)
-    "head": _COLUMN,
-    "layers/attention/query": _COLUMN,
-    "layers/attention/key": _COLUMN,
-    "layers/attention/value": _COLUMN,
-    "layers/attention/output": _ROW,
-    "layers/mlp/gate": _COLUMN,
-    "layers/mlp/up": _COLUMN,
-    "layers/mlp/down": _ROW,
+    "embedding": _INPUT,  # (vocabulary, hidden)
+    "head": _OUTPUT,
+    "layers/attention/query": _OUTPUT,
+    "layers/attention/key": _OUTPUT,
+    "layers/attention/value": _OUTPUT,
+    "layers/attention/output": _INPUT,
+    "layers/mlp/gate": _OUTPUT,
+    "layers/mlp/up": _OUTPUT,
+    "layers/mlp/down": _INPUT,
 }
 
 
@@ -56,17 +55,34 @@ def partition_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
 
     def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
         name = path_name(path)
-        wanted: tuple[str | None, ...] = (None,) * array.ndim
+        wanted: list[str | None] = [None] * array.ndim
         if name in _KERNELS:
-            wanted = wanted[:-2] + _KERNELS[name]
+            wanted[_KERNELS[name]] = "tensor" if mesh.shape["tensor"] > 1 else None
+            wanted[_fsdp_axis(name, array.shape, mesh)] = "fsdp"
         elif not name.endswith(("norm", "_bias")):
             raise ValueError(
                 f"parameter '{name}' does not belong to osd_jax.llama: write the PartitionSpecs "
                 "of your own model, and pass them to state_sharding"
             )
-        return _where_divisible(name, array.shape, wanted, mesh)
+        return _where_divisible(name, array.shape, tuple(wanted), mesh)
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _fsdp_axis(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> int:
+    """The axis of a kernel that `fsdp` splits.
+
+    On a mesh without `tensor`, it is the longer axis of a layer's kernel, the output axis if both
+    are equal, if `fsdp` divides it: by default P projects the other one, so that R and the update
+    are split like the weight. Of the embedding and the head it is the hidden axis, because
+    cross-entropy reads slices of the vocabulary.
+    """
+    tensor = _KERNELS[name]
+    if mesh.shape["tensor"] > 1 or not name.startswith("layers/"):
+        return _INPUT + _OUTPUT - tensor
+    longer = _INPUT if shape[_INPUT] > shape[_OUTPUT] else _OUTPUT
+    divides = shape[longer] % mesh.shape["fsdp"] == 0
+    return longer if divides else _INPUT + _OUTPUT - longer
 
 
 def stored_specs(
@@ -103,6 +119,56 @@ def stored_specs(
         return spec_of(entries)
 
     return jax.tree.map(split, params, specs)
+
+
+def specs_by_matrices(
+    specs: Any, params: optax.Params, names: Collection[str], mesh: Mesh | AbstractMesh
+) -> Any:
+    """The specs of weights that determine how their state is split in a plain step.
+
+    R, P and all that belongs to them are where the whole matrices are (`osd_jax.stacks`): split
+    over `fsdp` by matrices, if it divides their number in the stack. The state of other weights is
+    split like their gradients.
+
+    Args:
+      specs: From `stored_specs`.
+      params: The weights, or their shapes.
+      names: The names of the projected weights.
+      mesh: The mesh.
+    """
+
+    def one(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> PartitionSpec:
+        is_stack = path_name(path) in names and array.ndim > 2 and spec[0] is None
+        if not is_stack or not is_stored_by_matrices(array.shape[0], mesh):
+            return spec
+        rest = [tuple(name for name in mesh_axes(axes) if name != FSDP) for axes in spec[1:]]
+        return spec_of([(FSDP,), *rest])
+
+    return jax.tree_util.tree_map_with_path(one, params, specs)
+
+
+def moved_to_state(
+    grads: optax.Updates, names: Collection[str], mesh: Mesh, shard_over_data: bool = False
+) -> optax.Updates:
+    """Moves gradients to the devices that store the state of their matrices.
+
+    Args:
+      grads: The gradients in the weights' dtypes, split as in `stored_specs`.
+      names: See `specs_by_matrices`.
+      mesh: From `make_mesh`.
+      shard_over_data: See `stored_specs`.
+    """
+    specs = stored_specs(grads, mesh, shard_over_data)
+    moved = specs_by_matrices(specs, grads, names, mesh)
+
+    def one(grad: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
+        grad = jax.lax.with_sharding_constraint(grad, before)
+        if before == after:
+            return grad
+        # Without a barrier, XLA would move it before it is rounded, in float32.
+        return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(grad), after)
+
+    return jax.tree.map(one, grads, specs, moved)
 
 
 def _where_divisible(
@@ -230,19 +296,30 @@ def shards_over_data(mesh: Mesh, grads: optax.Updates) -> tuple[Callable[[Any], 
     """
     stored = stored_specs(grads, mesh, shard_over_data=True)
     is_split = lambda axes: "data" in mesh_axes(axes)
-    specs = jax.tree.map(
+    data_specs = jax.tree.map(
         lambda spec: PartitionSpec(*("data" if is_split(axes) else None for axes in spec)), stored
     )
+    others = set(mesh.axis_names) - {"data"}
 
-    def one(array: jax.Array, spec: PartitionSpec) -> jax.Array:
-        wide = _summable(array, mesh)
-        if "data" not in spec:
-            return jax.lax.psum(wide, "data").astype(array.dtype)
-        axis = tuple(spec).index("data")
-        found = jax.lax.psum_scatter(wide, "data", scatter_dimension=axis, tiled=True)
-        return found.astype(array.dtype)
+    def one(array: jax.Array, other_spec: PartitionSpec, data_spec: PartitionSpec) -> jax.Array:
+        if "data" not in data_spec:
+            return jax.lax.psum(_summable(array, mesh), "data").astype(array.dtype)
+        axis = tuple(data_spec).index("data")
 
-    return lambda grads: jax.tree.map(one, grads, specs), specs
+        def scatter(array: jax.Array) -> jax.Array:
+            wide = _summable(array, mesh)
+            found = jax.lax.psum_scatter(wide, "data", scatter_dimension=axis, tiled=True)
+            return found.astype(array.dtype)
+
+        if other_spec[axis] is not None:  # a member's shard consists of parts of several of these
+            return scatter(array)
+        # Otherwise XLA would all-gather the array over the other axes before the reduce-scatter.
+        return jax.shard_map(
+            scatter, axis_names=others, in_specs=other_spec, out_specs=other_spec, check_vma=False
+        )(array)
+
+    other_specs = partition_specs(grads, mesh)
+    return lambda grads: jax.tree.map(one, grads, other_specs, data_specs), data_specs
 
 
 def _summable(array: jax.Array, mesh: Mesh) -> jax.Array:

@@ -24,20 +24,23 @@ from osd_jax.accumulation import (
     scaled,
     squared_norm_held,
 )
-from osd_jax.diagnostics import subspace_diagnostics
+from osd_jax.diagnostics import projected_paths, subspace_diagnostics
 from osd_jax.guard import skipped_steps
 from osd_jax.llama.partition import (
     gathered,
     like_weights,
     mean_over_data,
+    moved_to_state,
     on,
     shards_over_data,
+    specs_by_matrices,
     stored_specs,
 )
 from osd_jax.numerics import accumulator_dtype
 from osd_jax.parts import parted
 from osd_jax.sharding import state_sharding
 from osd_jax.sketch import Reduce
+from osd_jax.trees import path_name
 
 Metrics = dict[str, jax.Array]
 ACCUMULATE = ("gradients", "sketches")
@@ -125,6 +128,7 @@ def init_state(
     tx: optax.GradientTransformation,
     mesh: Mesh | None = None,
     shard_over_data: bool = False,
+    layerwise: bool = False,
 ) -> TrainState:
     """The state before the first step; one compiled call creates the optimizer's arrays.
 
@@ -134,8 +138,11 @@ def init_state(
       mesh: The mesh over which to shard all of it, as in `train_state_sharding`; None: on the
         devices of the weights.
       shard_over_data: See `train_state_sharding`.
+      layerwise: See `train_state_sharding`.
     """
-    layout = None if mesh is None else train_state_sharding(tx, params, mesh, shard_over_data)
+    layout = None
+    if mesh is not None:
+        layout = train_state_sharding(tx, params, mesh, shard_over_data, layerwise)
     if layout is not None:
         params = jax.device_put(params, layout.params)
     start = jax.jit(
@@ -190,9 +197,9 @@ def make_train_step(
         has size one.
       shard_over_data: Whether the state is split over the mesh's `data` axis too, as in
         `train_state_sharding` with this option (ZeRO, arXiv 1910.02054). Weights are
-        all-gathered over `data` once per update. On a mesh of `data` alone, gradients are
-        reduce-scattered, so that a device sends the bytes of data parallelism's all-reduce. Each
-        device updates its own shards.
+        all-gathered over `data` once per update, and gradients are reduce-scattered, so that a
+        device sends the bytes of data parallelism's all-reduce. Until then they are whole over
+        `data`, over several micro-batches in float32. Each device updates its own shards.
       attention: How attention is computed, as in `llama.forward`.
 
     Raises:
@@ -283,15 +290,16 @@ def make_train_step(
         )(params, batch)
 
     def by_gradients(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
-        # With other mesh axes, XLA would all-gather each gradient before the reduce-scatter over
-        # `data`; there it all-reduces the gradient's shards instead.
-        is_alone = mesh is not None and mesh.shape["data"] == mesh.size > 1
-        sums = sharded if shard_over_data and is_alone else accumulated
+        is_split = mesh is not None and mesh.shape["data"] > 1
+        sums = sharded if shard_over_data and is_split else accumulated
         total, count, grads = sums(state.params, batch)
         loss = total / count
         norm = optax.tree.norm(jax.tree.map(_wide, grads)) / count
         factor = mean_factor(loss, count) * clipping_factor(norm, grad_clipping)
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.params)
+        if mesh is not None:  # once, for the update and for the measurement
+            names = _projected_names(tx, state.params)
+            grads = moved_to_state(grads, names, mesh, shard_over_data)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return loss, norm, updates, opt_state, measured(measure, grads, state.opt_state)
 
@@ -510,6 +518,7 @@ def train_state_sharding(
     params: optax.Params,
     mesh: Mesh,
     shard_over_data: bool = False,
+    layerwise: bool = False,
 ) -> Any:
     """The sharding of a LLaMA's `TrainState` over a mesh from `make_mesh`.
 
@@ -519,6 +528,9 @@ def train_state_sharding(
       mesh: Their mesh.
       shard_over_data: Whether weights and state are split over the mesh's `data` axis too, as in
         `osd_jax.llama.partition.stored_specs`.
+      layerwise: Whether the state is for a layerwise step, which updates one layer at a time on all
+        devices. For a plain step, the state of projected weights is split over `fsdp` by layers
+        if `fsdp` divides the number of layers: each device then updates whole matrices.
 
     Returns:
       A `TrainState` of `NamedSharding`. Axes that do not divide are logged; see `partition_specs`.
@@ -526,4 +538,11 @@ def train_state_sharding(
     specs = stored_specs(params, mesh, shard_over_data)
     step: Any = NamedSharding(mesh, PartitionSpec())
     weights = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    if not layerwise:
+        specs = specs_by_matrices(specs, params, _projected_names(tx, params), mesh)
     return TrainState(step, weights, state_sharding(tx, params, specs, mesh))
+
+
+def _projected_names(tx: optax.GradientTransformation, params: optax.Params) -> set[str]:
+    """The names of the parameters that an optimizer projects."""
+    return {path_name(path) for path in projected_paths(jax.eval_shape(tx.init, params))}

@@ -61,11 +61,12 @@ def run(
     )  # fmt: skip
     step = make(CONFIG, tx, mesh=mesh, **options)
     measures = [number == MEASURED for number in range(STEPS)]
-    done = train(CONFIG, tx, step, mesh, (micro_batches, ROWS, LENGTH), measures)
+    shape, layerwise = (micro_batches, ROWS, LENGTH), make is make_layerwise_train_step
+    done = train(CONFIG, tx, step, mesh, shape, measures, layerwise=layerwise)
     energies = [metrics["energy/attention/query"] for metrics in done.metrics]
     assert np.isfinite(energies).tolist() == measures
     if mesh is not None:
-        layout = train_state_sharding(tx, done.state.params, mesh)
+        layout = train_state_sharding(tx, done.state.params, mesh, layerwise=layerwise)
         is_same = lambda x, to: x.sharding.is_equivalent_to(to, x.ndim)
         assert all(jax.tree.leaves(jax.tree.map(is_same, done.state, layout)))
     memory = done.compiled.memory_analysis().temp_size_in_bytes
@@ -126,7 +127,7 @@ def test_no_stack_of_8bit_state_is_gathered_for_one_layer() -> None:
     )  # fmt: skip
     mesh = make_mesh(2, 2, 2)
     like = jax.eval_shape(lambda: init_state(llama.init(config, 0), tx))
-    layout = train_state_sharding(tx, like.params, mesh)
+    layout = train_state_sharding(tx, like.params, mesh, layerwise=True)
     state = jax.tree.map(lambda x, to: x.update(sharding=to), like, layout)
     tokens = jax.ShapeDtypeStruct((1, ROWS, LENGTH), np.int32, sharding=batch_sharding(mesh))
     batch = {"tokens": tokens, "mask": tokens.update(dtype=np.bool)}

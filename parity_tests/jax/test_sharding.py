@@ -119,6 +119,20 @@ def test_every_matrix_is_split_on_both_axes() -> None:
     assert specs["norm"] == P(None) and layers["mlp_norm"] == P(None, None)
 
 
+def test_fsdp_alone_splits_the_longer_axis_of_a_layer_where_it_divides_it() -> None:
+    few_keys = dataclasses.replace(EVEN, num_key_value_heads=2)
+    specs = partition_specs(shapes(few_keys), make_mesh(1, 8, 1))
+    attention, mlp = specs["layers"]["attention"], specs["layers"]["mlp"]
+    for kernel in (attention["query"], attention["output"], mlp["gate"], mlp["up"]):
+        assert kernel == P(None, None, "fsdp")
+    for kernel in (attention["key"], attention["value"], mlp["down"]):
+        assert kernel == P(None, "fsdp", None)
+    assert specs["embedding"] == P(None, "fsdp") and specs["head"] == P("fsdp", None)
+    odd = dataclasses.replace(EVEN, intermediate_size=5461)
+    mlp = partition_specs(shapes(odd), make_mesh(1, 8, 1))["layers"]["mlp"]
+    assert mlp["gate"] == P(None, "fsdp", None) and mlp["down"] == P(None, None, "fsdp")
+
+
 def test_what_does_not_divide_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
     config = llama.LlamaConfig(250, 52, 90, 2, 2)
     with caplog.at_level(logging.WARNING, logger="osd_jax.llama.partition"):
@@ -517,6 +531,18 @@ def test_sharding_over_data_sends_the_bytes_of_data_parallelism() -> None:
     assert sent[True] <= sent[False] + norms
 
 
+def test_gradients_are_reduce_scattered_over_data_beside_fsdp() -> None:
+    config = dataclasses.replace(EVEN, num_hidden_layers=8)
+    options = {"rows": ROWS, "length": LENGTH, "shard_over_data": True}
+    found = exchanged(config, optimizer(), (2, 4, 1), **options)
+    norms = 4 * config.hidden_size * config.num_hidden_layers
+    over_data = [c for c in found if c.group == 2 and not c.branches and c.bytes > norms]
+    assert {c.op for c in over_data} == {"all-gather", "reduce-scatter"}
+    kernel_bytes = sum(4 * math.prod(shape) for shape in kernels(config).values())
+    scattered = sum(c.bytes for c in over_data if c.op == "reduce-scatter")
+    assert scattered == kernel_bytes / 4  # a device's shards over fsdp
+
+
 def test_evaluation_gathers_weights_split_over_data_once() -> None:
     config = dataclasses.replace(EVEN, num_hidden_layers=8)
     mesh, tx = make_mesh(8), optimizer()
@@ -558,13 +584,14 @@ def share(
 
 
 def test_state_comes_back_from_another_layout_and_mesh(tmp_path: Path) -> None:
-    """Saved with R's moments whole over fsdp, as earlier versions did, and in four layouts."""
+    """Saved with R's moments whole over fsdp, as earlier versions did, and in five layouts."""
     tx, started = optimizer(), run(EVEN, (1, 8, 1)).state
     mesh = make_mesh(1, 8, 1)
     whole = state_sharding(tx, started.params, partition_specs(started.params, mesh), mesh, ())
     assert whole != train_state_sharding(tx, started.params, mesh).opt_state
     state = started._replace(opt_state=jax.device_put(started.opt_state, whole))
-    layouts: list[Any] = [(1, 8, 1), (2, 2, 2), (2, 4, 1, True), None, (1, 8, 1)]
+    by_layers, layerwise = (4, 2, 1), (4, 2, 1, False, True)
+    layouts: list[Any] = [(1, 8, 1), by_layers, layerwise, (2, 4, 1, True), None, (1, 8, 1)]
     for number, sizes in enumerate(layouts):
         with Checkpoints(tmp_path / str(number), keep=1) as checkpoints:
             checkpoints.save(1, state, {})
@@ -681,11 +708,51 @@ SENT_BEFORE = {
 
 @pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
 def test_a_step_sends_no_more_than_with_whole_state(sizes: tuple[int, int, int]) -> None:
-    """With eight layers: with fewer than devices, what is sent includes padding."""
+    """With eight layers: with fewer than devices, what is sent includes padding.
+
+    In all, and in conditionals: a gradient moves to the state of its matrices before the optimizer,
+    which is in one.
+    """
     config = dataclasses.replace(EVEN, num_hidden_layers=8, vocab_size=1024)
     found = exchanged(config, optimizer(), sizes, rows=ROWS, length=LENGTH)
-    for before, within in zip(SENT_BEFORE[sizes], (False, True), strict=True):
-        assert sum(c.sent for c in found if bool(c.branches) == within) / 1e6 <= before
+    always, within = (
+        sum(c.sent for c in found if bool(c.branches) == is_within) / 1e6
+        for is_within in (False, True)
+    )
+    assert always + within <= sum(SENT_BEFORE[sizes])
+    assert within <= SENT_BEFORE[sizes][1]
+
+
+@pytest.mark.parametrize(("name", "is_projected"), [("galore_adamw", True), ("adamw", False)])
+def test_state_of_projected_weights_is_stored_by_layers(name: str, is_projected: bool) -> None:
+    """A layerwise step reads one layer from all devices; other state meets a gradient's shards."""
+    config = dataclasses.replace(EVEN, num_hidden_layers=8)
+    mesh, tx, params = make_mesh(1, 8, 1), optimizer(name), shapes(config)
+    plain, layerwise = (
+        train_state_sharding(tx, params, mesh, layerwise=layerwise) for layerwise in (False, True)
+    )
+    assert plain.params == layerwise.params
+    assert (plain.opt_state == layerwise.opt_state) != is_projected
+    state = jax.tree_util.tree_flatten_with_path(jax.eval_shape(tx.init, params))[0]
+    stacks = [
+        (to.spec[0], leaf.shape)
+        for (path, leaf), to in zip(state, jax.tree.leaves(plain.opt_state), strict=True)
+        if "layers" in path_name(path) and leaf.ndim > 2
+    ]
+    assert stacks and {axis for axis, _ in stacks} == {"fsdp" if is_projected else None}
+
+
+@pytest.mark.parametrize("proj_type", ["continuous", "std"])
+def test_only_gradient_and_update_move_if_state_is_stored_by_layers(proj_type: str) -> None:
+    config = dataclasses.replace(EVEN, num_hidden_layers=8)
+    found = exchanged(
+        config, optimizer(proj_type=proj_type), (1, 8, 1), rows=ROWS, length=LENGTH
+    )  # fmt: skip
+    layers = sum(4 * math.prod(s) for name, s in kernels(config).items() if "layers" in name)
+    within = [c for c in found if c.branches]
+    small = 8 * config.num_hidden_layers  # what says whether a matrix waits for its P
+    assert sum(c.sent for c in within if c.bytes > small) == layers / 8 * 7 / 8
+    assert {c.op for c in within if c.bytes > small} == {"all-to-all"}
 
 
 # -------------------------------------------------------------------------- reduced sketches

@@ -35,6 +35,7 @@ def train(
     shape: tuple[int, int, int],
     measures: Sequence[bool],
     shard_over_data: bool = False,
+    layerwise: bool = False,
 ) -> MeshRun:
     """Compiles a train step and takes one step for each entry of `measures`.
 
@@ -46,8 +47,9 @@ def train(
         shape: Of a batch, (micro-batches, rows, length); about a tenth of it is masked.
         measures: Whether each step measures the subspace.
         shard_over_data: As for `step`.
+        layerwise: Whether `step` is from `make_layerwise_train_step`.
     """
-    state = init_state(llama.init(config, 0), tx, mesh, shard_over_data)
+    state = init_state(llama.init(config, 0), tx, mesh, shard_over_data, layerwise)
     found, compiled = [], None
     rng = np.random.default_rng(0)
     for measure in measures:

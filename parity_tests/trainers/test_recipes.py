@@ -32,13 +32,23 @@ PLACES = [
 ]
 
 
-# Chips of a slice -> how a model below 1B is split over them.
-SPLITS: dict[int, dict[str, Any]] = {
-    4: {"mesh": "data=-1", "shard_over_data": True},
-    16: {"mesh": "data=-1,fsdp=16", "reshard_after_forward": False},
-    128: {"mesh": "data=4,fsdp=-1", "reshard_after_forward": False, "shard_over_data": True},
-}
-SPLIT_BY_DEFAULT = {"mesh": None, "reshard_after_forward": True, "shard_over_data": False}
+SPLIT_BY_DEFAULT = {
+    "fsdp": False, "mesh": None, "reshard_after_forward": True, "shard_over_data": False
+}  # fmt: skip
+
+
+def split_of(size: str, chips: int) -> dict[str, Any]:
+    """How the recipe splits a model over the chips of a slice."""
+    if size in ("1b", "7b"):
+        if chips == 128:
+            return {"mesh": "data=4,fsdp=-1", "shard_over_data": True}
+        return {"fsdp": True}
+    if chips == 4:
+        return {"mesh": "data=-1", "shard_over_data": True}
+    once = {"reshard_after_forward": False}
+    if chips == 16 and size == "130m":
+        return {"mesh": "data=-1,fsdp=16", **once}
+    return {"mesh": f"data={8 if chips == 16 else 4},fsdp=-1", "shard_over_data": True, **once}
 
 
 def printed(recipe: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,8 +89,9 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
         assert options.data.batch_size == min(rows * devices, 512 // processes)
         assert options.data.batch_size % devices == 0
         is_large = size in ("1b", "7b")
-        assert options.devices.fsdp == (recipe != "gpu" and is_large)
-        split = SPLITS[processes * devices] if recipe == "tpu" and not is_large else {}
+        split = {"fsdp": recipe == "slurm" and is_large}
+        if recipe == "tpu":
+            split = split_of(size, processes * devices)
         for name, default in SPLIT_BY_DEFAULT.items():
             assert getattr(options.devices, name) == split.get(name, default)
         assert options.devices.per_layer == (recipe == "gpu" and is_7b)
@@ -91,7 +102,9 @@ def test_recipes_start_the_published_runs(size: str, monkeypatch: pytest.MonkeyP
 
 def test_another_mesh_replaces_fsdp() -> None:
     for more in (("--mesh", "data=2,fsdp=2"), ("--mesh=data=4",), ("--compress_gradients",)):
-        assert not tpu_devices("1b", *more).fsdp
+        for hosts in (4, 16):
+            devices = tpu_devices("1b", *more, hosts=hosts)
+            assert not devices.fsdp and not devices.shard_over_data
 
 
 @pytest.mark.parametrize("more", [("--fsdp",), ("--per_layer",), ("--compress_gradients",)])
@@ -100,11 +113,33 @@ def test_other_flags_replace_the_split_of_small_models(more: tuple[str, ...]) ->
     assert devices.mesh is None and not devices.shard_over_data
 
 
-def tpu_devices(size: str, *more: str) -> Devices:
-    command = printed("tpu", size, *more, HOSTS="4").stdout.split()
-    return (
-        Options.parse(command[command.index("launch.train_jax") + 1 :]).check(processes=4).devices
-    )
+@pytest.mark.parametrize(
+    ("size", "hosts", "mesh"),
+    [
+        ("1b", 1, None),
+        ("7b", 8, "data=4,fsdp=-1"),
+        ("60m", 2, "data=-1"),
+        ("130m", 2, "data=4,fsdp=-1"),
+        ("350m", 8, "data=4,fsdp=-1"),
+    ],
+)
+def test_a_mesh_for_each_slice(size: str, hosts: int, mesh: str | None) -> None:
+    devices = tpu_devices(size, hosts=hosts)
+    assert (devices.mesh, devices.fsdp) == (mesh, mesh is None)
+    assert devices.shard_over_data == (mesh is not None)
+
+
+def test_layer_by_layer_updates_of_large_models_have_fsdp_alone() -> None:
+    devices = tpu_devices("7b", "--per_layer", "--grad_clipping", "0", hosts=16)
+    assert devices.fsdp and devices.mesh is None and not devices.shard_over_data
+    named = tpu_devices("7b", "--name", "per_layer", hosts=16)
+    assert named.shard_over_data
+
+
+def tpu_devices(size: str, *more: str, hosts: int = 4) -> Devices:
+    command = printed("tpu", size, *more, HOSTS=str(hosts)).stdout.split()
+    options = Options.parse(command[command.index("launch.train_jax") + 1 :])
+    return options.check(processes=hosts).devices
 
 
 def test_what_is_wrong_is_named() -> None:
