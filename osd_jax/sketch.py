@@ -24,7 +24,7 @@ from osd_jax.numerics import (
     squared_norm,
     written_transpose,
 )
-from osd_jax.stacks import columns_like_matrix, whole_of_stored
+from osd_jax.stacks import columns_of_stored, whole_of_stored
 from osd_jax.trees import traced_once
 
 
@@ -204,7 +204,7 @@ def make_sketch(
     """
     statistics = tuple(statistics)
     degrees = {statistic.name: statistic.degree for statistic in statistics}
-    low_rank = columns_like_matrix(low_rank_gradient(basis, matrix))
+    low_rank = columns_of_stored(low_rank_gradient(basis, matrix))
     if reduce is None:
         of = lambda one: whole_of_stored(one.of(basis, matrix, low_rank))
         values = {one.name: of(one) for one in statistics}

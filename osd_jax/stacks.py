@@ -104,14 +104,12 @@ def whole_matrices(array: jax.Array, axis: int | None = 0, columns: int | None =
     return _constrained(array, stack | {columns % array.ndim: names})
 
 
-def columns_like_matrix(array: jax.Array) -> jax.Array:
-    """R (layers, ..., r, q) split like the columns of M, where no whole matrix moves.
+def columns_of_stored(array: jax.Array) -> jax.Array:
+    """R (layers, ..., r, q) split like the columns of M, of a stack stored over a mesh axis.
 
     The compiler would gather M where R's moments are split along the rank axis.
     """
-    if array.ndim > 2 and (array.shape[0] == 1 or _stack_axes(array.shape[0])):
-        return whole_matrices(array)
-    return array
+    return whole_matrices(array) if array.ndim > 2 and _stack_axes(array.shape[0]) else array
 
 
 def bases_of_whole(bases: Any) -> Any:
