@@ -159,7 +159,7 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         "Weights and state are split over all chips of a slice. On 256 chips, a chip has 12 rows "
-        "of a weight of 130M, and 8 x 128 tiles make 16 of them: it holds 29 % more than its share "
+        "of a weight of 130M, and 8 x 128 tiles make 16 of them: it holds 27 % more than its share "
         "of the arrays, and sends padded rows.",
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
