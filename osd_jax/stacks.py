@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from osd_jax.sharding import FSDP, TENSOR
 
@@ -147,25 +147,25 @@ def split_matrices(array: jax.Array, axis: int | None = 0) -> jax.Array:
     return _constrained(array, {axis: _stack_axes(array.shape[axis]) or None})
 
 
-def is_stored_by_matrices(count: int, mesh: Mesh | AbstractMesh) -> bool:
+def is_stored_by_matrices(count: int, devices: int) -> bool:
     """Whether the state of a stack of `count` matrices is split over `fsdp` by matrices.
 
     Each device then stores the state of the whole matrices that it has, and only their gradient and
     their update move. Otherwise the state is split like R and P, and moves too.
+
+    Args:
+      count: The number of matrices.
+      devices: The size of the mesh axis `fsdp`.
     """
-    return count > 1 and mesh.shape[FSDP] > 1 and count % mesh.shape[FSDP] == 0
+    return count > 1 and devices > 1 and count % devices == 0
 
 
 def as_stored(array: jax.Array) -> jax.Array:
     """P or its gradient (layers, ..., p, r) as the state is stored."""
-    if (
-        array.ndim > 2
-        and FSDP in _auto_axes()
-        and not _stack_axes(array.shape[0])
-        and is_stored_by_matrices(array.shape[0], jax.sharding.get_abstract_mesh())
-    ):
-        return _constrained(array, {0: FSDP})
-    return split_matrices(array)
+    if array.ndim < 3 or _stack_axes(array.shape[0]):
+        return split_matrices(array)
+    is_by_matrices = is_stored_by_matrices(array.shape[0], _auto_axes().get(FSDP, 1))
+    return _constrained(array, {0: FSDP}) if is_by_matrices else split_matrices(array)
 
 
 def on_every_device(array: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # The axis of a kernel (input, output) that `tensor` splits. A product whose input axis is split
 # follows one whose output axis is, so nothing is communicated between the two.
 _INPUT, _OUTPUT = -2, -1
+_OTHER = {_INPUT: _OUTPUT, _OUTPUT: _INPUT}
 _KERNELS = {
     "embedding": _INPUT,  # (vocabulary, hidden)
     "head": _OUTPUT,
@@ -77,12 +78,10 @@ def _fsdp_axis(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> in
     are split like the weight. Of the embedding and the head it is the hidden axis, because
     cross-entropy reads slices of the vocabulary.
     """
-    tensor = _KERNELS[name]
     if mesh.shape["tensor"] > 1 or not name.startswith("layers/"):
-        return _INPUT + _OUTPUT - tensor
+        return _OTHER[_KERNELS[name]]
     longer = _INPUT if shape[_INPUT] > shape[_OUTPUT] else _OUTPUT
-    divides = shape[longer] % mesh.shape["fsdp"] == 0
-    return longer if divides else _INPUT + _OUTPUT - longer
+    return _OTHER[longer] if shape[longer] % mesh.shape["fsdp"] else longer
 
 
 def stored_specs(
@@ -139,7 +138,7 @@ def specs_by_matrices(
 
     def one(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> PartitionSpec:
         is_stack = path_name(path) in names and array.ndim > 2 and spec[0] is None
-        if not is_stack or not is_stored_by_matrices(array.shape[0], mesh):
+        if not is_stack or not is_stored_by_matrices(array.shape[0], mesh.shape[FSDP]):
             return spec
         rest = [tuple(name for name in mesh_axes(axes) if name != FSDP) for axes in spec[1:]]
         return spec_of([(FSDP,), *rest])

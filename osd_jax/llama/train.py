@@ -143,7 +143,6 @@ def init_state(
     layout = None
     if mesh is not None:
         layout = train_state_sharding(tx, params, mesh, shard_over_data, layerwise)
-    if layout is not None:
         params = jax.device_put(params, layout.params)
     start = jax.jit(
         _start,
