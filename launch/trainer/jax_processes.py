@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -226,20 +227,18 @@ class _AtAbort:
     """
 
     def __init__(self) -> None:
-        self._words = (b"", 1)
+        self._words = ("", 1)
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._answer)
 
     def say(self, text: str, code: int) -> None:
-        self._words = (f"{text}\n".encode(), code)
+        self._words = (text, code)
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal.restype = ctypes.c_void_p
         libc.signal(signal.SIGABRT, ctypes.cast(self._handler, ctypes.c_void_p))
 
     def _answer(self, number: int) -> None:
-        text, code = self._words
-        os.write(2, text)
-        os._exit(code)
+        _exit_saying(*self._words)
 
 
 _at_abort = _AtAbort()  # a single permanent object: C keeps a pointer to its handler
@@ -250,18 +249,32 @@ def _end_at_once(error: BaseException) -> NoReturn:
 
     A regular exit would wait for the others, which wait for it. This way they notice.
     """
-    code = 1
-    if isinstance(error, KeyboardInterrupt):
-        print("\nstopped", file=sys.stderr)
-        code = 130
-    elif _is_loss(error):
-        print(LOST, file=sys.stderr)
-    elif isinstance(error, OSError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
     sys.stderr.flush()
-    os._exit(code)
+    if isinstance(error, KeyboardInterrupt):
+        _exit_saying("\nstopped", code=130)
+    if _is_loss(error):
+        _exit_saying(LOST, code=1)
+    if isinstance(error, OSError):
+        _exit_saying(f"error: {error}", code=1)
+    _exit_saying("".join(traceback.format_exception(error)).rstrip("\n"), code=1)
+
+
+_leaving = threading.Lock()  # never released: one thread ends the process
+
+
+def _exit_saying(text: str, code: int) -> NoReturn:
+    """Writes the last text of this process to stderr, and exits without any cleanup.
+
+    JAX's threads notice a lost process at about the same time and log a page of their own. From
+    here on what they write is dropped, so that the reason stays the last line.
+    """
+    _leaving.acquire()
+    try:
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(stderr, f"{text}\n".encode())
+    finally:
+        os._exit(code)
 
 
 def _is_loss(error: BaseException) -> bool:

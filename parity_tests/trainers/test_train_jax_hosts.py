@@ -280,6 +280,34 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
 # ------------------------------------------------------------------------------ two processes
 
 
+# A lost process, noticed by the main thread while others log without a pause.
+NOISY = """
+import os, threading, jax
+from launch.trainer import jax_processes
+
+def logs():
+    while True:
+        os.write(2, b"noise\\n")
+
+for _ in range(8):
+    threading.Thread(target=logs, daemon=True).start()
+{end}
+"""
+ENDS = {
+    "raises": "jax_processes._end_at_once(jax.errors.JaxRuntimeError('UNAVAILABLE: closed'))",
+    "aborts": "jax_processes._at_abort.say(jax_processes.LOST, code=1); os.abort()",
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_the_reason_is_the_last_line_whatever_other_threads_log(end: str, tmp_path: Path) -> None:
+    output = tmp_path / "stderr.txt"
+    with output.open("w") as file:
+        ended = subprocess.run([sys.executable, "-c", NOISY.format(end=end)], cwd=ROOT, stderr=file)
+    assert ended.returncode == 1
+    assert last_lines(output.read_text()) == jax_processes.LOST
+
+
 def assert_lost(pair: Pair, victim: int) -> None:
     """The other process has ended on its own and reported why."""
     codes = pair.ends()
