@@ -21,7 +21,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -249,7 +248,6 @@ def _end_at_once(error: BaseException) -> NoReturn:
 
     A regular exit would wait for the others, which wait for it. This way they notice.
     """
-    sys.stderr.flush()
     if isinstance(error, KeyboardInterrupt):
         _exit_saying("\nstopped", code=130)
     if _is_loss(error):
@@ -259,7 +257,7 @@ def _end_at_once(error: BaseException) -> NoReturn:
     _exit_saying("".join(traceback.format_exception(error)).rstrip("\n"), code=1)
 
 
-_leaving = threading.Lock()  # never released: one thread ends the process
+_leaving = threading.RLock()  # never released: one thread ends the process
 
 
 def _exit_saying(text: str, code: int) -> NoReturn:
@@ -268,11 +266,14 @@ def _exit_saying(text: str, code: int) -> NoReturn:
     JAX's threads notice a lost process at about the same time and log a page of their own. From
     here on what they write is dropped, so that the reason stays the last line.
     """
-    _leaving.acquire()
     try:
-        stderr = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(stderr, f"{text}\n".encode())
+        _leaving.acquire()
+        stderr = 2
+        with contextlib.suppress(OSError):  # such as too many open files
+            stderr = os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            time.sleep(0.1)  # what others have begun to write arrives
+        os.write(stderr, f"{text}\n".encode(errors="backslashreplace"))
     finally:
         os._exit(code)
 

@@ -280,17 +280,18 @@ def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch, home: Home
 # ------------------------------------------------------------------------------ two processes
 
 
-# A lost process, noticed by the main thread while others log without a pause.
+# A lost process, noticed by two threads: the other one logs just before this one exits.
 NOISY = """
-import os, threading, jax
+import os, jax
 from launch.trainer import jax_processes
 
-def logs():
-    while True:
-        os.write(2, b"noise\\n")
+leave = os._exit
 
-for _ in range(8):
-    threading.Thread(target=logs, daemon=True).start()
+def logs_and_leaves(code):
+    os.write(2, b"noise\\n")
+    leave(code)
+
+os._exit = logs_and_leaves
 {end}
 """
 ENDS = {
@@ -300,19 +301,42 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-def test_the_reason_is_the_last_line_whatever_other_threads_log(end: str, tmp_path: Path) -> None:
-    output = tmp_path / "stderr.txt"
+def test_the_reason_is_the_last_line_whatever_else_is_logged(end: str, tmp_path: Path) -> None:
+    output, command = tmp_path / "stderr.txt", [sys.executable, "-c", NOISY.format(end=end)]
     with output.open("w") as file:
-        ended = subprocess.run([sys.executable, "-c", NOISY.format(end=end)], cwd=ROOT, stderr=file)
+        ended = subprocess.run(command, cwd=ROOT, stderr=file, timeout=HANG)
     assert ended.returncode == 1
     assert last_lines(output.read_text()) == jax_processes.LOST
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        ("OSError(24, 'Too many open files')", "error: [Errno 24] Too many open files"),
+        (r"ValueError('bad \udce9')", r"ValueError: bad \udce9"),
+        ("KeyboardInterrupt()", "stopped"),
+    ],
+)
+def test_the_reason_arrives_without_a_free_file_and_in_any_letters(error: str, wanted: str) -> None:
+    code = (
+        "import os, resource\n"
+        "from launch.trainer import jax_processes\n"
+        "import jax\n"
+        f"error = {error}\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "jax_processes._end_at_once(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert ended.returncode == (130 if wanted == "stopped" else 1)
+    assert last_lines(ended.stderr) == wanted
 
 
 def assert_lost(pair: Pair, victim: int) -> None:
     """The other process has ended on its own and reported why."""
     codes = pair.ends()
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, pair.said()
-    assert last_lines(pair.said()[1 - victim]) == jax_processes.LOST
+    assert last_lines(pair.said()[1 - victim]) == jax_processes.LOST, pair.said()
 
 
 def test_two_processes_train_as_one_though_one_is_killed(home: Home, one_device: Path) -> None:
