@@ -104,7 +104,7 @@ def train(options: Options, processes: Processes) -> int:
     )
     with processes.together():
         tx, train_step = make_step(options, config, schedule, mesh, attention)
-    eval_step = make_eval_step(config, attention, mesh)
+    eval_step = make_eval_step(config, attention, mesh, options.devices.shard_over_data)
 
     # The initial state: a checkpoint, Hugging Face weights, or new weights. On a mesh it is created
     # sharded, never whole on one device.
@@ -179,7 +179,13 @@ def train(options: Options, processes: Processes) -> int:
             eval_step=evaluate,
             save=save,
             sample=lambda prompt, length: sample(
-                state.params, config, prompt, length=length, seed=options.run.seed, mesh=mesh
+                state.params,
+                config,
+                prompt,
+                length=length,
+                seed=options.run.seed,
+                mesh=mesh,
+                shard_over_data=options.devices.shard_over_data,
             ),
             save_model=save_model,
         )

@@ -4,13 +4,15 @@ A mesh has three axes. The batch is sharded over `data` and `fsdp`. Each weight 
 `fsdp` and `tensor`: one of its matrix axes over `fsdp`, all-gathered where it is used, the other
 over `tensor`, as in Megatron. Optimizer state follows its weight: P is sharded like the axis that
 it projects, R's moments like the other axis, and both along the rank axis over the mesh axes that
-are left. The plain train step of `osd_jax.llama` stores the state of whole layers on one device
-each where it can (`osd_jax.llama.train.train_state_sharding`).
+are left; on TPUs, the other way round where that saves padding. The plain train step of
+`osd_jax.llama` stores the state of whole layers on one device each where it can
+(`osd_jax.llama.train.train_state_sharding`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +32,7 @@ FSDP, TENSOR = "fsdp", "tensor"
 # Arrays of fewer values than this, and than this part of the largest one, stay whole: each split
 # costs a collective.
 SMALL, SMALL_PART = 2**18, 0.01
+MOST_PADDING = 1.1
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -134,7 +137,10 @@ def state_sharding(
     (JAX's Explicit axes), and returns the types of the results: each axis of the state is sharded
     like the parameter's axis from which it derives, whatever the structure of the state. An array
     that is then whole over a mesh axis is split over it too, along another axis of its own that
-    divides, such as the rank axis of R's moments.
+    divides, such as the rank axis of R's moments. On TPUs, a mesh axis that splits a stack of P or
+    of R's moments into shards of, say, 12 rows, which tiles of 8 x 128 values pad to 16, splits the
+    other axis of its matrices instead, if that is whole and its shards are not padded; 8-bit state
+    stays as it is.
 
     Args:
       tx: From `make_optimizer`, `scale_by_subspace`, Optax, or a composition of these.
@@ -190,9 +196,15 @@ def state_sharding(
     largest = max((x.size for x in jax.tree.leaves(state)), default=0)
     least = min(SMALL_PART * largest, SMALL)
 
+    like_params = {x.shape for x in jax.tree.leaves(shapes)}  # such as the moments of Adam
+
     def sharding(x: Any) -> Any:
         size = sum(part.size for part in jax.tree.leaves(x))
-        return _shared(x, mesh, share_over if size >= least else ())
+        names = share_over if size >= least else ()
+        found = _shared(x, mesh, names)
+        if isinstance(x, Quantized) or x.shape in like_params or len(x.shape) < 3:
+            return found
+        return NamedSharding(mesh, unpadded(x.shape, found.spec, mesh, names))
 
     return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, Quantized))
 
@@ -248,6 +260,61 @@ def _split_further(
             is_stack = lambda i: i == 0 and len(entries) > 2
             entries[min(divided, key=lambda i: (is_stack(i), is_split(i), i))] += (name,)
     return spec_of(entries)
+
+
+def unpadded(
+    shape: Sequence[int],
+    spec: PartitionSpec,
+    mesh: Mesh | AbstractMesh,
+    names: Sequence[str],
+    beside: Sequence[str] = (),
+) -> PartitionSpec:
+    """A spec where mesh axes split the other axis of matrices whose shards a TPU would pad.
+
+    Args:
+      shape: The shape of a matrix or a stack of matrices.
+      spec: The spec before, with an entry for each axis.
+      mesh: The mesh. Only TPUs store tiles.
+      names: The mesh axes that may split the other axis, if its shards are not padded.
+      beside: Mesh axes that may split the other axis already. The compiler cannot move arrays
+        between all such layouts without gathering them.
+    """
+    if not _has_tiles(mesh):
+        return spec
+    for name in names:
+        entries = [mesh_axes(axes) for axes in spec]
+        used = [i for i in (-2, -1) if name in entries[i]]
+        if not used or not _is_padded(shape, entries, mesh):
+            continue
+        here, other = used[0], -3 - used[0]
+        if set(entries[other]) <= set(beside):
+            entries[here] = tuple(axis for axis in entries[here] if axis != name)
+            entries[other] += (name,)
+            is_divided = shape[other] % shard_count(mesh, entries[other]) == 0
+            if is_divided and not _is_padded(shape, entries, mesh):
+                spec = spec_of(entries)
+    return spec
+
+
+def _has_tiles(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the devices store arrays in tiles, as TPUs do."""
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
+
+
+def _is_padded(
+    shape: Sequence[int], entries: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh
+) -> bool:
+    """Whether tiles need more than `MOST_PADDING` times the bytes of a shard's values.
+
+    A tile has 128 values along one axis and 8 along another, which the compiler chooses; 1, 2 or 4
+    values along the other axis are not padded.
+    """
+    shard = [n // shard_count(mesh, axes) for n, axes in zip(shape, entries, strict=True)]
+    whole = lambda n, tile: -(-n // tile) * tile
+    rows = lambda n: n if n in (1, 2, 4) else whole(n, 8)
+    return all(
+        rows(a) * whole(b, 128) > MOST_PADDING * a * b for a, b in itertools.permutations(shard, 2)
+    )
 
 
 def spec_of(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:

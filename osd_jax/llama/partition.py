@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from osd_jax.sharding import BATCH_AXES, FSDP, mesh_axes, shard_count, spec_of
+from osd_jax.sharding import BATCH_AXES, FSDP, mesh_axes, shard_count, spec_of, unpadded
 from osd_jax.stacks import is_stored_by_matrices, moving_whole_matrices
 from osd_jax.trees import path_name
 
@@ -87,11 +87,12 @@ def _fsdp_axis(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> in
 def stored_specs(
     params: optax.Params, mesh: Mesh | AbstractMesh, shard_over_data: bool = False
 ) -> Any:
-    """`partition_specs`, with each array split over the mesh's `data` axis too if so asked.
+    """The sharding of the weights, and of their gradients and state, between two steps.
 
-    A stack of layers is split by layers if `data` divides their number, any other array along the
-    first axis that it divides, whole ones first; norms and biases too. If it divides no axis, the
-    array stays whole over it.
+    It is that of `partition_specs`, or of `scattered_specs` if weights are split over `data` too.
+    In the latter, `fsdp` splits the embedding and the head by tokens of the vocabulary if that
+    saves padding on a TPU, as with 12 values of the hidden axis per device, and if there is no
+    `tensor` axis.
 
     Args:
       params: The weights, or their shapes.
@@ -101,9 +102,32 @@ def stored_specs(
     Returns:
       A tree of `PartitionSpec`, one entry for each axis of an array.
     """
-    specs = partition_specs(params, mesh)
     if not shard_over_data or mesh.shape["data"] == 1:
-        return specs
+        return partition_specs(params, mesh)
+
+    def stored(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> PartitionSpec:
+        if path_name(path).startswith("layers/") or array.ndim < 2:
+            return spec
+        return unpadded(array.shape, spec, mesh, (FSDP,), beside=("data",))
+
+    return jax.tree_util.tree_map_with_path(stored, params, scattered_specs(params, mesh))
+
+
+def scattered_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
+    """`partition_specs`, with each array split over the mesh's `data` axis too.
+
+    A stack of layers is split by layers if `data` divides their number, any other array along the
+    first axis that it divides, whole ones first; norms and biases too. If it divides no axis, the
+    array stays whole over it.
+
+    Args:
+      params: The weights, or their shapes.
+      mesh: Their mesh.
+
+    Returns:
+      A tree of `PartitionSpec`, one entry for each axis of an array.
+    """
+    specs = partition_specs(params, mesh)
 
     def split(array: Any, spec: PartitionSpec) -> PartitionSpec:
         entries = [mesh_axes(axes) for axes in spec]
@@ -118,6 +142,21 @@ def stored_specs(
         return spec_of(entries)
 
     return jax.tree.map(split, params, specs)
+
+
+def scattered(
+    params: optax.Params, mesh: Mesh | AbstractMesh | None, shard_over_data: bool
+) -> optax.Params:
+    """Weights in the layout from which they are all-gathered, `scattered_specs`.
+
+    Args:
+      params: The weights, split as in `stored_specs`.
+      mesh: Their mesh; None: one device.
+      shard_over_data: See `stored_specs`. If False, nothing moves.
+    """
+    if mesh is None or not shard_over_data:
+        return params
+    return jax.lax.with_sharding_constraint(params, scattered_specs(params, mesh))
 
 
 def specs_by_matrices(
@@ -149,16 +188,19 @@ def specs_by_matrices(
 def moved_to_state(
     grads: optax.Updates, names: Collection[str], mesh: Mesh, shard_over_data: bool = False
 ) -> optax.Updates:
-    """Moves gradients to the devices that store the state of their matrices.
+    """Moves gradients to the devices that store the state of their weights.
 
     Args:
-      grads: The gradients in the weights' dtypes, split as in `stored_specs`.
+      grads: The gradients in the weights' dtypes, split as in `scattered_specs` with
+        `shard_over_data`, as in `partition_specs` without.
       names: See `specs_by_matrices`.
       mesh: From `make_mesh`.
       shard_over_data: See `stored_specs`.
     """
-    specs = stored_specs(grads, mesh, shard_over_data)
-    moved = specs_by_matrices(specs, grads, names, mesh)
+    is_split = shard_over_data and mesh.shape["data"] > 1
+    found = scattered_specs(grads, mesh) if is_split else partition_specs(grads, mesh)
+    stored = stored_specs(grads, mesh, shard_over_data)
+    moved = specs_by_matrices(stored, grads, names, mesh)
 
     def one(grad: jax.Array, before: PartitionSpec, after: PartitionSpec) -> jax.Array:
         grad = jax.lax.with_sharding_constraint(grad, before)
@@ -167,7 +209,7 @@ def moved_to_state(
         # Without a barrier, XLA would move it before it is rounded, in float32.
         return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(grad), after)
 
-    return jax.tree.map(one, grads, specs, moved)
+    return jax.tree.map(one, grads, found, moved)
 
 
 def _where_divisible(
@@ -291,12 +333,13 @@ def shards_over_data(mesh: Mesh, grads: optax.Updates) -> tuple[Callable[[Any], 
 
     Returns:
       (gradients of a member -> its shards of their sum; the specs of these over `data`). What
-      `stored_specs` leaves whole over `data` is summed whole. 16-bit arrays as in `mean_over_data`.
+      `scattered_specs` leaves whole over `data` is summed whole. 16-bit arrays are summed as in
+      `mean_over_data`.
     """
-    stored = stored_specs(grads, mesh, shard_over_data=True)
     is_split = lambda axes: "data" in mesh_axes(axes)
     data_specs = jax.tree.map(
-        lambda spec: PartitionSpec(*("data" if is_split(axes) else None for axes in spec)), stored
+        lambda spec: PartitionSpec(*("data" if is_split(axes) else None for axes in spec)),
+        scattered_specs(grads, mesh),
     )
     others = set(mesh.axis_names) - {"data"}
 
@@ -307,7 +350,11 @@ def shards_over_data(mesh: Mesh, grads: optax.Updates) -> tuple[Callable[[Any], 
 
         def scatter(array: jax.Array) -> jax.Array:
             wide = _summable(array, mesh)
-            found = jax.lax.psum_scatter(wide, "data", scatter_dimension=axis, tiled=True)
+            if axis < array.ndim - 1:
+                found = jax.lax.psum_scatter(wide, "data", scatter_dimension=axis, tiled=True)
+            else:  # a TPU all-reduces what is scattered along the last axis
+                shards = wide.reshape(*array.shape[:-1], mesh.shape["data"], -1)
+                found = jax.lax.psum_scatter(jnp.moveaxis(shards, -2, 0), "data")
             return found.astype(array.dtype)
 
         if other_spec[axis] is not None:  # a member's shard consists of parts of several of these

@@ -32,6 +32,7 @@ from osd_jax.llama.partition import (
     mean_over_data,
     moved_to_state,
     on,
+    scattered,
     shards_over_data,
     specs_by_matrices,
     stored_specs,
@@ -286,7 +287,7 @@ def make_train_step(
             in_specs=(whole, split),
             out_specs=(whole, whole, specs),
             check_vma=False,  # gradients stay unreduced, and the kernel of attention needs it
-        )(params, batch)
+        )(scattered(params, mesh, shard_over_data), batch)
 
     def by_gradients(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         is_split = mesh is not None and mesh.shape["data"] > 1
@@ -335,7 +336,7 @@ def make_train_step(
     def of_micro_batches(state: TrainState, batch: Batch, measure: jax.Array) -> Any:
         """The update from the mean of the micro-batches' sketches."""
         params = state.params
-        used = used_weights(params)
+        used = used_weights(scattered(params, mesh, shard_over_data))
         tokens = llama.num_predicted(batch["tokens"], batch["mask"])
 
         def add(carry: Any, number_and_micro: Any) -> Any:
@@ -440,7 +441,10 @@ def _batch_loss(
 
 
 def make_eval_step(
-    config: llama.LlamaConfig, attention: str = "auto", mesh: Mesh | None = None
+    config: llama.LlamaConfig,
+    attention: str = "auto",
+    mesh: Mesh | None = None,
+    shard_over_data: bool = False,
 ) -> EvalStep:
     """Builds the jitted eval step.
 
@@ -448,6 +452,7 @@ def make_eval_step(
       config: The model's shape.
       attention: How attention is computed, as in `llama.forward`.
       mesh: From `make_mesh`, for weights sharded by `train_state_sharding`; None: one device.
+      shard_over_data: As in `train_state_sharding`.
 
     Returns:
       A function (params, batch) -> (sum of the tokens' losses in nats, float32; their number,
@@ -459,7 +464,7 @@ def make_eval_step(
         params: optax.Params, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         with on(mesh):
-            params = like_weights(params, mesh)
+            params = like_weights(scattered(params, mesh, shard_over_data), mesh)
             return _batch_loss(params, config, batch, attention=attention)
 
     return eval_step
@@ -474,6 +479,7 @@ def sample(
     seed: int = 0,
     temperature: float = 0.8,
     mesh: Mesh | None = None,
+    shard_over_data: bool = False,
 ) -> np.ndarray:
     """Continues a prompt by sampling.
 
@@ -485,6 +491,7 @@ def sample(
       seed: Seed of the draws.
       temperature: Divides the logits.
       mesh: As in `make_eval_step`.
+      shard_over_data: As in `make_eval_step`.
 
     Returns:
       int32 (length,), or shorter if the end-of-text token is drawn.
@@ -503,7 +510,7 @@ def sample(
             return tokens.at[position].set(drawn.astype(tokens.dtype))
 
         with on(mesh):
-            params = like_weights(params, mesh)
+            params = like_weights(scattered(params, mesh, shard_over_data), mesh)
             return jax.lax.fori_loop(len(prompt), length, one, tokens)
 
     tokens = np.asarray(write(params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(prompt)))

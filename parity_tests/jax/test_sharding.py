@@ -23,10 +23,18 @@ from jax.sharding import PartitionSpec as P
 
 import osd_jax
 from launch.compile_tpu.hlo import Collective, collectives
-from osd_jax import llama, make_optimizer
+from osd_jax import llama, make_optimizer, sharding
 from osd_jax.llama.checkpoint import Checkpoints
 from osd_jax.llama.layerwise import make_layerwise_train_step
-from osd_jax.llama.partition import batch_sharding, for_products, on, partition_specs
+from osd_jax.llama.partition import (
+    batch_sharding,
+    for_products,
+    on,
+    partition_specs,
+    scattered_specs,
+    shards_over_data,
+    stored_specs,
+)
 from osd_jax.llama.train import (
     TrainState,
     init_state,
@@ -34,7 +42,7 @@ from osd_jax.llama.train import (
     make_train_step,
     train_state_sharding,
 )
-from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding
+from osd_jax.sharding import make_mesh, mesh_axes, parse_mesh, state_sharding, unpadded
 from osd_jax.trees import path_name
 from osd_names import FULL_RANK_OPTIMIZERS, PROJ_TYPES, PROJECTIONS, SUBSPACE_OPTIMIZERS
 from parity_tests.support import CONFIGS
@@ -131,6 +139,58 @@ def test_fsdp_alone_splits_the_longer_axis_of_a_layer_where_it_divides_it() -> N
     odd = dataclasses.replace(EVEN, intermediate_size=5461)
     mlp = partition_specs(shapes(odd), make_mesh(1, 8, 1))["layers"]["mlp"]
     assert mlp["gate"] == P(None, "fsdp", None) and mlp["down"] == P(None, None, "fsdp")
+
+
+# A quarter of the hidden axis is 12 values, for which a TPU stores 16.
+TILES = dataclasses.replace(EVEN, vocab_size=1024, hidden_size=48)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that store arrays in tiles."""
+    monkeypatch.setattr(sharding, "_has_tiles", lambda mesh: True)
+
+
+@pytest.mark.usefixtures("tiles")
+def test_the_embedding_and_the_head_are_stored_in_whole_tiles() -> None:
+    mesh, both = make_mesh(2, 4, 1), ("data", "fsdp")
+    stored = stored_specs(shapes(TILES), mesh, shard_over_data=True)
+    assert stored["embedding"] == P(both, None) and stored["head"] == P(None, both)
+    scattered = scattered_specs(shapes(TILES), mesh)
+    assert scattered["embedding"] == P("data", "fsdp") and scattered["head"] == P("fsdp", "data")
+    assert stored["layers"] == scattered["layers"]
+    # Nothing is padded; 1002 tokens do not divide by 8; an eighth of 512 is padded too.
+    for other in (EVEN, *(dataclasses.replace(TILES, vocab_size=n) for n in (1002, 512))):
+        assert stored_specs(shapes(other), mesh, True) == scattered_specs(shapes(other), mesh)
+    assert stored_specs(shapes(TILES), mesh) == partition_specs(shapes(TILES), mesh)
+    beside_tensor = make_mesh(2, 2, 2)
+    assert stored_specs(shapes(TILES), beside_tensor, True) == scattered_specs(
+        shapes(TILES), beside_tensor
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "before", "after"),
+    [
+        ((3, 96, 1024), P(None, "fsdp", None), P(None, None, "fsdp")),  # 12 rows
+        ((3, 1024, 96), P(None, None, "fsdp"), P(None, "fsdp", None)),
+        ((1024, 96), P(None, "fsdp"), P("fsdp", None)),
+        ((3, 128, 1024), P(None, "fsdp", None), None),  # 16 rows
+        ((3, 96, 1020), P(None, "fsdp", None), None),  # 1020 does not divide by 8
+        ((3, 96, 96), P(None, "fsdp", None), None),  # padded either way
+        ((24, 4, 100), P("fsdp", None, None), None),  # by layers
+        ((3, 96, 1024), P(None, "fsdp", "data"), None),  # the other axis is split
+    ],
+)
+@pytest.mark.usefixtures("tiles")
+def test_a_mesh_axis_splits_the_axis_that_is_not_padded(shape: Any, before: P, after: P) -> None:
+    for mesh in (make_mesh(1, 8, 1), make_mesh(1, 8, 1).abstract_mesh):
+        assert unpadded(shape, before, mesh, ("data", "fsdp")) == (after or before)
+
+
+def test_only_tpus_store_tiles() -> None:
+    mesh, spec = make_mesh(1, 8, 1), P("fsdp", None)
+    assert unpadded((96, 1024), spec, mesh, ("fsdp",)) == spec
 
 
 def test_what_does_not_divide_is_whole_and_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -517,6 +577,36 @@ def test_so_do_other_optimizers_over_data(
     np.testing.assert_allclose(found.losses, alone.losses, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tiles")
+def test_so_do_arrays_stored_in_whole_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding and the head; then, as if all were padded, every P and the moments of R."""
+    found = run.__wrapped__(TILES, (2, 4, 1), shard_over_data=True)
+    table = found.state.params["embedding"]
+    assert table.sharding.shard_shape(table.shape) == (1024 // 8, 48)
+    np.testing.assert_allclose(found.losses, run(TILES, None).losses, atol=1e-5)
+
+    def is_off_rank(shape: Any, entries: Any, mesh: Any) -> bool:
+        return "fsdp" in entries[-1 if shape[-1] != RANK else -2]
+
+    monkeypatch.setattr(sharding, "_is_padded", is_off_rank)
+    found = run.__wrapped__(EVEN, (2, 4, 1), shard_over_data=True)
+    for tree in (osd_jax.projectors(found.state.opt_state), low_rank_moments(found.state)):
+        for name, x in tree.items():
+            layers, *matrix = x.shape
+            wanted = (layers // 2, *(n // 4 if n == RANK else n for n in matrix))
+            assert x.sharding.shard_shape(x.shape) == wanted, name
+    np.testing.assert_allclose(found.losses, run(EVEN, None).losses, atol=1e-5)
+
+
+def low_rank_moments(state: TrainState) -> dict[str, jax.Array]:
+    """Moments of R (layers, r, q), by name."""
+    leaves = jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
+    named = {path_name(path): x for path, x in leaves}
+    found = {name: x for name, x in named.items() if x.ndim == 3 and x.shape[1] == RANK}
+    assert len(found) >= 2 * 7
+    return found
+
+
 def test_sharding_over_data_sends_the_bytes_of_data_parallelism() -> None:
     """Outside conditionals, up to norms and counts; no matrix travels within the optimizer."""
     config = dataclasses.replace(EVEN, num_hidden_layers=8)
@@ -543,9 +633,29 @@ def test_gradients_are_reduce_scattered_over_data_beside_fsdp() -> None:
     assert scattered == kernel_bytes / 4  # a device's shards over fsdp
 
 
-def test_evaluation_gathers_weights_split_over_data_once() -> None:
-    config = dataclasses.replace(EVEN, num_hidden_layers=8)
-    mesh, tx = make_mesh(8), optimizer()
+def test_no_gradient_is_scattered_along_its_last_axis() -> None:
+    """A TPU would all-reduce it, as it did the head's."""
+    mesh, params = make_mesh(2, 4, 1), shapes(EVEN)
+    scatter, specs = shards_over_data(mesh, params)
+    assert "data" in specs["head"][-1:]
+    of_member = jax.shard_map(
+        scatter, mesh=mesh, axis_names={"data"}, in_specs=P(), out_specs=specs, check_vma=False
+    )
+    text = str(jax.make_jaxpr(jax.jit(of_member))(params))
+    found = re.findall(r":f32\[([\d,]+)\] = reduce_scatter\[(.*?)\]", text, re.DOTALL)
+    assert len(found) == len(jax.tree.leaves(params))
+    for shape, options in found:
+        sizes = shape.split(",")
+        axis = int(re.search(r"scatter_dimension=(\d)", options)[1])  # type: ignore[index]
+        assert axis < len(sizes) - ("tiled=True" in options), (shape, options)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1)], ids=str)
+@pytest.mark.usefixtures("tiles")
+def test_evaluation_gathers_weights_split_over_data_once(sizes: tuple[int, int, int]) -> None:
+    """And over all devices it only sums the loss and the tokens."""
+    config = dataclasses.replace(TILES, num_hidden_layers=8)
+    mesh, tx = make_mesh(*sizes), optimizer()
     layout = train_state_sharding(tx, shapes(config), mesh, shard_over_data=True).params
     params = llama.init(config, 0)
     rng = np.random.default_rng(0)
@@ -554,12 +664,14 @@ def test_evaluation_gathers_weights_split_over_data_once() -> None:
     losses = [make_eval_step(config)(params, batch)]
     params = jax.device_put(params, layout)
     batch = jax.device_put(batch, jax.NamedSharding(mesh, P(("data", "fsdp"))))
-    evaluate: Any = make_eval_step(config, mesh=mesh)
+    evaluate: Any = make_eval_step(config, mesh=mesh, shard_over_data=True)
     losses.append(evaluate(params, batch))
     found = collectives(evaluate.lower(params, batch).compile().as_text())
     np.testing.assert_allclose(*(loss for loss, _ in losses), rtol=1e-6)
-    gathers = [c for c in found if c.op == "all-gather"]
+    gathers = [c for c in found if c.op == "all-gather" and c.group == sizes[0]]
     assert len(gathers) >= len(kernels(config)) and all(c.times == 1 for c in gathers)
+    beside = [c for c in found if c.group != sizes[0]]
+    assert all(c.group == sizes[1] or c.bytes <= 8 for c in beside), beside
 
 
 def test_sharding_over_data_needs_a_mesh_and_whole_gradients() -> None:

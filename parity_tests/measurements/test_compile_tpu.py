@@ -23,6 +23,7 @@ from osd_jax import llama
 from osd_jax.llama.attention import splash
 from osd_jax.llama.train import init_state
 from osd_jax.sharding import make_mesh
+from parity_tests.support import ROOT
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
@@ -299,6 +300,21 @@ def test_a_table_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "tpu.md").read_text() == text
     row = "| 60M | v5e:1x1 | 1 |  | 1.00 GiB | 3.14 GiB | 16.00 GiB | 2.0 TFLOP | 5 MB | 0 MB |"
     assert row in text and "**does not fit** (3.14 GiB)" in text
+
+
+def test_every_row_of_the_table_splits_weights_and_state_over_all_chips() -> None:
+    """Within 5 % of the least that all chips of any slice hold together, tiles included."""
+    kept = json.loads((ROOT / "docs" / "tpu.json").read_text())
+    held: dict[str, dict[str, float]] = {}
+    assert kept.keys() == {row.key for row in table.rows()}
+    for row in table.rows():
+        report = kept[row.key]["report"]
+        if report["fits"] and not row.name:
+            held.setdefault(row.size, {})[row.key] = report["arguments"] * report["chips"]
+    assert held.keys() == set(table.SIZES)
+    for of_size in held.values():
+        least = min(of_size.values())
+        assert not [key for key, total in of_size.items() if total > 1.05 * least]
 
 
 @pytest.mark.slow
