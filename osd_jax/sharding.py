@@ -32,6 +32,7 @@ FSDP, TENSOR = "fsdp", "tensor"
 # Arrays of fewer values than this, and than this part of the largest one, stay whole: each split
 # costs a collective.
 SMALL, SMALL_PART = 2**18, 0.01
+# A shard counts as padded if a TPU stores more than this many times the bytes of its values.
 MOST_PADDING = 1.1
 
 
@@ -304,7 +305,7 @@ def _has_tiles(mesh: Mesh | AbstractMesh) -> bool:
 def _is_padded(
     shape: Sequence[int], entries: Sequence[tuple[str, ...]], mesh: Mesh | AbstractMesh
 ) -> bool:
-    """Whether tiles need more than `MOST_PADDING` times the bytes of a shard's values.
+    """Whether a shard is padded to fill whole tiles.
 
     A tile has 128 values along one axis and 8 along another, which the compiler chooses; 1, 2 or 4
     values along the other axis are not padded.
