@@ -4,9 +4,9 @@ A mesh has three axes. The batch is sharded over `data` and `fsdp`. Each weight 
 `fsdp` and `tensor`: one of its matrix axes over `fsdp`, all-gathered where it is used, the other
 over `tensor`, as in Megatron. Optimizer state follows its weight: P is sharded like the axis that
 it projects, R's moments like the other axis, and both along the rank axis over the mesh axes that
-are left; on TPUs, the other way round where that saves padding. The plain train step of
-`osd_jax.llama` stores the state of whole layers on one device each where it can
-(`osd_jax.llama.train.train_state_sharding`).
+are left. On TPUs, an axis of P or R whose shards would be padded stays whole, and the other one is
+split. The plain train step of `osd_jax.llama` stores the state of whole layers on one device each
+where it can (`osd_jax.llama.train.train_state_sharding`).
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ def state_sharding(
     largest = max((x.size for x in jax.tree.leaves(state)), default=0)
     least = min(SMALL_PART * largest, SMALL)
 
-    like_params = {x.shape for x in jax.tree.leaves(shapes)}  # such as the moments of Adam
+    # Arrays of a parameter's shape, such as the moments of Adam, are split like the parameter.
+    like_params = {x.shape for x in jax.tree.leaves(shapes)}
 
     def sharding(x: Any) -> Any:
         size = sum(part.size for part in jax.tree.leaves(x))
@@ -277,8 +278,8 @@ def unpadded(
       spec: The spec before, with an entry for each axis.
       mesh: The mesh. Only TPUs store tiles.
       names: The mesh axes that may split the other axis, if its shards are not padded.
-      beside: Mesh axes that may split the other axis already. The compiler cannot move arrays
-        between all such layouts without gathering them.
+      beside: Mesh axes that may split the other axis already. Between other layouts with several
+        mesh axes on one axis, the compiler may gather arrays to move them.
     """
     if not _has_tiles(mesh):
         return spec

@@ -159,8 +159,8 @@ def page(kept: dict[str, dict[str, Any]]) -> str:
     lines += [
         "",
         "Weights and state are split over all chips of a slice: a chip holds its share of the "
-        "arrays, and at most 5 % more for the padding of 8 x 128 tiles. On 256 chips, its 12 rows "
-        "of a square weight of 130M are 16 in tiles, and it sends them padded.",
+        "arrays, and at most 5 % more for the padding of 8 x 128 tiles. On 256 chips, it has "
+        "12 rows of a square weight of 130M, which tiles pad to 16, and sends them padded.",
         "",
         "The rows of 7B on one chip have one forward pass of 16 rows of 256 tokens per update, "
         f"no clipping, and P in bfloat16: `tpu.sh 7b {ALONE}`, with `--per_layer` for "

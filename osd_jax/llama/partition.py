@@ -87,12 +87,42 @@ def _fsdp_axis(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> in
 def stored_specs(
     params: optax.Params, mesh: Mesh | AbstractMesh, shard_over_data: bool = False
 ) -> Any:
-    """The sharding of the weights, and of their gradients and state, between two steps.
+    """The sharding of the weights and of their state between two steps.
 
-    It is that of `partition_specs`, or of `scattered_specs` if weights are split over `data` too.
-    In the latter, `fsdp` splits the embedding and the head by tokens of the vocabulary if that
-    saves padding on a TPU, as with 12 values of the hidden axis per device, and if there is no
-    `tensor` axis.
+    It is that of `scattered_specs`, except on TPUs with `shard_over_data` and without a `tensor`
+    axis: there `fsdp` splits the embedding and the head by tokens of the vocabulary if shards of
+    the hidden axis would be padded, such as 12 values per device.
+
+    Args:
+      params: The weights, or their shapes.
+      mesh: Their mesh.
+      shard_over_data: See `scattered_specs`.
+
+    Returns:
+      A tree of `PartitionSpec`, one entry for each axis of an array.
+    """
+    specs = scattered_specs(params, mesh, shard_over_data)
+    if not shard_over_data:
+        return specs
+
+    def stored(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> PartitionSpec:
+        if path_name(path).startswith("layers/") or array.ndim < 2:
+            return spec
+        return unpadded(array.shape, spec, mesh, (FSDP,), beside=("data",))
+
+    return jax.tree_util.tree_map_with_path(stored, params, specs)
+
+
+def scattered_specs(
+    params: optax.Params, mesh: Mesh | AbstractMesh, shard_over_data: bool = False
+) -> Any:
+    """`partition_specs`, with each array split over the mesh's `data` axis too if so asked.
+
+    Gradients are reduce-scattered to these shards, and weights are all-gathered from them.
+
+    A stack of layers is split by layers if `data` divides their number, any other array along the
+    first axis that it divides, whole ones first; norms and biases too. If it divides no axis, the
+    array stays whole over it.
 
     Args:
       params: The weights, or their shapes.
@@ -102,32 +132,9 @@ def stored_specs(
     Returns:
       A tree of `PartitionSpec`, one entry for each axis of an array.
     """
-    if not shard_over_data or mesh.shape["data"] == 1:
-        return partition_specs(params, mesh)
-
-    def stored(path: tuple[Any, ...], array: Any, spec: PartitionSpec) -> PartitionSpec:
-        if path_name(path).startswith("layers/") or array.ndim < 2:
-            return spec
-        return unpadded(array.shape, spec, mesh, (FSDP,), beside=("data",))
-
-    return jax.tree_util.tree_map_with_path(stored, params, scattered_specs(params, mesh))
-
-
-def scattered_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
-    """`partition_specs`, with each array split over the mesh's `data` axis too.
-
-    A stack of layers is split by layers if `data` divides their number, any other array along the
-    first axis that it divides, whole ones first; norms and biases too. If it divides no axis, the
-    array stays whole over it.
-
-    Args:
-      params: The weights, or their shapes.
-      mesh: Their mesh.
-
-    Returns:
-      A tree of `PartitionSpec`, one entry for each axis of an array.
-    """
     specs = partition_specs(params, mesh)
+    if not shard_over_data or mesh.shape["data"] == 1:
+        return specs
 
     def split(array: Any, spec: PartitionSpec) -> PartitionSpec:
         entries = [mesh_axes(axes) for axes in spec]
@@ -147,7 +154,7 @@ def scattered_specs(params: optax.Params, mesh: Mesh | AbstractMesh) -> Any:
 def scattered(
     params: optax.Params, mesh: Mesh | AbstractMesh | None, shard_over_data: bool
 ) -> optax.Params:
-    """Weights in the layout from which they are all-gathered, `scattered_specs`.
+    """Weights split as in `scattered_specs`, from where they are all-gathered.
 
     Args:
       params: The weights, split as in `stored_specs`.
@@ -156,7 +163,7 @@ def scattered(
     """
     if mesh is None or not shard_over_data:
         return params
-    return jax.lax.with_sharding_constraint(params, scattered_specs(params, mesh))
+    return jax.lax.with_sharding_constraint(params, scattered_specs(params, mesh, shard_over_data))
 
 
 def specs_by_matrices(
@@ -191,14 +198,12 @@ def moved_to_state(
     """Moves gradients to the devices that store the state of their weights.
 
     Args:
-      grads: The gradients in the weights' dtypes, split as in `scattered_specs` with
-        `shard_over_data`, as in `partition_specs` without.
+      grads: The gradients in the weights' dtypes, split as in `scattered_specs`.
       names: See `specs_by_matrices`.
       mesh: From `make_mesh`.
       shard_over_data: See `stored_specs`.
     """
-    is_split = shard_over_data and mesh.shape["data"] > 1
-    found = scattered_specs(grads, mesh) if is_split else partition_specs(grads, mesh)
+    found = scattered_specs(grads, mesh, shard_over_data)
     stored = stored_specs(grads, mesh, shard_over_data)
     moved = specs_by_matrices(stored, grads, names, mesh)
 
@@ -339,7 +344,7 @@ def shards_over_data(mesh: Mesh, grads: optax.Updates) -> tuple[Callable[[Any], 
     is_split = lambda axes: "data" in mesh_axes(axes)
     data_specs = jax.tree.map(
         lambda spec: PartitionSpec(*("data" if is_split(axes) else None for axes in spec)),
-        scattered_specs(grads, mesh),
+        scattered_specs(grads, mesh, shard_over_data=True),
     )
     others = set(mesh.axis_names) - {"data"}
 

@@ -156,16 +156,16 @@ def test_the_embedding_and_the_head_are_stored_in_whole_tiles() -> None:
     mesh, both = make_mesh(2, 4, 1), ("data", "fsdp")
     stored = stored_specs(shapes(TILES), mesh, shard_over_data=True)
     assert stored["embedding"] == P(both, None) and stored["head"] == P(None, both)
-    scattered = scattered_specs(shapes(TILES), mesh)
+    scattered = scattered_specs(shapes(TILES), mesh, True)
     assert scattered["embedding"] == P("data", "fsdp") and scattered["head"] == P("fsdp", "data")
     assert stored["layers"] == scattered["layers"]
     # Nothing is padded; 1002 tokens do not divide by 8; an eighth of 512 is padded too.
     for other in (EVEN, *(dataclasses.replace(TILES, vocab_size=n) for n in (1002, 512))):
-        assert stored_specs(shapes(other), mesh, True) == scattered_specs(shapes(other), mesh)
+        assert stored_specs(shapes(other), mesh, True) == scattered_specs(shapes(other), mesh, True)
     assert stored_specs(shapes(TILES), mesh) == partition_specs(shapes(TILES), mesh)
     beside_tensor = make_mesh(2, 2, 2)
     assert stored_specs(shapes(TILES), beside_tensor, True) == scattered_specs(
-        shapes(TILES), beside_tensor
+        shapes(TILES), beside_tensor, True
     )
 
 
